@@ -1,0 +1,188 @@
+"""Builds the compiled part of bn_fast; everything static stands in pyproject.toml.
+
+The kernels are written once and compiled once per instruction set, as _core_base, _core_v3 and
+_core_v4; bn_fast/_core.py chooses among them at import. Switches, read from the environment:
+
+    BN_FAST_OPENMP=1    an error where OpenMP is missing (unset: build without it, and say so)
+    BN_FAST_OPENMP=0    build without OpenMP
+    BN_FAST_NATIVE=1    one kernel module, for exactly this CPU (-march=native)
+    BN_FAST_DEBUG=1     -O0 -g, bounds checks
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError, LinkError, SetupError
+
+# What each instruction set adds to the command line, and the macro that proves it took effect:
+# a compiler that does not know the flag may warn and go on.
+ISA_FLAGS = {
+    "base": ([], None),
+    "v3": (["-march=x86-64-v3"], "__AVX2__"),
+    "v4": (["-march=x86-64-v4"], "__AVX512VL__"),
+}
+
+# -O3, because gcc 12 vectorizes none of the kernels at -O2; the next two let it vectorize sqrt and
+# comparisons, and keep NaN and Inf; no contraction, because a fused multiply-add rounds once where
+# the baseline rounds twice, and every instruction set must give the same bits. Nothing here
+# reorders arithmetic or touches the state of the FPU.
+FLAGS = {
+    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+    "msvc": ["/O2", "/fp:precise"],
+}
+DEBUG_FLAGS = {"unix": ["-O0", "-g"], "msvc": ["/Od", "/Zi"]}
+
+# (compile, link); the second way is Apple's clang with Homebrew's libomp.
+OPENMP_FLAGS = {
+    "unix": [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])],
+    "msvc": [(["/openmp"], [])],
+}
+OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+
+def switch(name):
+    """True, False or None (unset) of an environment variable that is 1 or 0."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SetupError(f"{name} must be 1, 0 or unset, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+class BuildExt(build_ext):
+    """Probe the real compiler, set each module's flags, then compile."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # By its date, a module built with other switches or another compiler is up to date.
+        self.force = True
+        if self.parallel is None:
+            self.parallel = True
+
+    def build_extensions(self):
+        from Cython.Build import cythonize
+
+        family = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        debug = bool(switch("BN_FAST_DEBUG"))
+        openmp_compile, openmp_link = self.find_openmp(family)
+        flags = FLAGS[family] + (DEBUG_FLAGS[family] if debug else [])
+        native = ["-march=native"] if switch("BN_FAST_NATIVE") else []
+        if native and not self.works("int main(void) { return 0; }\n", native):
+            raise SetupError("BN_FAST_NATIVE=1, but this compiler refuses -march=native")
+        isas = ["base"] if native else [isa for isa in ISA_FLAGS if self.has_isa(isa)]
+
+        self.extensions = [ext for ext in self.extensions if ext.isa is None or ext.isa in isas]
+        for ext in self.extensions:
+            ext.extra_compile_args = flags + openmp_compile
+            ext.extra_link_args = openmp_link
+            if ext.isa is not None:
+                ext.extra_compile_args = ext.extra_compile_args + native + ISA_FLAGS[ext.isa][0]
+            else:
+                record = {
+                    "BN_FAST_VERSION": self.distribution.get_version(),
+                    "BN_FAST_FLAGS": " ".join(flags + native + openmp_compile),
+                    "BN_FAST_ISA_BUILT": " ".join(isas),
+                    "BN_FAST_NUMPY": numpy.__version__,
+                }
+                ext.define_macros += [(name, f'"{value}"') for name, value in record.items()]
+
+        directives = {
+            "language_level": 3,
+            "boundscheck": debug,
+            "wraparound": False,
+            "initializedcheck": debug,
+            "cdivision": True,
+            "freethreading_compatible": True,
+        }
+        # Into the build folder, so that neither the source folder nor a wheel ever holds a .c.
+        translated = cythonize(
+            self.extensions,
+            build_dir=self.build_temp,
+            compiler_directives=directives,
+            force=True,
+        )
+        sources = {ext.name: ext.sources for ext in translated}
+        for ext in self.extensions:
+            ext.sources = sources[ext.name]
+        super().build_extensions()
+
+    def find_openmp(self, family):
+        """The flags for OpenMP: two lists, empty for a serial build."""
+        wanted = switch("BN_FAST_OPENMP")
+        if wanted is False:
+            return [], []
+        for compile_args, link_args in OPENMP_FLAGS[family]:
+            if self.works(OPENMP_PROBE, compile_args, link_args):
+                return compile_args, link_args
+        if wanted:
+            raise SetupError("BN_FAST_OPENMP=1, but this compiler cannot build with OpenMP")
+        print(
+            "\n*** bn_fast: NO OPENMP: this compiler cannot build with it, so bn_fast will run on"
+            " ONE THREAD. (BN_FAST_OPENMP=1 makes this an error.) ***\n",
+            file=sys.stderr,
+        )
+        return [], []
+
+    def has_isa(self, isa):
+        """Whether the compiler builds for this instruction set."""
+        flags, macro = ISA_FLAGS[isa]
+        if macro is None:
+            return True
+        probe = f"#if !defined(__x86_64__) || !defined({macro})\n#error\n#endif\n"
+        return self.works(probe + "int main(void) { return 0; }\n", flags)
+
+    def works(self, code, compile_args, link_args=()):
+        """Whether a program compiles and links; it is not run (it may be for another machine)."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(code)
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=list(compile_args)
+                )
+                self.compiler.link_executable(
+                    objects, "probe", output_dir=folder, extra_postargs=list(link_args)
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+class Sdist(sdist):
+    """Add the files that setuptools does not find by itself (a MANIFEST.in in four lines)."""
+
+    def make_distribution(self):
+        patterns = ["CHANGELOG.md", ".ci/run", "bn_fast/*.p*", "bn_fast/*.h", "docs/**/*.md",
+                    "docs/**/*.png", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
+        found = {path.as_posix() for pattern in patterns for path in Path().glob(pattern)}
+        self.filelist.extend(sorted(found))
+        self.filelist.remove_duplicates()
+        super().make_distribution()
+
+
+def extension(name, isa=None):
+    """One compiled module; `isa` is None for the one that must run on every CPU."""
+    module = Extension(
+        f"bn_fast.{name}",
+        [f"bn_fast/{name}.pyx"],
+        include_dirs=["bn_fast", numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+    )
+    module.isa = isa
+    return module
+
+
+setup(
+    ext_modules=[extension("_cpu")]
+    + [
+        extension(f"_core_{isa}", isa)
+        for isa in ISA_FLAGS
+        if Path(f"bn_fast/_core_{isa}.pyx").exists()
+    ],
+    cmdclass={"build_ext": BuildExt, "sdist": Sdist},
+)
