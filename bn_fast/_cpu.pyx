@@ -10,7 +10,6 @@ cdef extern from "_native.h" nogil:
     int omp_get_max_threads()
     bint bn_cpu_v3()
     bint bn_cpu_v4()
-    int bn_affinity()
     bint bn_pause()
 
 version = BN_FAST_VERSION.decode()
@@ -34,11 +33,6 @@ def cpu_levels():
 def max_threads():
     """The size of OpenMP's next team as the calling thread would start it; 1 without OpenMP."""
     return omp_get_max_threads()
-
-
-def affinity():
-    """The number of CPUs that the calling thread may run on now; 0 where that is not known."""
-    return bn_affinity()
 
 
 def pause():

@@ -52,18 +52,6 @@ static inline int bn_cpu_v3(void) { return 0; }
 static inline int bn_cpu_v4(void) { return 0; }
 #endif
 
-/* How many CPUs the calling thread may run on now, 0 if that cannot be asked. libgomp asks once, when
- * it is loaded; this notices a later sched_setaffinity, in 0.3 us. */
-#ifdef __linux__
-#include <sched.h>
-static inline int bn_affinity(void) {
-    cpu_set_t cpus;
-    return sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 0;
-}
-#else
-static inline int bn_affinity(void) { return 0; }
-#endif
-
 /* End the worker threads of the calling thread; the next parallel region makes new ones. A forked
  * child has no workers but libgomp's memory of them, and waits for them for ever (GCC PR 60035), so
  * this is called before a fork. The function is looked up at run time, because linking it would
