@@ -122,9 +122,9 @@ def _read(path: str) -> str:
         return ""
 
 
-# A forked child inherits libgomp's list of workers but not the workers, and its first parallel region
-# would wait for them for ever. So they are ended before the fork, and both sides start new ones when
-# needed (10 ms). Where OpenMP cannot do that, the child stays on one thread.
+# A forked child inherits libgomp's list of workers but not the workers, and its first parallel
+# region would wait for them for ever. So they are ended before the fork, and both sides start new
+# ones when needed (10 ms). Where OpenMP cannot do that, the child stays on one thread.
 _fork_is_safe = True
 
 
