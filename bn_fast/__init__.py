@@ -1,0 +1,24 @@
+"""Batch normalization for NumPy arrays on the CPU: compiled, threaded, exact to the last rounding."""
+
+from ._config import __version__, build_info, show_config
+from ._threads import get_num_threads, set_num_threads
+from .functional import (
+    batchnorm_backward,
+    batchnorm_backward_alt,
+    batchnorm_forward,
+    spatial_batchnorm_backward,
+    spatial_batchnorm_forward,
+)
+
+__all__ = [
+    "__version__",
+    "batchnorm_backward",
+    "batchnorm_backward_alt",
+    "batchnorm_forward",
+    "build_info",
+    "get_num_threads",
+    "set_num_threads",
+    "show_config",
+    "spatial_batchnorm_backward",
+    "spatial_batchnorm_forward",
+]

@@ -1,0 +1,85 @@
+"""What a forward call leaves for its backward call."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ._types import Array
+
+
+class Cache:
+    """Everything `batchnorm_backward` needs; holds x by reference and nothing else of its size.
+
+    Unpacks as the five-tuple ``(mean, inv_var, x, x_hat, gamma)`` that hand-written NumPy code
+    passes around, where ``inv_var`` is 1/sqrt(var + eps). The four smaller arrays broadcast against
+    x; x_hat is computed when it is asked for.
+
+    Attributes
+    ----------
+    x, gamma : ndarray
+        As given to the forward call, or converted.
+    stats : ndarray, float64, shape (4, n_features)
+        Mean, the part of the mean beyond float64's digits, 1/sqrt(var + eps), var.
+    axis : int
+        The feature axis of x.
+    frozen : bool
+        The statistics were given (test mode), so x has no influence on them.
+    exact_mean : bool
+        The mean is that of x, to all digits; False for a five-tuple that other code made.
+    overwritten : str
+        Which call wrote its output over x, so that no gradient can be had any more; else empty.
+    """
+
+    __slots__ = ("axis", "exact_mean", "frozen", "gamma", "overwritten", "stats", "x")
+
+    def __init__(
+        self,
+        x: Array,
+        gamma: Array,
+        stats: Array,
+        axis: int,
+        frozen: bool = False,
+        exact_mean: bool = True,
+        overwritten: str = "",
+    ) -> None:
+        self.x = x
+        self.gamma = gamma
+        self.stats = stats
+        self.axis = axis
+        self.frozen = frozen
+        self.exact_mean = exact_mean
+        self.overwritten = overwritten
+
+    def _broadcastable(self, values: Array) -> Array:
+        shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
+        return values.astype(self.x.dtype).reshape(shape)
+
+    @property
+    def mean(self) -> Array:
+        return self._broadcastable(self.stats[0])
+
+    @property
+    def inv_var(self) -> Array:
+        return self._broadcastable(self.stats[2])
+
+    @property
+    def x_hat(self) -> Array:
+        if self.overwritten:
+            raise ValueError(f"x_hat is lost: {self.overwritten} wrote its output over x")
+        shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
+        mean, mean_low, inv_std = (row.reshape(shape) for row in self.stats[:3])
+        return (((self.x - mean) - mean_low) * inv_std).astype(self.x.dtype, copy=False)
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[i] for i in range(5))
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Array:
+        name = ("mean", "inv_var", "x", "x_hat", "gamma")[index]
+        return self._broadcastable(self.gamma) if name == "gamma" else getattr(self, name)
+
+    def __repr__(self) -> str:
+        kind = "frozen statistics" if self.frozen else "batch statistics"
+        return f"<bn_fast cache: x {self.x.shape} {self.x.dtype}, axis {self.axis}, {kind}>"

@@ -1,0 +1,220 @@
+"""Arguments in, arrays the engine can take out, or a TypeError or ValueError that names the argument.
+
+TypeError: the wrong kind of thing (None, str, object, complex, a masked array). ValueError: the
+right kind with a wrong shape, size or value. Nothing here writes to anything.
+"""
+
+import math
+import operator
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.exceptions import AxisError
+
+from ._cache import Cache
+from ._core import core
+from ._types import Array
+
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of dtype {value.dtype}"
+    return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
+def _real_array(value: Any, name: str) -> Array:
+    """Any real array-like as an aligned, native ndarray of bool, integers or floats."""
+    expected = f"{name} must be an array of real numbers"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{expected}, got a masked array, whose mask would be ignored")
+    if value is None or isinstance(value, (str, bytes, dict, set)):
+        raise TypeError(f"{expected}, got {_kind(value)}")
+    try:
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            array = np.from_dlpack(value)
+        else:
+            array = np.asarray(value)
+    except ValueError as error:  # a ragged list
+        raise TypeError(f"{expected}, got a {type(value).__name__}: {error}") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{expected}, got {_kind(array)}")
+    if not (array.flags.aligned and array.dtype.isnative):
+        array = array.astype(array.dtype.newbyteorder("="), order="K")
+    return array
+
+
+def _input(value: Any, name: str) -> Array:
+    """x or dout: float32 and float64 as they are, integers and bool as float64."""
+    array = _real_array(value, name)
+    if array.dtype.kind in "biu":
+        array = array.astype(np.float64, order="K")
+    if array.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, integer or bool, got {array.dtype}")
+    return array
+
+
+def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+    """One real number per feature, as float32 or float64."""
+    array = _real_array(value, name)
+    if array.shape != (n_features,):
+        raise ValueError(
+            f"{name} must have shape ({n_features},), one value for each feature along axis {axis}"
+            f" of x, got {array.shape}"
+        )
+    return array if array.dtype in _DTYPES else array.astype(np.float64)
+
+
+def _axis(axis: Any, ndim: int) -> int:
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {_kind(axis)}") from None
+    if not -ndim <= index < ndim:
+        raise AxisError(f"axis must be in [-{ndim}, {ndim}) for x of {ndim} dimensions, got {axis}")
+    return index % ndim
+
+
+def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
+    """The caller's output: like the first input in shape and dtype, apart from it or exactly it."""
+    if out is None:
+        return None
+    name, like = next(iter(inputs.items()))
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be an ndarray or None, got {_kind(out)}")
+    if out.dtype != like.dtype or not out.dtype.isnative:
+        raise TypeError(f"out must have the dtype of {name}, {like.dtype}, got {out.dtype}")
+    if out.shape != like.shape:
+        raise ValueError(f"out must have the shape of {name}, {like.shape}, got {out.shape}")
+    if not out.flags.writeable or not out.flags.aligned:
+        raise ValueError("out must be writable and aligned, got a read-only or unaligned array")
+    reach = 0
+    for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape) if n > 1):
+        if stride <= reach - (reach == 0) or stride < out.itemsize:
+            raise ValueError(f"out must not overlap itself, got strides {out.strides}")
+        reach += (length - 1) * stride
+    out = np.asarray(out)
+    for name, array in inputs.items():
+        same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
+        if not same and np.shares_memory(out, array):
+            raise ValueError(f"out must be {name}'s own buffer or apart from it, got a partial overlap")
+    return out
+
+
+def forward_arrays(
+    x: Any, gamma: Any, beta: Any, axis: Any, out: Any
+) -> tuple[Array, Array, Array, int, Array | None]:
+    x = _input(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
+    axis = _axis(axis, x.ndim)
+    gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
+    beta = _parameter(beta, "beta", x.shape[axis], axis)
+    return x, gamma, beta, axis, _output(out, {"x": x})
+
+
+class Settings(NamedTuple):
+    """What bn_param says."""
+
+    train: bool
+    eps: float
+    momentum: float
+    running_mean: Array
+    running_var: Array
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a real number, got {_kind(value)}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
+
+
+def settings(bn_param: Any, x: Array, axis: int) -> Settings:
+    if not isinstance(bn_param, MutableMapping):
+        raise TypeError(f"bn_param must be a dict or None, got {_kind(bn_param)}")
+    mode = bn_param["mode"]
+    if not isinstance(mode, str) or mode not in ("train", "test"):
+        raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
+    eps = _number(bn_param.get("eps", 1e-5), "bn_param['eps']")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"bn_param['eps'] must be finite and at least 0, got {eps}")
+    momentum = _number(bn_param.get("momentum", 0.9), "bn_param['momentum']")
+    if not math.isfinite(momentum):
+        raise ValueError(f"bn_param['momentum'] must be finite, got {momentum}")
+    mean = bn_param.get("running_mean")
+    var = bn_param.get("running_var")
+    n_features = x.shape[axis]
+    if mean is None:
+        mean = np.zeros(n_features, x.dtype)
+    if var is None:
+        var = np.zeros(n_features, x.dtype)
+    if not core.are_plain_statistics(mean, var, n_features):
+        mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
+        var = _parameter(var, "bn_param['running_var']", n_features, axis)
+        negative = np.flatnonzero(var < 0)
+        if negative.size:
+            raise ValueError(
+                "bn_param['running_var'] must not be negative, got"
+                f" {var[negative[0]]} for feature {negative[0]}"
+            )
+    return Settings(mode == "train", eps, momentum, mean, var)
+
+
+def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
+    if not isinstance(cache, Cache):
+        cache = _foreign_cache(cache)
+    if cache.overwritten:
+        raise ValueError(
+            f"cache cannot be used: {cache.overwritten} wrote its output over the x that it keeps"
+        )
+    x = cache.x
+    dout = _input(dout, "dout")
+    if dout.shape != x.shape:
+        raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
+    dout = dout.astype(x.dtype, order="K", copy=False)
+    return dout, cache, _output(out, {"dout": dout, "x": x})
+
+
+def _foreign_cache(cache: Any) -> Cache:
+    """A five-tuple (mean, inv_var, x, x_hat, gamma) that NumPy code made.
+
+    The feature axis is the one that mean stretches over when it broadcasts against x.
+    """
+    try:
+        mean, inv_var, x, _, gamma = cache
+    except (TypeError, ValueError):
+        raise TypeError(
+            "cache must come from batchnorm_forward or be a tuple (mean, inv_var, x, x_hat, gamma),"
+            f" got {_kind(cache)}"
+        ) from None
+    x = _input(x, "cache's x")
+    if x.ndim < 2:
+        raise ValueError(f"cache's x must have 2 or more dimensions, got shape {x.shape}")
+    mean = _real_array(mean, "cache's mean")
+    shape = (1,) * (x.ndim - mean.ndim) + mean.shape
+    stretched = [d for d, n in enumerate(shape) if n != 1]
+    if not stretched:  # one feature: the axis that has length 1 in x, the course's if it may be
+        stretched = [d for d in (x.ndim - 1, 1, *range(x.ndim)) if x.shape[d] == 1][:1]
+    if len(shape) != x.ndim or len(stretched) != 1 or mean.size != x.shape[stretched[0]]:
+        raise ValueError(
+            f"cache's mean must broadcast against x {x.shape} along one axis, got {mean.shape}"
+        )
+    axis = stretched[0]
+    n_features = x.shape[axis]
+    stats = np.zeros((4, n_features))
+    for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
+        stats[row] = _flat_parameter(value, name, n_features, axis)
+    gamma = _flat_parameter(gamma, "gamma", n_features, axis)
+    return Cache(x, gamma, stats, axis, exact_mean=False)
+
+
+def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+    """A parameter of a five-tuple, which may carry axes of length 1."""
+    array = _real_array(value, f"cache's {name}")
+    flat = array.reshape(-1) if array.size == n_features else array
+    return _parameter(flat, f"cache's {name}", n_features, axis)

@@ -1,0 +1,3 @@
+# AVX-512 (x86-64-v4).
+include "kernels.pxi"
+include "engine.pxi"

@@ -1,0 +1,239 @@
+"""The public functions: check, one call down, return."""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _checks
+from ._cache import Cache
+from ._core import core
+from ._threads import get_num_threads
+from ._types import Array
+
+__all__ = [
+    "batchnorm_backward",
+    "batchnorm_backward_alt",
+    "batchnorm_forward",
+    "spatial_batchnorm_backward",
+    "spatial_batchnorm_forward",
+]
+
+# Smaller calls stay on one thread: a second one would cost more to wake than it saves.
+_SERIAL_SIZE = 1 << 16
+
+
+def batchnorm_forward(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    bn_param: MutableMapping[str, Any] | None = None,
+    *,
+    axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    r"""Batch normalization: every feature to mean 0 and variance 1, then scaled and shifted.
+
+    Parameters
+    ----------
+    x : array_like, 2 or more dimensions
+        Input, M values for each of ``C = x.shape[axis]`` features. float32 and float64 are computed
+        as such, integers and bool as float64. Any strides; never modified (but see `out`).
+    gamma, beta : array_like, shape (C,)
+        Scale and shift of each feature; any real dtype.
+    bn_param : dict, optional
+        The settings of CS231n's assignments; None: train mode, no running averages.
+
+        - ``mode``: 'train' (statistics of this batch) or 'test' (the running averages); required.
+        - ``eps``: added to the variance, default 1e-5.
+        - ``momentum``: default 0.9, the weight of the *old* value:
+          ``running = momentum * running + (1 - momentum) * batch``.
+        - ``running_mean``, ``running_var``: shape (C,), default zeros. Stored back as new arrays in
+          both modes, updated in train mode only, and not by an empty batch.
+    axis : int, default 1
+        The feature axis; negative counts from the end.
+    out : ndarray, optional
+        Where to write the result: shape and dtype of the result, writable. It may be x itself (the
+        result is exact, but the cache is then of no use to `batchnorm_backward`, which says so).
+
+    Returns
+    -------
+    out : ndarray
+        Shape and, if new, memory order of x.
+    cache : Cache
+        For `batchnorm_backward`. Keeps x by reference: change x only after the backward call.
+        Unpacks as ``(mean, inv_var, x, x_hat, gamma)``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not real-valued (None, str, object, complex, a masked array).
+    ValueError
+        If a shape, size or value is wrong, or `out` overlaps x in part.
+    KeyError
+        If `bn_param` has no 'mode'.
+    MemoryError
+        If `out` or the scratch memory cannot be had.
+
+    See Also
+    --------
+    batchnorm_backward
+
+    Notes
+    -----
+    For each feature, over its M values,
+
+    .. math:: y = \gamma \hat{x} + \beta, \qquad \hat{x} = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}
+              \qquad \mu = \frac{1}{M} \sum x, \qquad \sigma^2 = \frac{1}{M} \sum (x - \mu)^2
+
+    with the biased variance, also for ``running_var``. M = 1 and constant features give exactly
+    beta. NaN and infinity spread within their own feature. The bits do not depend on the number
+    of threads or the instruction set.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import batchnorm_forward
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> out, cache = batchnorm_forward(x, np.ones(2), np.zeros(2))
+    >>> out.round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    if not core.is_plain(x, gamma, beta, axis, out):
+        x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
+    n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
+    if bn_param is None:
+        y, stats = core.forward(x, gamma, beta, axis, 1e-5, out, None, None, n_threads)
+        train = True
+    else:
+        param = _checks.settings(bn_param, x, axis)
+        train, mean, var = param.train, param.running_mean, param.running_var
+        if train:
+            y, stats = core.forward(x, gamma, beta, axis, param.eps, out, None, None, n_threads)
+        else:
+            y, stats = core.forward(x, gamma, beta, axis, param.eps, out, mean, var, n_threads)
+        momentum = param.momentum if train and x.size else None
+        bn_param["running_mean"] = core.running_average(mean, stats, 0, momentum, x)
+        bn_param["running_var"] = core.running_average(var, stats, 3, momentum, x)
+    overwritten = "" if out is None or not _same_memory(out, x) else "batchnorm_forward"
+    return y, Cache(x, gamma, stats, axis, not train, True, overwritten)
+
+
+def batchnorm_backward(
+    dout: ArrayLike, cache: Cache | Sequence[ArrayLike], *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    r"""Gradients of batch normalization.
+
+    Parameters
+    ----------
+    dout : array_like, shape of x
+        Gradient with respect to the output of `batchnorm_forward`.
+    cache : Cache or sequence of five arrays
+        From `batchnorm_forward`, or ``(mean, inv_var, x, x_hat, gamma)`` as NumPy code makes it for
+        the train mode, where mean and the others broadcast against x and x_hat is not read.
+    out : ndarray, optional
+        Where to write dx. It may be dout itself, or the x of the cache, which is then spent.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If a shape is wrong, `out` overlaps dout or x in part, or x has been overwritten.
+    MemoryError
+        If `out` or the scratch memory cannot be had.
+
+    See Also
+    --------
+    batchnorm_forward
+    bn_fast.reference : the derivations behind these formulas, in plain NumPy
+
+    Notes
+    -----
+    For each feature, sums over its M values, with r = 1/sqrt(var + eps),
+
+    .. math:: d\beta = \sum dy \qquad d\gamma = \sum dy\,\hat{x} \qquad
+              dx = \gamma r \left(dy - \frac{d\beta}{M} - \hat{x} \frac{d\gamma}{M}\right)
+
+    After a forward pass in test mode the statistics do not depend on x, and
+    :math:`dx = \gamma r\,dy`.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import batchnorm_backward, batchnorm_forward
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> out, cache = batchnorm_forward(x, np.ones(1), np.zeros(1))
+    >>> dx, dgamma, dbeta = batchnorm_backward(np.array([[1.0], [0.0], [0.0]]), cache)
+    >>> dx.round(4)
+    array([[ 0.1984],
+           [-0.2480],
+           [ 0.0496]])
+    >>> dbeta
+    array([1.])
+    """
+    if not (
+        type(cache) is Cache
+        and not cache.overwritten
+        and core.is_plain_gradient(dout, cache.x, out)
+    ):
+        dout, cache, out = _checks.backward_arrays(dout, cache, out)
+    x = cache.x
+    n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
+    gradients = core.backward(
+        dout, x, cache.gamma, cache.stats, cache.axis, out, cache.frozen, cache.exact_mean, n_threads
+    )
+    if out is not None and _same_memory(out, x):
+        cache.overwritten = "batchnorm_backward"
+    return gradients
+
+
+batchnorm_backward_alt = batchnorm_backward
+
+
+def spatial_batchnorm_forward(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    bn_param: MutableMapping[str, Any] | None = None,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    """`batchnorm_forward` for images, x of shape (N, C, H, W): statistics over N, H and W.
+
+    Parameters, results and errors are those of `batchnorm_forward` with ``axis=1``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import spatial_batchnorm_forward
+    >>> x = np.arange(16.0).reshape(2, 2, 2, 2)
+    >>> out, cache = spatial_batchnorm_forward(x, np.ones(2), np.zeros(2))
+    >>> out.mean(axis=(0, 2, 3)).round(12) + 0.0
+    array([0., 0.])
+    """
+    if np.ndim(x) != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {np.shape(x)}")
+    return batchnorm_forward(x, gamma, beta, bn_param, axis=1, out=out)
+
+
+spatial_batchnorm_backward = batchnorm_backward
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    return bool(np.may_share_memory(a, b))
