@@ -44,7 +44,15 @@ def build_info() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print `build_info`, one line for each entry."""
+    """Print `build_info`, one line for each entry.
+
+    Examples
+    --------
+    >>> import bn_fast
+    >>> bn_fast.show_config()  # doctest: +ELLIPSIS
+    version ...
+    isa ...
+    """
     for name, value in build_info().items():
         if name == "openmp":
             value = "yes" if value else "NO: built without it, every call runs on one thread"

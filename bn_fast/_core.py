@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 try:
     import bn_fast._cpu as cpu
+
+    # An editable install of another checkout offers its modules to one that was not built.
+    if os.path.dirname(cpu.__file__) != os.path.dirname(__file__):
+        raise ModuleNotFoundError
 except ModuleNotFoundError:
     _folder = os.path.dirname(os.path.abspath(__file__))
     raise ImportError(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -16,7 +17,6 @@ import bn_fast
 
 INFO = bn_fast.build_info()
 PACKAGE = Path(bn_fast.__file__).parent
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*args, cwd=None, **env):
@@ -33,20 +33,25 @@ def python(*args, cwd=None, **env):
     )
 
 
+# A checkout may have metadata of its own, from a build; the installer signs what it installed.
+DIST = next(
+    dist for dist in importlib.metadata.distributions(name="bn_fast") if dist.read_text("INSTALLER")
+)
+ORIGIN = json.loads(DIST.read_text("direct_url.json") or "{}")
+EDITABLE = ORIGIN.get("dir_info", {}).get("editable", False)
+
+
 def test_the_package_under_test_is_the_installed_one():
     """From the source folder only where that is the (editable) installation."""
-    homes = []
-    for dist in importlib.metadata.distributions(name="bn_fast"):
-        origin = json.loads(dist.read_text("direct_url.json") or "{}")
-        if origin.get("dir_info", {}).get("editable"):
-            homes.append(Path(url2pathname(origin["url"].removeprefix("file:")), "bn_fast"))
-        elif "site-packages" in str(dist.locate_file("")):
-            homes.append(Path(dist.locate_file("bn_fast")))
-    assert any(home.samefile(PACKAGE) for home in homes), (PACKAGE, homes)
+    if EDITABLE:
+        home = Path(url2pathname(urlsplit(ORIGIN["url"]).path), "bn_fast")
+    else:
+        home = Path(DIST.locate_file("bn_fast"))
+    assert home.samefile(PACKAGE)
 
 
 def test_version_is_that_of_the_metadata():
-    assert bn_fast.__version__ == importlib.metadata.version("bn_fast")
+    assert bn_fast.__version__ == DIST.version
 
 
 def test_build_info():
@@ -99,24 +104,29 @@ def test_unknown_instruction_set_is_a_clear_error():
     assert last.endswith("got 'avx9'")
 
 
-def test_instruction_set_that_the_cpu_lacks_is_refused_and_never_chosen():
-    """Seen from a CPU that runs the baseline alone."""
-    code = (
-        "import sys, types, bn_fast._cpu as cpu; {modules}"
-        " cpu.cpu_levels = lambda: ('base',);"
-        " import bn_fast; print(bn_fast.build_info()['isa'])"
-    )
-    # The package is imported by its own submodule: forget all of it but _cpu, then import again.
-    code = code.format(
-        modules="[sys.modules.pop(m) for m in list(sys.modules)"
-        " if m.split('.')[0] == 'bn_fast' and m != 'bn_fast._cpu'];"
-    )
-    assert python("-P", "-c", code).stdout.strip() == "base"
-    if "v3" in INFO["isa_built"]:
-        done = python("-P", "-c", code.replace("cpu.cpu_levels", "import os;"
-                      " os.environ['BN_FAST_ISA'] = 'v3'; cpu.cpu_levels"))  # fmt: skip
-        assert "BN_FAST_ISA must be one of base here" in done.stderr
-        assert done.stderr.strip().endswith("got 'v3'")
+# A CPU that runs the baseline alone: _cpu is loaded, taught so, and the rest is imported again.
+OLD_CPU = """
+import sys, bn_fast
+for name in [name for name in sys.modules if name.startswith("bn_fast") and "_cpu" not in name]:
+    del sys.modules[name]
+sys.modules["bn_fast._cpu"].cpu_levels = lambda: ("base",)
+import os
+os.environ["BN_FAST_ISA"] = {forced!r}
+import bn_fast
+print(bn_fast.build_info()["isa"], "bn_fast._core_v3" in sys.modules)
+"""
+
+
+def test_instruction_set_that_the_cpu_lacks_is_never_chosen():
+    done = python("-P", "-c", OLD_CPU.format(forced=""), BN_FAST_ISA="base")
+    assert done.stdout.split() == ["base", "False"]
+
+
+def test_instruction_set_that_the_cpu_lacks_is_refused():
+    done = python("-P", "-c", OLD_CPU.format(forced="v3"), BN_FAST_ISA="base")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: BN_FAST_ISA must be one of base here (built: base")
+    assert last.endswith("this CPU runs: base), got 'v3'")
 
 
 def test_source_folder_that_was_not_built_says_what_to_do(tmp_path):
@@ -154,16 +164,9 @@ def test_import_is_light():
         assert name not in loaded
 
 
-def installed_files():
-    """The package's files by the record of the wheel; None for an editable installation."""
-    record = importlib.metadata.distribution("bn_fast").files or []
-    files = {file.name for file in record if file.parts[0] == "bn_fast"}
-    return files or None
-
-
-@pytest.mark.skipif(installed_files() is None, reason="editable: there is no wheel to look into")
+@pytest.mark.skipif(EDITABLE, reason="editable: there is no wheel to look into")
 def test_wheel_has_no_sources():
-    files = installed_files()
+    files = {file.name for file in DIST.files if file.parts[0] == "bn_fast"}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert "py.typed" in files
     assert {f"_core_{isa}{suffix}" for isa in INFO["isa_built"]} <= files
