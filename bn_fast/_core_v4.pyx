@@ -1,3 +1,2 @@
 # AVX-512 (x86-64-v4).
-include "kernels.pxi"
 include "engine.pxi"

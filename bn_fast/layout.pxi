@@ -1,0 +1,296 @@
+# Layout: from arrays of any shape and strides to rows of columns.
+#
+# Axes are merged where all arrays allow it and sorted by x's strides; the features and the nearest
+# sample axis then decide what a row's columns are:
+#
+#     layout                          columns [joined][feature][run]     example
+#     features adjacent               [1][tile of features][1]           (N, C), NHWC
+#     features adjacent, few of them  [rows joined][all features][1]     NHWC with C = 3
+#     runs, short                     [1][features side by side][run]    NCHW with 7 x 7
+#     runs, long                      [1][1][piece of RUN elements]      NCHW with 56 x 56
+#
+# Whatever length does not divide evenly is a second segment.  If the columns do not lie side by
+# side in memory, rows are gathered into a small buffer first, block by block; x is never copied as
+# a whole.
+
+cdef enum:
+    X = 0                     # roles of the arrays: x (or the only input), dout, the output
+    G = 1
+    Y = 2
+    N_ROLES = 3
+    MAX_DIMS = 64             # NumPy's own limit
+    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
+    CHUNK_ROWS = 1024         # rows a chunk has at least, and
+    MAX_CHUNKS = 64           # chunks at most: scratch is O(features x chunks)
+    MAX_COLUMNS = 512
+    JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
+    NARROW = 16               # fewer features than this are joined even if they must be gathered
+    MAX_RUN = 256             # a run up to this length is one row
+    RUN = 64                  # a longer one is cut into rows of this length
+    GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1
+    SWEEP_BYTES = 512 * 1024  # a tile of this size stays in L2 between its two visits
+    RUN_SWEEP_BYTES = 8 * 1024 * 1024
+
+cdef struct Segment:
+    int n_dims
+    Py_ssize_t size[MAX_DIMS]
+    Py_ssize_t stride[N_ROLES][MAX_DIMS]
+    Py_ssize_t n_rows
+    Py_ssize_t offset[N_ROLES]
+    Py_ssize_t n_joined
+    Py_ssize_t n_run
+    Py_ssize_t joined_stride[N_ROLES]
+    Py_ssize_t run_stride[N_ROLES]
+
+cdef struct Plan:
+    Py_ssize_t n_features
+    Py_ssize_t feature_stride[N_ROLES]
+    char* base[N_ROLES]
+    bint used[N_ROLES]
+    bint packed[N_ROLES]      # rows go through a buffer
+    Py_ssize_t max_tile       # features a tile may have
+    bint whole                # features cannot be split into tiles
+    bint runs
+    Py_ssize_t chunk_rows
+    Py_ssize_t n_chunks
+    int n_segments
+    Segment segment[2]
+
+cdef inline Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
+    """How far apart a step takes us; a broadcast axis (stride 0) is walked outermost."""
+    return (stride if stride > 0 else -stride) if stride else INTPTR_MAX
+
+
+cdef void make_plan(
+    Plan* plan, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, Py_ssize_t itemsize,
+) noexcept:
+    """Collapse the arrays (None where a role is not used; all of x's shape) into segments."""
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
+    cdef cnp.npy_intp* stride[N_ROLES]
+    cdef Py_ssize_t size[MAX_DIMS]
+    cdef Py_ssize_t step[N_ROLES][MAX_DIMS]
+    cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(x)
+    cdef Py_ssize_t length, join, piece, outer = 1
+    cdef Py_ssize_t n_features = shape[axis]
+    cdef bint merge, side_by_side, stacked
+    cdef Segment* main = &plan.segment[0]
+    cdef Segment* rest = &plan.segment[1]
+    plan.n_features = n_features
+    for r, array in enumerate((x, dout, out)):
+        plan.used[r] = array is not None
+        plan.base[r] = NULL
+        stride[r] = NULL
+        if plan.used[r]:
+            plan.base[r] = <char*> cnp.PyArray_DATA(<cnp.ndarray> array)
+            stride[r] = cnp.PyArray_STRIDES(<cnp.ndarray> array)
+        plan.feature_stride[r] = stride[r][axis] if plan.used[r] and n_features > 1 else 0
+    # Sample axes, the farthest apart in x first (insertion sort: axes are few).
+    for d in range(ndim):
+        if d == axis or shape[d] == 1:
+            continue
+        k = n
+        while k > 0 and distance(step[X][k - 1]) < distance(stride[X][d]):
+            size[k] = size[k - 1]
+            for r in range(N_ROLES):
+                step[r][k] = step[r][k - 1]
+            k -= 1
+        size[k] = shape[d]
+        for r in range(N_ROLES):
+            step[r][k] = stride[r][d] if plan.used[r] else 0
+        n += 1
+    # Merge an axis with the next where that is one longer axis in every array.
+    k = 0
+    for d in range(1, n):
+        merge = True
+        for r in range(N_ROLES):
+            merge = merge and step[r][k] == step[r][d] * size[d]
+        if merge:
+            size[k] *= size[d]
+        else:
+            k += 1
+            size[k] = size[d]
+        for r in range(N_ROLES):
+            step[r][k] = step[r][d]
+    if n > 0:
+        n = k + 1
+    length = size[n - 1] if n > 0 else 1
+    for d in range(n - 1):
+        outer *= size[d]
+
+    plan.runs = n > 0 and (
+        n_features == 1
+        or distance(step[X][n - 1]) < distance(plan.feature_stride[X])
+    )
+    side_by_side = True       # the columns of one row, before joining or stacking
+    stacked = True            # joined rows, or the runs of neighboring features, touch as well
+    for r in range(N_ROLES):
+        if not plan.used[r]:
+            continue
+        if plan.runs:
+            side_by_side = side_by_side and step[r][n - 1] == itemsize
+            stacked = stacked and plan.feature_stride[r] == length * itemsize
+        else:
+            side_by_side = side_by_side and (
+                n_features == 1 or plan.feature_stride[r] == itemsize
+            )
+            stacked = stacked and n > 0 and step[r][n - 1] == n_features * itemsize
+    stacked = stacked and side_by_side
+
+    main.n_dims = n
+    for d in range(n):
+        main.size[d] = size[d]
+        for r in range(N_ROLES):
+            main.stride[r][d] = step[r][d]
+    main.n_joined = main.n_run = 1
+    for r in range(N_ROLES):
+        main.offset[r] = main.joined_stride[r] = main.run_stride[r] = 0
+    plan.n_segments = 1
+    plan.whole = False
+    plan.max_tile = min(n_features, MAX_COLUMNS)
+    if plan.runs:
+        for r in range(N_ROLES):
+            main.run_stride[r] = step[r][n - 1]
+        if length <= MAX_RUN and (outer >= TREE_ROWS or length < 2 * RUN):
+            piece = length
+        else:
+            piece = min(RUN, max(16, length // TREE_ROWS // 16 * 16))
+        cut_axis(plan, piece, False)
+        plan.max_tile = min(n_features, MAX_COLUMNS // length) if (
+            stacked and piece == length
+        ) else 1
+    elif n > 0 and 2 * n_features <= JOIN_COLUMNS and (stacked or n_features < NARROW):
+        join = min(length, JOIN_COLUMNS // n_features)
+        if join > 1:
+            for r in range(N_ROLES):
+                main.joined_stride[r] = step[r][n - 1]
+            plan.whole = True
+            cut_axis(plan, join, True)
+    for r in range(N_ROLES):
+        plan.packed[r] = plan.used[r] and not (
+            (step[r][n - 1] == itemsize) if plan.runs else
+            (
+                (n_features == 1 or plan.feature_stride[r] == itemsize)
+                and (not plan.whole or main.joined_stride[r] == n_features * itemsize)
+            )
+        )
+    for d in range(plan.n_segments):
+        plan.segment[d].n_rows = 1
+        for k in range(plan.segment[d].n_dims):
+            plan.segment[d].n_rows *= plan.segment[d].size[k]
+    plan.chunk_rows = max(
+        <Py_ssize_t> CHUNK_ROWS,
+        (main.n_rows // MAX_CHUNKS + BLOCK_ROWS) // BLOCK_ROWS * BLOCK_ROWS,
+    )
+    plan.n_chunks = (
+        (main.n_rows + plan.chunk_rows - 1) // plan.chunk_rows + plan.n_segments - 1
+    )
+
+
+cdef void cut_axis(Plan* plan, Py_ssize_t piece, bint joined) noexcept:
+    """Turn the last axis of the main segment into columns, `piece` of its elements a row; what is
+    left over becomes the second segment."""
+    cdef Segment* main = &plan.segment[0]
+    cdef Segment* rest = &plan.segment[1]
+    cdef int r, last = main.n_dims - 1
+    cdef Py_ssize_t length = main.size[last], left = length % piece
+    if left:
+        rest[0] = main[0]
+        rest.n_dims = last
+        for r in range(N_ROLES):
+            rest.offset[r] = main.stride[r][last] * (length - left)
+        if joined:
+            rest.n_joined = left
+        else:
+            rest.n_run = left
+        plan.n_segments = 2
+    if joined:
+        main.n_joined = piece
+    else:
+        main.n_run = piece
+    if length // piece == 1:
+        main.n_dims = last
+    else:
+        main.size[last] = length // piece
+        for r in range(N_ROLES):
+            main.stride[r][last] *= piece
+
+
+cdef void chunk_range(
+    const Plan* plan, Py_ssize_t chunk, int* segment, Py_ssize_t* first, Py_ssize_t* last,
+) noexcept nogil:
+    cdef Py_ssize_t n_main = plan.n_chunks - (plan.n_segments - 1)
+    if chunk < n_main:
+        segment[0] = 0
+        first[0] = chunk * plan.chunk_rows
+        last[0] = min(first[0] + plan.chunk_rows, plan.segment[0].n_rows)
+    else:
+        segment[0] = 1
+        first[0] = 0
+        last[0] = plan.segment[1].n_rows
+
+
+cdef void row_pointers(
+    const Segment* segment, int role, char* start, Py_ssize_t first, Py_ssize_t n, char** rows,
+) noexcept nogil:
+    """Addresses of rows first .. first + n - 1, by an odometer over the segment's axes."""
+    cdef Py_ssize_t digit[MAX_DIMS]
+    cdef int d, last = segment.n_dims - 1
+    cdef Py_ssize_t done = 0, k, run, step, left = first
+    cdef char* row = start + segment.offset[role]
+    if last < 0:
+        rows[0] = row
+        return
+    for d in range(last, -1, -1):
+        digit[d] = left % segment.size[d]
+        left = left // segment.size[d]
+        row += digit[d] * segment.stride[role][d]
+    step = segment.stride[role][last]
+    while True:
+        run = min(segment.size[last] - digit[last], n - done)
+        for k in range(run):
+            rows[done + k] = row + k * step
+        done += run
+        if done == n:
+            return
+        row -= digit[last] * step
+        digit[last] = 0
+        d = last - 1
+        while True:
+            digit[d] += 1
+            row += segment.stride[role][d]
+            if digit[d] < segment.size[d]:
+                break
+            row -= digit[d] * segment.stride[role][d]
+            digit[d] = 0
+            d -= 1
+
+
+cdef void column_offsets(
+    const Plan* plan, const Segment* segment, int role, Py_ssize_t n_features, Py_ssize_t* offset,
+) noexcept nogil:
+    cdef Py_ssize_t q, f, e, j = 0
+    for q in range(segment.n_joined):
+        for f in range(n_features):
+            for e in range(segment.n_run):
+                offset[j] = (
+                    q * segment.joined_stride[role] + f * plan.feature_stride[role]
+                    + e * segment.run_stride[role]
+                )
+                j += 1
+
+
+cdef void expand(
+    const double* values, const double* factor, Py_ssize_t first, Py_ssize_t n_features,
+    const Segment* segment, lane* columns,
+) noexcept nogil:
+    """A constant per feature, times its factor if there is one, to a constant per column."""
+    cdef Py_ssize_t q, f, e, j = 0
+    cdef double value
+    for q in range(segment.n_joined):
+        for f in range(first, first + n_features):
+            value = values[f] * factor[f] if factor != NULL else values[f]
+            for e in range(segment.n_run):
+                columns[j] = <lane> value
+                j += 1
+
+

@@ -1,0 +1,270 @@
+# The two visits to a tile: sums (reduce) and output (apply), block by block.
+
+cdef enum Kind:
+    FORWARD                   # statistics of x, then apply
+    FORWARD_FROZEN            # apply with the statistics that are given
+    BACKWARD                  # sums of dout, then dx through the batch statistics
+    BACKWARD_FROZEN           # sums of dout; dx = gamma inv_std dout
+
+cdef enum Phase:
+    SWEEP                     # a task is a tile: start, reduce, finish, apply
+    REDUCE                    # a task is a chunk of a tile
+    FINISH                    # a task is a tile
+    APPLY                     # a task is a chunk of a tile
+
+cdef enum State:
+    PENDING
+    SETTLED
+    SCALED
+
+cdef struct Job:
+    Kind kind
+    Plan reduce
+    Plan apply
+    bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
+    Py_ssize_t count          # values per feature, M
+    Py_ssize_t n_features
+    Py_ssize_t tile
+    Py_ssize_t n_tiles
+    double eps
+    double* gamma
+    double* beta
+    double* mean              # mean + mean_low is the mean to twice the digits
+    double* mean_low
+    double* inv_std
+    double* var
+    double* dgamma
+    double* dbeta
+    double* shift_x
+    double* shift_g
+    double* mean_g            # mean_g + mean_g_low is the mean of dout
+    double* mean_g_low
+    double* factor
+    double* scale
+    double* slope
+    double* bias
+    double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
+    char* state
+    char* wide
+    Py_ssize_t width
+    Py_ssize_t buffer_elements
+    Py_ssize_t scratch_bytes
+    char* scratch
+
+cdef struct Scratch:          # one thread's share; columns are `lane` elements, 8 bytes reserved
+    char* rows[N_ROLES][BLOCK_ROWS + TREE_ROWS]
+    char* shift_x
+    char* shift_g
+    char* factor
+    char* scale
+    char* slope
+    char* bias
+    char* dummy
+    double* sum_1
+    double* sum_2
+    Py_ssize_t* offset[N_ROLES]
+    char* buffer[N_ROLES]
+
+
+cdef Py_ssize_t group_rows(const bint* packed, Py_ssize_t width) noexcept nogil:
+    """Rows taken at a time: a whole block, or what fits the buffers in multiples of a tree."""
+    if not (packed[X] or packed[G] or packed[Y]):
+        return BLOCK_ROWS
+    return max(
+        <Py_ssize_t> TREE_ROWS, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // TREE_ROWS * TREE_ROWS)
+    )
+
+
+cdef void fetch_rows(
+    const Plan* plan, const Segment* segment, int role, bint packed, Py_ssize_t tile_first,
+    Py_ssize_t first_column, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Scratch* s,
+    const real* real_tag, const lane* lane_tag,
+) noexcept nogil:
+    """Point s.rows[role] at n rows of the input, in place or gathered as `lane` elements."""
+    cdef Py_ssize_t i
+    cdef char* start = plan.base[role] + tile_first * plan.feature_stride[role]
+    cdef lane* buffer = <lane*> s.buffer[role]
+    if not packed:
+        start += first_column * sizeof(real)
+    row_pointers(segment, role, start, row, n, s.rows[role])
+    if packed:
+        for i in range(n):
+            gather_row[real, lane](
+                real_tag, s.rows[role][i], s.offset[role] + first_column, width,
+                (<lane*> s.factor) + first_column if role == X else (<lane*> s.dummy),
+                buffer + i * width,
+            )
+            s.rows[role][i] = <char*> (buffer + i * width)
+
+
+cdef void set_ones(Scratch* s, Py_ssize_t width, const lane* lane_tag) noexcept nogil:
+    """The factor of roles other than x."""
+    cdef Py_ssize_t j
+    for j in range(width):
+        (<lane*> s.dummy)[j] = 1
+
+
+cdef void reduce_chunk(
+    Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, Scratch* s,
+    const real* real_tag, const lane* lane_tag, bint wide,
+) noexcept nogil:
+    """The two sums of one chunk for the tile's features, into job.sums."""
+    cdef Plan* plan = &job.reduce
+    cdef Segment* segment
+    cdef int index, r
+    cdef bint packed[N_ROLES]
+    cdef Py_ssize_t row, row_end, block_end, n, i, group, width
+    cdef double* total = job.sums + chunk * 4 * job.n_features + first
+    chunk_range(plan, chunk, &index, &row, &row_end)
+    segment = &plan.segment[index]
+    width = segment.n_joined * n_features * segment.n_run
+    for r in range(N_ROLES):
+        packed[r] = plan.used[r] and (wide or plan.packed[r])
+        if packed[r]:
+            column_offsets(plan, segment, r, n_features, s.offset[r])
+    group = group_rows(packed, width)
+    expand[lane](job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x)
+    set_ones(s, width, lane_tag)
+    if packed[X]:
+        for i in range(width):
+            (<lane*> s.factor)[i] = 1
+        if wide:
+            expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
+    if plan.used[G]:
+        expand[lane](job.shift_g, NULL, first, n_features, segment, <lane*> s.shift_g)
+    for r in range(4):
+        memset(total + r * job.n_features, 0, n_features * sizeof(double))
+    while row < row_end:
+        block_end = min(row + BLOCK_ROWS, row_end)
+        memset(s.sum_1, 0, width * sizeof(double))
+        memset(s.sum_2, 0, width * sizeof(double))
+        while row < block_end:
+            n = min(group, block_end - row)
+            for r in range(2):
+                if plan.used[r]:
+                    fetch_rows[real, lane](
+                        plan, segment, r, packed[r], first, 0, width, row, n, s, real_tag, lane_tag
+                    )
+            row += n
+            while n % TREE_ROWS:
+                s.rows[X][n] = s.shift_x
+                s.rows[G][n] = s.shift_g
+                n += 1
+            if plan.used[G]:
+                grad_stats_block[lane](
+                    s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
+                    s.sum_1, s.sum_2,
+                )
+            else:
+                stats_block[lane](
+                    s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2
+                )
+        fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_run)
+        fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_run)
+        add_compensated(total, total + job.n_features, s.sum_1, n_features)
+        add_compensated(
+            total + 2 * job.n_features, total + 3 * job.n_features, s.sum_2, n_features
+        )
+
+
+cdef void apply_columns(
+    Job* job, const Segment* segment, Py_ssize_t row, Py_ssize_t row_end, Py_ssize_t tile_first,
+    Py_ssize_t j0, Py_ssize_t width, const bint* packed, Scratch* s, const real* real_tag,
+    const lane* lane_tag,
+) noexcept nogil:
+    """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
+    cdef Plan* plan = &job.apply
+    cdef Py_ssize_t n, i, group = group_rows(packed, width)
+    cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
+    cdef int r
+    while row < row_end:
+        n = min(group, row_end - row)
+        for r in range(2):
+            if plan.used[r]:
+                fetch_rows[real, lane](
+                    plan, segment, r, packed[r], tile_first, j0, width, row, n, s, real_tag, lane_tag
+                )
+        row_pointers(
+            segment, Y,
+            plan.base[Y] + tile_first * plan.feature_stride[Y] + (0 if packed[Y] else j0 * sizeof(real)),
+            row, n, s.rows[Y],
+        )
+        if packed[Y]:
+            # The rows' addresses wait in the unused tail of the buffer's pointers: scatter below.
+            for i in range(n):
+                s.rows[Y][i] = <char*> ((<lane*> s.buffer[Y]) + i * width)
+        if plan.used[G]:
+            grad_apply_block[lane](
+                s.rows[X], s.rows[G], s.rows[Y], n, width,
+                <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
+                <lane*> s.slope + j0, <lane*> s.bias + j0, dummy,
+            )
+        else:
+            apply_block[lane](
+                s.rows[X], s.rows[Y], n, width,
+                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0, dummy,
+            )
+        if packed[Y]:
+            row_pointers(
+                segment, Y, plan.base[Y] + tile_first * plan.feature_stride[Y], row, n, s.rows[Y]
+            )
+            for i in range(n):
+                scatter_row[real, lane](
+                    real_tag, s.rows[Y][i], s.offset[Y] + j0, 0, width,
+                    (<lane*> s.buffer[Y]) + i * width,
+                )
+        row += n
+
+
+cdef void apply_chunk(
+    Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, Scratch* s,
+    const real* real_tag, const lane* lane_tag, bint wide,
+) noexcept nogil:
+    """Write one chunk of the output for those of the tile's features that are `wide` or not."""
+    cdef Plan* plan = &job.apply
+    cdef Segment* segment
+    cdef int index, r
+    cdef bint packed[N_ROLES]
+    cdef Py_ssize_t row, row_end, width, q, f, f_end, j, wanted = 0
+    for f in range(first, first + n_features):
+        wanted += job.wide[f] == wide
+    if wanted == 0:
+        return
+    chunk_range(plan, chunk, &index, &row, &row_end)
+    segment = &plan.segment[index]
+    width = segment.n_joined * n_features * segment.n_run
+    for r in range(N_ROLES):
+        packed[r] = plan.used[r] and (wide or plan.packed[r])
+        if packed[r]:
+            column_offsets(plan, segment, r, n_features, s.offset[r])
+    set_ones(s, width, lane_tag)
+    if packed[X]:
+        expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
+    expand[lane](job.shift_x, job.factor, first, n_features, segment, <lane*> s.shift_x)
+    if plan.used[G]:
+        expand[lane](job.shift_g, NULL, first, n_features, segment, <lane*> s.shift_g)
+        expand[lane](job.slope, NULL, first, n_features, segment, <lane*> s.slope)
+    expand[lane](job.scale, NULL, first, n_features, segment, <lane*> s.scale)
+    expand[lane](job.bias, NULL, first, n_features, segment, <lane*> s.bias)
+    if wanted == n_features:
+        apply_columns[real, lane](
+            job, segment, row, row_end, first, 0, width, packed, s, real_tag, lane_tag
+        )
+        return
+    for q in range(segment.n_joined):
+        f = 0
+        while f < n_features:
+            if job.wide[first + f] != wide:
+                f += 1
+                continue
+            f_end = f + 1
+            while f_end < n_features and job.wide[first + f_end] == wide:
+                f_end += 1
+            j = (q * n_features + f) * segment.n_run
+            apply_columns[real, lane](
+                job, segment, row, row_end, first, j, (f_end - f) * segment.n_run, packed, s,
+                real_tag, lane_tag,
+            )
+            f = f_end
+
+
