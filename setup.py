@@ -98,6 +98,7 @@ class BuildExt(build_ext):
             "initializedcheck": debug,
             "cdivision": True,
             "freethreading_compatible": True,
+            "autotestdict": False,  # Cython's __test__ is no doctest and stands in no stub
         }
         # Into the build folder, so that neither the source folder nor a wheel ever holds a .c.
         translated = cythonize(

@@ -5,17 +5,51 @@ OpenMP's own setting is asked and never changed: PyTorch, threadpoolctl and othe
 
 import operator
 import os
-from functools import cache
 from math import ceil
 from typing import SupportsIndex
 
 from ._core import cpu
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _cgroup_cpus(root: str = "/sys/fs/cgroup", table: str = "/proc/self/cgroup") -> int | None:
+    """The CPUs' worth of time that this process's cgroup may use, rounded up; None: no quota.
+
+    cgroup 2 writes "quota period" or "max period" into cpu.max, cgroup 1 writes two files, with -1
+    for no quota. The groups above bind too. In a container the path of the table may not exist,
+    because its own group is mounted as the root.
+    """
+    quotas = []
+    for line in _read(table).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = os.path.join(root, "cpu") if controllers else root
+        for step in ["", *path.strip("/").split("/")]:
+            folder = os.path.join(folder, step)
+            words = _read(f"{folder}/cpu.max") or (
+                f"{_read(f'{folder}/cpu.cfs_quota_us')} {_read(f'{folder}/cpu.cfs_period_us')}"
+            )
+            match words.split():
+                case [quota, period] if quota not in ("max", "-1"):
+                    quotas.append(ceil(int(quota) / int(period)))
+    return min(quotas, default=None)
+
 
 # More is surely a mistake, and libgomp ends the process when it cannot start a thread.
 MAX_THREADS = 4096
 
 # libgomp reads the variable once, when it is loaded, and so does this.
 _OPENMP_KNOWS = "OMP_NUM_THREADS" in os.environ
+
+_QUOTA = _cgroup_cpus()  # once: 0.15 ms, and a container's quota is set before it starts
 
 _chosen: int | None = None  # what set_num_threads was given
 _serial = not cpu.openmp  # true also in a forked child that must not use OpenMP
@@ -86,40 +120,7 @@ def get_num_threads() -> int:
         return n
     if hasattr(os, "sched_getaffinity"):
         n = min(n, len(os.sched_getaffinity(0)))
-    return min(n, _cgroup_cpus() or n)
-
-
-@cache
-def _cgroup_cpus(root: str = "/sys/fs/cgroup", table: str = "/proc/self/cgroup") -> int | None:
-    """The CPUs' worth of time that this process's cgroup may use, rounded up; None: no quota.
-
-    cgroup 2 writes "quota period" or "max period" into cpu.max, cgroup 1 writes two files, with -1
-    for no quota. The groups above bind too. In a container the path of the table may not exist,
-    because its own group is mounted as the root.
-    """
-    quotas = []
-    for line in _read(table).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = os.path.join(root, "cpu") if controllers else root
-        for step in ["", *path.strip("/").split("/")]:
-            folder = os.path.join(folder, step)
-            words = _read(f"{folder}/cpu.max") or (
-                f"{_read(f'{folder}/cpu.cfs_quota_us')} {_read(f'{folder}/cpu.cfs_period_us')}"
-            )
-            match words.split():
-                case [quota, period] if quota not in ("max", "-1"):
-                    quotas.append(ceil(int(quota) / int(period)))
-    return min(quotas, default=None)
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read()
-    except OSError:
-        return ""
+    return min(n, _QUOTA or n)
 
 
 # A forked child inherits libgomp's list of workers but not the workers, and its first parallel

@@ -155,7 +155,7 @@ def test_cgroup_quota(tmp_path, table, files, cpus):
 
 @needs_openmp
 def test_quota_bounds_the_default_but_not_what_is_asked(monkeypatch):
-    monkeypatch.setattr(_threads, "_cgroup_cpus", lambda: 1)
+    monkeypatch.setattr(_threads, "_QUOTA", 1)
     monkeypatch.setattr(_threads, "_OPENMP_KNOWS", False)
     assert bn_fast.get_num_threads() == 1
     bn_fast.set_num_threads(3)
