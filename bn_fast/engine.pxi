@@ -19,7 +19,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, sqrt
 from libc.stdlib cimport free, malloc
 from libc.stdint cimport INTPTR_MAX
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -223,7 +223,7 @@ cdef int execute(
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements
     ) * sizeof(double)
     n_sums = 4 * job.reduce.n_chunks * n if job.kind != FORWARD_FROZEN else 0
-    n_values = (10 * n + n_sums + (2 * n + 7) // 8 + 7) // 8 * 8
+    n_values = (12 * n + n_sums + 7) // 8 * 8
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)
     if memory == NULL:
         raise MemoryError("bn_fast: no memory for the scratch of this call")
@@ -239,9 +239,9 @@ cdef int execute(
         job.bias = values + 7 * n
         job.mean_g = values + 8 * n
         job.mean_g_low = values + 9 * n
-        job.sums = values + 10 * n
-        job.state = <char*> (job.sums + n_sums)
-        job.wide = job.state + n
+        job.retry = values + 10 * n
+        job.wide = values + 11 * n
+        job.sums = values + 12 * n
         job.scratch = <char*> (values + n_values)
         load_parameter(gamma, job.gamma)
         if beta is not None:

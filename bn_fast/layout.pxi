@@ -61,6 +61,14 @@ cdef inline Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
     return (stride if stride > 0 else -stride) if stride else INTPTR_MAX
 
 
+cdef inline void set_role(
+    Plan* plan, int role, cnp.ndarray array, cnp.npy_intp** stride,
+) noexcept:
+    plan.used[role] = array is not None
+    plan.base[role] = <char*> cnp.PyArray_DATA(array) if plan.used[role] else NULL
+    stride[0] = cnp.PyArray_STRIDES(array) if plan.used[role] else NULL
+
+
 cdef void make_plan(
     Plan* plan, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, Py_ssize_t itemsize,
 ) noexcept:
@@ -76,13 +84,10 @@ cdef void make_plan(
     cdef Segment* main = &plan.segment[0]
     cdef Segment* rest = &plan.segment[1]
     plan.n_features = n_features
-    for r, array in enumerate((x, dout, out)):
-        plan.used[r] = array is not None
-        plan.base[r] = NULL
-        stride[r] = NULL
-        if plan.used[r]:
-            plan.base[r] = <char*> cnp.PyArray_DATA(<cnp.ndarray> array)
-            stride[r] = cnp.PyArray_STRIDES(<cnp.ndarray> array)
+    set_role(plan, X, x, &stride[X])
+    set_role(plan, G, dout, &stride[G])
+    set_role(plan, Y, out, &stride[Y])
+    for r in range(N_ROLES):
         plan.feature_stride[r] = stride[r][axis] if plan.used[r] and n_features > 1 else 0
     # Sample axes, the farthest apart in x first (insertion sort: axes are few).
     for d in range(ndim):
@@ -280,17 +285,23 @@ cdef void column_offsets(
 
 
 cdef void expand(
-    const double* values, const double* factor, Py_ssize_t first, Py_ssize_t n_features,
-    const Segment* segment, lane* columns,
+    const double* restrict values, const double* restrict factor, Py_ssize_t first,
+    Py_ssize_t n_features, const Segment* segment, lane* restrict columns,
 ) noexcept nogil:
     """A constant per feature, times its factor if there is one, to a constant per column."""
-    cdef Py_ssize_t q, f, e, j = 0
-    cdef double value
-    for q in range(segment.n_joined):
-        for f in range(first, first + n_features):
-            value = values[f] * factor[f] if factor != NULL else values[f]
+    cdef Py_ssize_t f, e
+    cdef lane value
+    if segment.n_run > 1:
+        for f in range(n_features):
+            value = <lane> (values[first + f] * (factor[first + f] if factor != NULL else 1))
             for e in range(segment.n_run):
-                columns[j] = <lane> value
-                j += 1
-
-
+                columns[f * segment.n_run + e] = value
+        return
+    if factor != NULL:
+        for f in range(n_features):
+            columns[f] = <lane> (values[first + f] * factor[first + f])
+    else:
+        for f in range(n_features):
+            columns[f] = <lane> values[first + f]
+    for e in range(1, segment.n_joined):
+        memcpy(columns + e * n_features, columns, n_features * sizeof(lane))

@@ -1,4 +1,8 @@
 # Between the visits: from a feature's sums to its statistics, gradients and constants.
+#
+# Each step is one loop over a tile's features, free of branches so that it vectorizes (the face of
+# a small call: 64 features cost 2 us one by one).  A loop also says which features it could not
+# settle; those are prepared for another try, and the same loop then runs over that feature alone.
 
 cdef inline double low_limit(const real* real_tag) noexcept nogil:
     """Constants between this and its inverse leave the lanes room for x - shift and its square."""
@@ -11,16 +15,7 @@ cdef inline double low_limit(const real* real_tag) noexcept nogil:
 cdef inline bint in_range(double value, double low) noexcept nogil:
     """Zero, NaN and infinity pass: they come out the same in any lane."""
     cdef double size = fabs(value)
-    return value == 0 or not (size < low or (size > 1 / low and isfinite(value)))
-
-
-cdef inline bint too_few(const Job* job, const real* real_tag) noexcept nogil:
-    """M = 2: dx = gamma r^3 eps (dout - mean dout) is all that is left when two terms of the size of
-    dout cancel.  In float32 that leaves no digit, so such features take the float64 lanes."""
-    if real is float:
-        return job.count <= 2
-    else:
-        return False
+    return (value == 0) | (not ((size < low) | ((size > 1 / low) & (size < INFINITY))))
 
 
 cdef inline double power_of_two(double value) noexcept nogil:
@@ -32,49 +27,45 @@ cdef inline double power_of_two(double value) noexcept nogil:
     return ldexp(1.0, max(-1000, min(1000, exponent - 1)))
 
 
-cdef double total_sum(Job* job, int which, Py_ssize_t f) noexcept nogil:
-    """Chunk sums in order, errors kept; `which` is 0 or 2."""
-    cdef double* sums = job.sums + which * job.n_features + f
-    cdef double high = 0, low = 0
-    cdef Py_ssize_t chunk
-    for chunk in range(job.reduce.n_chunks):
-        add_compensated(&high, &low, sums, 1)
-        low += sums[job.n_features]
-        sums += 4 * job.n_features
-    return high + low if isfinite(high) else high
+cdef inline bint too_few(const Job* job, const real* real_tag) noexcept nogil:
+    """M = 2: dx = gamma r^3 eps (dout - mean dout) is all that is left when two terms of the size of
+    dout cancel.  In float32 that leaves no digit, so such features take the float64 lanes."""
+    if real is float:
+        return job.count <= 2
+    else:
+        return False
 
 
-cdef double median_of_three(
-    char** rows, const Py_ssize_t* offset, const real* real_tag,
-) noexcept nogil:
-    """A value near the middle of the data that no single outlier can be; 0 if it is not finite."""
-    cdef double a = (<const real*> (rows[0] + offset[0]))[0]
-    cdef double b = (<const real*> (rows[1] + offset[1]))[0]
-    cdef double c = (<const real*> (rows[2] + offset[2]))[0]
-    cdef double middle = max(min(a, b), min(max(a, b), c))
-    return middle if isfinite(a) and isfinite(b) and isfinite(c) else 0
-
+# ---------------------------------------------------------------- shifts
 
 cdef void sample_shift(
-    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* shift,
+    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* restrict shift,
     const real* real_tag,
 ) noexcept nogil:
-    """The shift of every feature of a tile: from its first, middle and last value."""
+    """The shift of every feature of a tile: the median of its first, middle and last value, so near
+    the middle of the data as no single outlier can be; 0 if it is not finite."""
     cdef const Segment* segment = &plan.segment[0]
-    cdef char* rows[3]
-    cdef Py_ssize_t offset[3]
+    cdef char* row[3]
     cdef Py_ssize_t f, k
-    cdef char* start = plan.base[role] + first * plan.feature_stride[role]
+    cdef Py_ssize_t step = plan.feature_stride[role]
+    cdef real a, b, c, low, high, middle
     for k in range(3):
-        row_pointers(segment, role, start, (segment.n_rows - 1) * k // 2, 1, &rows[k])
-        offset[k] = (
+        row_pointers(
+            segment, role, plan.base[role] + first * step, (segment.n_rows - 1) * k // 2, 1, &row[k]
+        )
+        row[k] += (
             (segment.n_joined - 1) * k // 2 * segment.joined_stride[role]
             + (segment.n_run - 1) * k // 2 * segment.run_stride[role]
         )
-    for f in range(first, first + n_features):
-        shift[f] = median_of_three[real](rows, offset, real_tag)
-        for k in range(3):
-            offset[k] += plan.feature_stride[role]
+    for f in range(n_features):
+        a = (<const real*> (row[0] + f * step))[0]
+        b = (<const real*> (row[1] + f * step))[0]
+        c = (<const real*> (row[2] + f * step))[0]
+        low = a if a < b else b
+        high = b if a < b else a
+        middle = c if c < high else high
+        middle = low if middle < low else middle
+        shift[first + f] = middle if (a - a) + (b - b) + (c - c) == 0 else 0
 
 
 cdef void start_tile(
@@ -82,135 +73,242 @@ cdef void start_tile(
 ) noexcept nogil:
     cdef Py_ssize_t f
     for f in range(first, first + n_features):
-        job.state[f] = PENDING
         job.factor[f] = 1
-        job.shift_g[f] = 0
-        if job.kind != FORWARD:
-            job.shift_x[f] = <double> (<real> job.mean[f])
     if job.kind == FORWARD:
         sample_shift[real](&job.reduce, X, first, n_features, job.shift_x, real_tag)
-    elif job.kind == BACKWARD and job.exact_mean:
+        return
+    for f in range(first, first + n_features):
+        job.shift_x[f] = <double> (<real> job.mean[f])
+        job.shift_g[f] = 0
+    if job.kind == BACKWARD and job.exact_mean:
         sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, real_tag)
 
 
-cdef bint settle_forward(Job* job, Py_ssize_t f, const real* real_tag) noexcept nogil:
-    """Mean, variance and inverse deviation from the shifted sums, or another shift or scale to try.
+# ---------------------------------------------------------------- sums to statistics
 
-    With d = x - shift:  mean = shift + S1/M,  M var = S2 - S1^2/M.  The subtraction is harmless
-    while (mean - shift)^2 <= 9 var; the median of three is within that but for contrived data.
-    """
+cdef inline double finish_sum(double high, double low) noexcept nogil:
+    return high + low if fabs(high) < INFINITY else high
+
+
+cdef inline bint is_far(double s1, double s2, double m) noexcept nogil:
+    """Whether the shift is too far off: M var = S2 - S1^2/M is harmless while
+    (mean - shift)^2 <= 9 var, which the median of three keeps but for contrived data."""
+    return s1 / m * s1 > 9 * (s2 - s1 / m * s1)
+
+
+cdef double settle_forward(
+    const double* restrict s1_high, const double* restrict s1_low,
+    const double* restrict s2_high, const double* restrict s2_low,
+    const double* restrict shift, const double* restrict factor,
+    double* restrict mean, double* restrict mean_low, double* restrict inv_std,
+    double* restrict var, double* restrict retry,
+    Py_ssize_t n, double m, double eps, double low, bint first_try, bint few,
+) noexcept nogil:
+    """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
+    mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked)."""
+    cdef Py_ssize_t f
+    cdef double s1, s2, delta, m2, spread, scaled_eps, count = 0
+    cdef bint finite
+    for f in range(n):
+        s1 = finish_sum(s1_high[f], s1_low[f])
+        s2 = finish_sum(s2_high[f], s2_low[f])
+        finite = (fabs(s1) < INFINITY) & (fabs(s2) < INFINITY)
+        delta = s1 / m
+        m2 = s2 - delta * s1
+        spread = m2 / m if m2 > 0 else 0
+        retry[f] = 1 if (finite & is_far(s1, s2, m)) | (
+            first_try & (
+                (not finite) | few
+                | ((s1 != 0) & (spread + eps < low) & (fabs(shift[f]) < 1e140))
+            )
+        ) else 0
+        count += retry[f]
+        delta = delta / factor[f]
+        mean[f] = shift[f] + delta
+        mean_low[f] = (shift[f] - mean[f]) + delta if finite else 0
+        spread = spread if finite else NAN
+        var[f] = spread / factor[f] / factor[f]
+        scaled_eps = eps * factor[f] * factor[f]
+        inv_std[f] = factor[f] / sqrt(spread + scaled_eps) if spread + scaled_eps != 0 else 0
+    return count
+
+
+cdef double settle_backward(
+    const double* restrict s1_high, const double* restrict s1_low,
+    const double* restrict s2_high, const double* restrict s2_low,
+    const double* restrict shift_x, const double* restrict shift_g,
+    const double* restrict factor, const double* restrict mean,
+    const double* restrict mean_low, const double* restrict inv_std,
+    double* restrict dgamma, double* restrict dbeta,
+    double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
+    Py_ssize_t n, double m, double low, bint first_try, bint few,
+) noexcept nogil:
+    """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
+    S1 = sum t, S2 = sum t d, t = dout - shift_g.  Returns how many need another try (marked)."""
+    cdef Py_ssize_t f
+    cdef double s1, s2, t, rest, count = 0
+    for f in range(n):
+        s1 = finish_sum(s1_high[f], s1_low[f])
+        s2 = finish_sum(s2_high[f], s2_low[f])
+        rest = (mean[f] - shift_x[f]) + mean_low[f]
+        retry[f] = 1 if first_try & (
+            few | (not (
+                (fabs(s1) < INFINITY) & (fabs(s2) < INFINITY)
+                & ((fabs(s2) >= m * low) | ((s1 == 0) & (s2 == 0)))
+            ))
+        ) else 0
+        count += retry[f]
+        t = s1 / m
+        dbeta[f] = s1 + m * shift_g[f]
+        mean_g[f] = shift_g[f] + t
+        mean_g_low[f] = (shift_g[f] - mean_g[f]) + t
+        dgamma[f] = inv_std[f] / factor[f] * s2 - (inv_std[f] * rest * s1 if rest != 0 else 0)
+    return count
+
+
+cdef void merge_chunks(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """Add the chunks' sums to those of chunk 0, in order, rounding errors kept."""
+    cdef Py_ssize_t chunk, which, stride = job.n_features
+    cdef double* total
+    cdef double* part
+    for chunk in range(1, job.reduce.n_chunks):
+        for which in range(0, 4, 2):
+            total = job.sums + first + which * stride
+            part = total + 4 * chunk * stride
+            add_compensated(total, total + stride, part, n)
+            fold_halves(total + stride, part + stride, n)
+
+
+cdef double settle(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, const real* real_tag,
+) noexcept nogil:
+    cdef double* sums = job.sums + f
     cdef double m = <double> job.count
-    cdef double s1 = total_sum(job, 0, f), s2 = total_sum(job, 2, f)
-    cdef double shift = job.shift_x[f], factor = job.factor[f]
-    cdef double delta = s1 / m, m2 = s2 - s1 * delta
-    cdef double low = low_limit(real_tag), spread, high
+    cdef double low = low_limit(real_tag)
+    cdef bint few = too_few(job, real_tag)
+    cdef Py_ssize_t stride = job.n_features
+    if job.kind == FORWARD:
+        return settle_forward(
+            sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
+            job.shift_x + f, job.factor + f,
+            job.mean + f, job.mean_low + f, job.inv_std + f, job.var + f, job.retry + f,
+            n, m, job.eps, low, first_try, few,
+        )
+    return settle_backward(
+        sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
+        job.shift_x + f, job.shift_g + f, job.factor + f,
+        job.mean + f, job.mean_low + f, job.inv_std + f,
+        job.dgamma + f, job.dbeta + f, job.mean_g + f, job.mean_g_low + f, job.retry + f,
+        n, m, low, first_try, few,
+    )
+
+
+cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept nogil:
+    """A better shift where that was the matter, else other lanes: float64's hold every square of
+    float32, and every square of float64 once it is scaled."""
+    cdef double* sums = job.sums + f
+    cdef double m = <double> job.count
+    cdef double s1 = finish_sum(sums[0], sums[job.n_features])
+    cdef double s2 = finish_sum(sums[2 * job.n_features], sums[3 * job.n_features])
     cdef bint finite = isfinite(s1) and isfinite(s2)
-    cdef bint first_try = job.state[f] == PENDING
-    if finite and delta * delta * m > 9 * m2:
-        job.shift_x[f] = shift + delta / factor
-        job.state[f] = SCALED
-        return False
-    if first_try and (not finite or too_few(job, real_tag)):
-        # float32: the float64 lanes hold every square.  float64: scaled by 2^-540 they do.
-        if real is double:
-            job.factor[f] = ldexp(1.0, -540)
-        job.state[f] = SCALED
-        return False
-    spread = m2 / m if m2 > 0 else 0
-    if first_try and finite and s1 != 0 and spread + job.eps < low and fabs(shift) < 1e140:
-        if real is double:
-            job.factor[f] = ldexp(1.0, 540)
-        job.state[f] = SCALED
-        return False
-    if not finite:
-        spread = NAN
-    high = shift + delta / factor
-    job.mean[f] = high
-    job.mean_low[f] = (shift - high) + delta / factor if isfinite(high) else 0
-    job.var[f] = spread / factor / factor
-    spread += job.eps * factor * factor
-    job.inv_std[f] = factor / sqrt(spread) if spread != 0 else 0
-    return True
-
-
-cdef bint settle_backward(Job* job, Py_ssize_t f, const real* real_tag) noexcept nogil:
-    """dbeta = S1 + M shift_g and, with x - mean = d - rest,  dgamma = r (S2 - rest S1)."""
-    cdef double m = <double> job.count
-    cdef double s1 = total_sum(job, 0, f), s2 = total_sum(job, 2, f)
-    cdef double r = job.inv_std[f], factor = job.factor[f]
-    cdef double rest = (job.mean[f] - job.shift_x[f]) + job.mean_low[f]
-    if job.state[f] == PENDING and not (
-        isfinite(s1) and isfinite(s2) and not too_few(job, real_tag)
-        and (fabs(s2) >= m * low_limit(real_tag) or (s1 == 0 and s2 == 0))
-    ):
+    if job.kind != FORWARD:
         job.shift_x[f] = job.mean[f]
         if real is double:
-            job.factor[f] = power_of_two(r)
-        job.state[f] = SCALED
-        return False
-    job.dbeta[f] = s1 + m * job.shift_g[f]
-    job.mean_g[f] = job.shift_g[f] + s1 / m
-    job.mean_g_low[f] = (job.shift_g[f] - job.mean_g[f]) + s1 / m
-    job.dgamma[f] = r / factor * s2
-    if rest != 0:
-        job.dgamma[f] -= r * rest * s1
-    return True
+            job.factor[f] = power_of_two(job.inv_std[f])
+    elif finite and is_far(s1, s2, m):
+        job.shift_x[f] += s1 / m / job.factor[f]
+    elif real is double:
+        job.factor[f] = ldexp(1.0, 540 if finite else -540)
 
 
-cdef void set_constants(Job* job, Py_ssize_t f, const real* real_tag) noexcept nogil:
-    """What the second visit multiplies and adds, and whether the native lanes can do it.
+# ---------------------------------------------------------------- statistics to constants
+#
+# What the second visit subtracts, multiplies and adds.  The shift is the mean rounded to x's dtype,
+# so x - shift is exact near the mean; the rest of the mean goes into the constant.  `wide` marks
+# the features whose constants the native lanes cannot hold.
 
-    The shift is the mean rounded to x's dtype, so x - shift is exact near the mean; the rest of the
-    mean goes into the constant.  Tried in the native lanes first, then in the wide ones.
-    """
-    cdef double low = low_limit(real_tag), m = <double> job.count
-    cdef double gamma = job.gamma[f], r = job.inv_std[f], a = gamma * r
-    cdef double shift, rest, factor, scale, slope, bias, slope_g
-    cdef bint wide
-    for wide in range(2):
-        shift = job.mean[f] if wide else <double> (<real> job.mean[f])
-        rest = (job.mean[f] - shift) + job.mean_low[f]
-        factor = power_of_two(r) if wide and sizeof(real) == sizeof(double) else 1
-        if job.kind == BACKWARD:
-            # dx = a ((dout - mean_g) - (x - mean) r dgamma / M); M = 1 leaves dx = 0.
-            job.shift_g[f] = job.mean_g[f] if wide else <double> (<real> job.mean_g[f])
-            scale = a
-            slope_g = job.dgamma[f] / m if job.count > 1 else 0
-            slope = a * slope_g * (r / factor)
-            bias = -a * ((job.mean_g[f] - job.shift_g[f]) + job.mean_g_low[f])
-            if rest != 0:
-                bias += slope * factor * rest
-        elif job.kind == BACKWARD_FROZEN:
-            # dx = gamma inv_std dout: the affine kernel on dout.
-            shift = rest = bias = slope = slope_g = job.shift_g[f] = 0
-            factor = 1
-            scale = a
-        else:
-            job.shift_g[f] = slope = slope_g = 0
-            scale = gamma * (r / factor)
-            bias = job.beta[f] - rest * a if rest != 0 else job.beta[f]
-        if not wide and (
-            in_range(shift, low) and in_range(r, low) and in_range(scale, low)
-            and in_range(job.shift_g[f], low) and in_range(slope, low) and in_range(bias, low)
-            and (scale != 0 or gamma == 0 or r == 0) and (slope != 0 or slope_g == 0 or a == 0)
-            and (job.kind == FORWARD_FROZEN or not too_few(job, real_tag))
-        ):
-            break
-    job.shift_x[f] = shift
-    job.factor[f] = factor
-    job.scale[f] = scale
-    job.slope[f] = slope
-    job.bias[f] = bias
-    job.wide[f] = wide
-
-
-cdef void reduce_tile_wide(
-    Job* job, Py_ssize_t first, Py_ssize_t n_features, Scratch* s, const real* real_tag,
+cdef void forward_constants(
+    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict gamma, const double* restrict beta,
+    double* restrict shift, double* restrict factor, double* restrict scale,
+    double* restrict bias, double* restrict wide_mark,
+    Py_ssize_t n, double low, bint wide, bint few, const real* real_tag,
 ) noexcept nogil:
-    cdef Py_ssize_t chunk
-    for chunk in range(job.reduce.n_chunks):
-        reduce_chunk[real, double](
-            job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
+    """y = (x - shift) scale + bias."""
+    cdef Py_ssize_t f
+    cdef double r, a, rest
+    for f in range(n):
+        r = inv_std[f]
+        a = gamma[f] * r
+        shift[f] = mean[f] if wide else <double> (<real> mean[f])
+        rest = (mean[f] - shift[f]) + mean_low[f]
+        factor[f] = power_of_two(r) if wide and sizeof(real) == sizeof(double) else 1
+        scale[f] = gamma[f] * (r / factor[f]) if wide else a
+        bias[f] = beta[f] - (rest * a if rest != 0 else 0)
+        wide_mark[f] = 1 if wide else 0 if (
+            in_range(shift[f], low) & in_range(r, low) & in_range(a, low)
+            & in_range(bias[f], low) & (not few) & ((a != 0) | (gamma[f] == 0) | (r == 0))
+        ) else 1
+
+
+cdef void backward_constants(
+    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict gamma, const double* restrict dgamma,
+    const double* restrict mean_g, const double* restrict mean_g_low,
+    double* restrict shift_x, double* restrict shift_g, double* restrict factor,
+    double* restrict scale, double* restrict slope, double* restrict bias,
+    double* restrict wide_mark,
+    Py_ssize_t n, double m, double low, bint wide, bint few, const real* real_tag,
+) noexcept nogil:
+    """dx = a ((dout - mean_g) - (x - mean) r dgamma / M), a = gamma r; M = 1 leaves dx = 0."""
+    cdef Py_ssize_t f
+    cdef double r, a, q, rest
+    for f in range(n):
+        r = inv_std[f]
+        a = gamma[f] * r
+        q = dgamma[f] / m if m > 1 else 0
+        shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
+        shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
+        rest = (mean[f] - shift_x[f]) + mean_low[f]
+        factor[f] = power_of_two(r) if wide and sizeof(real) == sizeof(double) else 1
+        scale[f] = a
+        slope[f] = a * q * (r / factor[f]) if wide else a * q * r
+        bias[f] = (
+            (slope[f] * factor[f] * rest if rest != 0 else 0)
+            - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
+        )
+        wide_mark[f] = 1 if wide else 0 if (
+            in_range(shift_x[f], low) & in_range(shift_g[f], low) & in_range(r, low)
+            & in_range(a, low) & in_range(slope[f], low) & in_range(bias[f], low) & (not few)
+            & ((a != 0) | (gamma[f] == 0) | (r == 0)) & ((slope[f] != 0) | (q == 0) | (a == 0))
+        ) else 1
+
+
+cdef void set_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const real* real_tag,
+) noexcept nogil:
+    cdef double low = low_limit(real_tag)
+    cdef Py_ssize_t k
+    if job.kind == BACKWARD:
+        backward_constants[real](
+            job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.dgamma + f,
+            job.mean_g + f, job.mean_g_low + f,
+            job.shift_x + f, job.shift_g + f, job.factor + f, job.scale + f, job.slope + f,
+            job.bias + f, job.wide + f,
+            n, <double> job.count, low, wide, too_few(job, real_tag), real_tag,
+        )
+    elif job.kind == BACKWARD_FROZEN:
+        # dx = gamma inv_std dout: the affine kernel on dout.
+        for k in range(f, f + n):
+            job.shift_x[k] = job.bias[k] = 0
+            job.factor[k] = 1
+            job.scale[k] = job.gamma[k] * job.inv_std[k]
+            job.wide[k] = not in_range(job.scale[k], low)
+    else:
+        forward_constants[real](
+            job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.beta + f,
+            job.shift_x + f, job.factor + f, job.scale + f, job.bias + f, job.wide + f,
+            n, low, wide, job.kind == FORWARD and too_few(job, real_tag), real_tag,
         )
 
 
@@ -218,27 +316,31 @@ cdef void finish_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, Scratch* s, const real* real_tag,
 ) noexcept nogil:
     """Settle the tile's features, again in wide lanes where needed, and set their constants."""
-    cdef Py_ssize_t f, unsettled
-    cdef bint done
+    cdef Py_ssize_t f, chunk
+    cdef double unsettled, n_wide = 0
     cdef int attempt
     if job.kind != FORWARD_FROZEN:
-        for attempt in range(4):
-            unsettled = 0
-            for f in range(first, first + n_features):
-                if job.state[f] == SETTLED:
-                    continue
-                if job.kind == FORWARD:
-                    done = settle_forward[real](job, f, real_tag)
-                else:
-                    done = settle_backward[real](job, f, real_tag)
-                if done:
-                    job.state[f] = SETTLED
-                else:
-                    unsettled += 1
+        merge_chunks(job, first, n_features)
+        unsettled = settle(job, first, n_features, True, real_tag)
+        for attempt in range(3):
             if unsettled == 0:
                 break
-            reduce_tile_wide[real](job, first, n_features, s, real_tag)
+            for f in range(first, first + n_features):
+                if job.retry[f]:
+                    prepare_retry[real](job, f, real_tag)
+            for chunk in range(job.reduce.n_chunks):
+                reduce_chunk[real, double](
+                    job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
+                )
+            merge_chunks(job, first, n_features)
+            unsettled = 0
+            for f in range(first, first + n_features):
+                if job.retry[f]:
+                    unsettled += settle(job, f, 1, False, real_tag)
+    set_constants[real](job, first, n_features, False, real_tag)
     for f in range(first, first + n_features):
-        set_constants[real](job, f, real_tag)
-
-
+        n_wide += job.wide[f]
+    if n_wide:
+        for f in range(first, first + n_features):
+            if job.wide[f]:
+                set_constants[real](job, f, 1, True, real_tag)

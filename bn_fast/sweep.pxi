@@ -12,11 +12,6 @@ cdef enum Phase:
     FINISH                    # a task is a tile
     APPLY                     # a task is a chunk of a tile
 
-cdef enum State:
-    PENDING
-    SETTLED
-    SCALED
-
 cdef struct Job:
     Kind kind
     Plan reduce
@@ -44,8 +39,8 @@ cdef struct Job:
     double* slope
     double* bias
     double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
-    char* state
-    char* wide
+    double* retry             # 1 where the sums have to be had again, in wide lanes
+    double* wide              # 1 where the output has to be computed in wide lanes
     Py_ssize_t width
     Py_ssize_t buffer_elements
     Py_ssize_t scratch_bytes
