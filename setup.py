@@ -179,11 +179,6 @@ def extension(name, isa=None):
 
 
 setup(
-    ext_modules=[extension("_cpu")]
-    + [
-        extension(f"_core_{isa}", isa)
-        for isa in ISA_FLAGS
-        if Path(f"bn_fast/_core_{isa}.pyx").exists()
-    ],
+    ext_modules=[extension("_cpu"), *(extension(f"_core_{isa}", isa) for isa in ISA_FLAGS)],
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
 )
