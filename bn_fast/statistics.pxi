@@ -12,10 +12,22 @@ cdef inline double low_limit(const real* real_tag) noexcept nogil:
         return 1e-290
 
 
-cdef inline bint in_range(double value, double low) noexcept nogil:
-    """Zero, NaN and infinity pass: they come out the same in any lane."""
+cdef inline double beyond(double value, double low) noexcept nogil:
+    """1 if |value| is below low or above 1/low, else 0; zero, NaN and infinity pass, as they come
+    out the same in any lane.  (Conditions are doubles here: gcc 12 does not vectorize loops that
+    mix them with ints.)"""
     cdef double size = fabs(value)
-    return (value == 0) | (not ((size < low) | ((size > 1 / low) & (size < INFINITY))))
+    cdef double small = size if size < low else 0
+    return (
+        (1.0 if small > 0 else 0.0) + (1.0 if size > 1 / low else 0.0)
+        - (1.0 if size == INFINITY else 0.0)
+    )
+
+
+cdef inline double is_lost(double product, double x, double y) noexcept nogil:
+    """1 if the product of two factors that are not 0 sank to 0."""
+    cdef double factors = (1.0 if x != 0 else 0.0) * (1.0 if y != 0 else 0.0)
+    return factors if product == 0 else 0.0
 
 
 cdef inline double power_of_two(double value) noexcept nogil:
@@ -90,10 +102,10 @@ cdef inline double finish_sum(double high, double low) noexcept nogil:
     return high + low if fabs(high) < INFINITY else high
 
 
-cdef inline bint is_far(double s1, double s2, double m) noexcept nogil:
-    """Whether the shift is too far off: M var = S2 - S1^2/M is harmless while
+cdef inline double is_far(double s1, double s2, double m) noexcept nogil:
+    """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while
     (mean - shift)^2 <= 9 var, which the median of three keeps but for contrived data."""
-    return s1 / m * s1 > 9 * (s2 - s1 / m * s1)
+    return 1.0 if s1 / m * s1 > 9 * (s2 - s1 / m * s1) else 0.0
 
 
 cdef double settle_forward(
@@ -102,34 +114,32 @@ cdef double settle_forward(
     const double* restrict shift, const double* restrict factor,
     double* restrict mean, double* restrict mean_low, double* restrict inv_std,
     double* restrict var, double* restrict retry,
-    Py_ssize_t n, double m, double eps, double low, bint first_try, bint few,
+    Py_ssize_t n, double m, double eps, double low, double first_try, double few,
 ) noexcept nogil:
     """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
     mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, delta, m2, spread, scaled_eps, count = 0
-    cdef bint finite
+    cdef double s1, s2, delta, m2, spread, scaled_eps, finite, sank, count = 0
     for f in range(n):
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
-        finite = (fabs(s1) < INFINITY) & (fabs(s2) < INFINITY)
+        finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         delta = s1 / m
         m2 = s2 - delta * s1
-        spread = m2 / m if m2 > 0 else 0
-        retry[f] = 1 if (finite & is_far(s1, s2, m)) | (
-            first_try & (
-                (not finite) | few
-                | ((s1 != 0) & (spread + eps < low) & (fabs(shift[f]) < 1e140))
-            )
-        ) else 0
+        spread = m2 / m if m2 > 0 else 0.0
+        sank = (
+            (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
+            * (1.0 if fabs(shift[f]) < 1e140 else 0.0)
+        )
+        retry[f] = finite * is_far(s1, s2, m) + first_try * (1 - finite + few + sank)
         count += retry[f]
         delta = delta / factor[f]
         mean[f] = shift[f] + delta
-        mean_low[f] = (shift[f] - mean[f]) + delta if finite else 0
-        spread = spread if finite else NAN
+        mean_low[f] = (shift[f] - mean[f]) + delta if finite > 0 else 0.0
+        spread = spread if finite > 0 else NAN
         var[f] = spread / factor[f] / factor[f]
         scaled_eps = eps * factor[f] * factor[f]
-        inv_std[f] = factor[f] / sqrt(spread + scaled_eps) if spread + scaled_eps != 0 else 0
+        inv_std[f] = factor[f] / sqrt(spread + scaled_eps) if spread + scaled_eps != 0 else 0.0
     return count
 
 
@@ -141,28 +151,26 @@ cdef double settle_backward(
     const double* restrict mean_low, const double* restrict inv_std,
     double* restrict dgamma, double* restrict dbeta,
     double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
-    Py_ssize_t n, double m, double low, bint first_try, bint few,
+    Py_ssize_t n, double m, double low, double first_try, double few,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g.  Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, rest, count = 0
+    cdef double s1, s2, t, rest, finite, dead, sank, count = 0
     for f in range(n):
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
-        retry[f] = 1 if first_try & (
-            few | (not (
-                (fabs(s1) < INFINITY) & (fabs(s2) < INFINITY)
-                & ((fabs(s2) >= m * low) | ((s1 == 0) & (s2 == 0)))
-            ))
-        ) else 0
+        finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
+        dead = 1.0 if fabs(s1) + fabs(s2) == 0 else 0.0
+        sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
+        retry[f] = first_try * (1 - finite + few + sank)
         count += retry[f]
         t = s1 / m
         dbeta[f] = s1 + m * shift_g[f]
         mean_g[f] = shift_g[f] + t
         mean_g_low[f] = (shift_g[f] - mean_g[f]) + t
-        dgamma[f] = inv_std[f] / factor[f] * s2 - (inv_std[f] * rest * s1 if rest != 0 else 0)
+        dgamma[f] = inv_std[f] / factor[f] * s2 - (inv_std[f] * rest * s1 if rest != 0 else 0.0)
     return count
 
 
@@ -215,7 +223,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
         job.shift_x[f] = job.mean[f]
         if real is double:
             job.factor[f] = power_of_two(job.inv_std[f])
-    elif finite and is_far(s1, s2, m):
+    elif finite and is_far(s1, s2, m) != 0:
         job.shift_x[f] += s1 / m / job.factor[f]
     elif real is double:
         job.factor[f] = ldexp(1.0, 540 if finite else -540)
@@ -224,15 +232,16 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
 # ---------------------------------------------------------------- statistics to constants
 #
 # What the second visit subtracts, multiplies and adds.  The shift is the mean rounded to x's dtype,
-# so x - shift is exact near the mean; the rest of the mean goes into the constant.  `wide` marks
-# the features whose constants the native lanes cannot hold.
+# so x - shift is exact near the mean; the rest of the mean goes into the constant.  The marks are
+# those features whose constants the native lanes cannot hold; for them it is done again, `wide`,
+# with factor set.
 
 cdef void forward_constants(
     const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
     const double* restrict gamma, const double* restrict beta,
     double* restrict shift, double* restrict factor, double* restrict scale,
     double* restrict bias, double* restrict wide_mark,
-    Py_ssize_t n, double low, bint wide, bint few, const real* real_tag,
+    Py_ssize_t n, double low, bint wide, double few, const real* real_tag,
 ) noexcept nogil:
     """y = (x - shift) scale + bias."""
     cdef Py_ssize_t f
@@ -242,13 +251,13 @@ cdef void forward_constants(
         a = gamma[f] * r
         shift[f] = mean[f] if wide else <double> (<real> mean[f])
         rest = (mean[f] - shift[f]) + mean_low[f]
-        factor[f] = power_of_two(r) if wide and sizeof(real) == sizeof(double) else 1
-        scale[f] = gamma[f] * (r / factor[f]) if wide else a
-        bias[f] = beta[f] - (rest * a if rest != 0 else 0)
-        wide_mark[f] = 1 if wide else 0 if (
-            in_range(shift[f], low) & in_range(r, low) & in_range(a, low)
-            & in_range(bias[f], low) & (not few) & ((a != 0) | (gamma[f] == 0) | (r == 0))
-        ) else 1
+        factor[f] = factor[f] if wide else 1
+        scale[f] = gamma[f] * (r / factor[f])
+        bias[f] = beta[f] - (rest * a if rest != 0 else 0.0)
+        wide_mark[f] = (
+            few + beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + beyond(bias[f], low)
+            + is_lost(a, gamma[f], r)
+        )
 
 
 cdef void backward_constants(
@@ -258,7 +267,7 @@ cdef void backward_constants(
     double* restrict shift_x, double* restrict shift_g, double* restrict factor,
     double* restrict scale, double* restrict slope, double* restrict bias,
     double* restrict wide_mark,
-    Py_ssize_t n, double m, double low, bint wide, bint few, const real* real_tag,
+    Py_ssize_t n, double m, double low, bint wide, double few, const real* real_tag,
 ) noexcept nogil:
     """dx = a ((dout - mean_g) - (x - mean) r dgamma / M), a = gamma r; M = 1 leaves dx = 0."""
     cdef Py_ssize_t f
@@ -266,22 +275,22 @@ cdef void backward_constants(
     for f in range(n):
         r = inv_std[f]
         a = gamma[f] * r
-        q = dgamma[f] / m if m > 1 else 0
+        q = dgamma[f] / m if m > 1 else 0.0
         shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
-        factor[f] = power_of_two(r) if wide and sizeof(real) == sizeof(double) else 1
+        factor[f] = factor[f] if wide else 1
         scale[f] = a
-        slope[f] = a * q * (r / factor[f]) if wide else a * q * r
+        slope[f] = a * q * (r / factor[f])
         bias[f] = (
-            (slope[f] * factor[f] * rest if rest != 0 else 0)
+            (slope[f] * factor[f] * rest if rest != 0 else 0.0)
             - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
         )
-        wide_mark[f] = 1 if wide else 0 if (
-            in_range(shift_x[f], low) & in_range(shift_g[f], low) & in_range(r, low)
-            & in_range(a, low) & in_range(slope[f], low) & in_range(bias[f], low) & (not few)
-            & ((a != 0) | (gamma[f] == 0) | (r == 0)) & ((slope[f] != 0) | (q == 0) | (a == 0))
-        ) else 1
+        wide_mark[f] = (
+            few + beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
+            + beyond(a, low) + beyond(slope[f], low) + beyond(bias[f], low)
+            + is_lost(a, gamma[f], r) + is_lost(slope[f], a, q)
+        )
 
 
 cdef void set_constants(
@@ -303,7 +312,7 @@ cdef void set_constants(
             job.shift_x[k] = job.bias[k] = 0
             job.factor[k] = 1
             job.scale[k] = job.gamma[k] * job.inv_std[k]
-            job.wide[k] = not in_range(job.scale[k], low)
+            job.wide[k] = beyond(job.scale[k], low) + is_lost(job.scale[k], job.gamma[k], job.inv_std[k])
     else:
         forward_constants[real](
             job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.beta + f,
@@ -317,7 +326,7 @@ cdef void finish_tile(
 ) noexcept nogil:
     """Settle the tile's features, again in wide lanes where needed, and set their constants."""
     cdef Py_ssize_t f, chunk
-    cdef double unsettled, n_wide = 0
+    cdef double unsettled
     cdef int attempt
     if job.kind != FORWARD_FROZEN:
         merge_chunks(job, first, n_features)
@@ -326,7 +335,7 @@ cdef void finish_tile(
             if unsettled == 0:
                 break
             for f in range(first, first + n_features):
-                if job.retry[f]:
+                if job.retry[f] != 0:
                     prepare_retry[real](job, f, real_tag)
             for chunk in range(job.reduce.n_chunks):
                 reduce_chunk[real, double](
@@ -335,12 +344,12 @@ cdef void finish_tile(
             merge_chunks(job, first, n_features)
             unsettled = 0
             for f in range(first, first + n_features):
-                if job.retry[f]:
+                if job.retry[f] != 0:
                     unsettled += settle(job, f, 1, False, real_tag)
     set_constants[real](job, first, n_features, False, real_tag)
     for f in range(first, first + n_features):
-        n_wide += job.wide[f]
-    if n_wide:
-        for f in range(first, first + n_features):
-            if job.wide[f]:
-                set_constants[real](job, f, 1, True, real_tag)
+        if job.wide[f] != 0:
+            if real is double:
+                job.factor[f] = power_of_two(job.inv_std[f])
+            set_constants[real](job, f, 1, True, real_tag)
+            job.wide[f] = 1

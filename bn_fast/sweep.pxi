@@ -92,11 +92,10 @@ cdef void fetch_rows(
             s.rows[role][i] = <char*> (buffer + i * width)
 
 
-cdef void set_ones(Scratch* s, Py_ssize_t width, const lane* lane_tag) noexcept nogil:
-    """The factor of roles other than x."""
+cdef void set_ones(lane* factor, Py_ssize_t width) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        (<lane*> s.dummy)[j] = 1
+        factor[j] = 1
 
 
 cdef void reduce_chunk(
@@ -108,7 +107,7 @@ cdef void reduce_chunk(
     cdef Segment* segment
     cdef int index, r
     cdef bint packed[N_ROLES]
-    cdef Py_ssize_t row, row_end, block_end, n, i, group, width
+    cdef Py_ssize_t row, row_end, block_end, n, group, width
     cdef double* total = job.sums + chunk * 4 * job.n_features + first
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
@@ -119,10 +118,9 @@ cdef void reduce_chunk(
             column_offsets(plan, segment, r, n_features, s.offset[r])
     group = group_rows(packed, width)
     expand[lane](job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x)
-    set_ones(s, width, lane_tag)
-    if packed[X]:
-        for i in range(width):
-            (<lane*> s.factor)[i] = 1
+    if packed[X] or packed[G]:
+        set_ones(<lane*> s.dummy, width)
+        set_ones(<lane*> s.factor, width)
         if wide:
             expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
     if plan.used[G]:
@@ -232,8 +230,8 @@ cdef void apply_chunk(
         packed[r] = plan.used[r] and (wide or plan.packed[r])
         if packed[r]:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    set_ones(s, width, lane_tag)
-    if packed[X]:
+    if packed[X] or packed[G]:
+        set_ones(<lane*> s.dummy, width)
         expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
     expand[lane](job.shift_x, job.factor, first, n_features, segment, <lane*> s.shift_x)
     if plan.used[G]:
