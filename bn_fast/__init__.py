@@ -1,4 +1,4 @@
-"""Batch normalization for NumPy arrays on the CPU: compiled, threaded, exact to the last rounding."""
+"""Batch normalization for NumPy arrays on the CPU: compiled, threaded, exact."""
 
 from ._config import __version__, build_info, show_config
 from ._threads import get_num_threads, set_num_threads

@@ -1,4 +1,4 @@
-"""Arguments in, arrays the engine can take out, or a TypeError or ValueError that names the argument.
+"""Arguments in, arrays that the engine can take out, or an error that names the argument.
 
 TypeError: the wrong kind of thing (None, str, object, complex, a masked array). ValueError: the
 right kind with a wrong shape, size or value. Nothing here writes to anything.
@@ -99,13 +99,15 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
     for name, array in inputs.items():
         same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
         if not same and np.shares_memory(out, array):
-            raise ValueError(f"out must be {name}'s own buffer or apart from it, got a partial overlap")
+            raise ValueError(f"out must be {name} itself or apart from it, got a partial overlap")
     return out
 
 
 def forward_arrays(
     x: Any, gamma: Any, beta: Any, axis: Any, out: Any
 ) -> tuple[Array, Array, Array, int, Array | None]:
+    if core.is_plain(x, gamma, beta, axis, out):  # the straight road
+        return x, gamma, beta, axis, out
     x = _input(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
@@ -166,7 +168,10 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
 
 
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
-    if not isinstance(cache, Cache):
+    if type(cache) is Cache and not cache.overwritten:
+        if core.is_plain_gradient(dout, cache.x, out):  # the straight road
+            return dout, cache, out
+    elif not isinstance(cache, Cache):
         cache = _foreign_cache(cache)
     if cache.overwritten:
         raise ValueError(

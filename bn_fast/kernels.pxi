@@ -185,8 +185,8 @@ cdef void grad_apply_block(
 
 
 cdef void gather_row(
-    const real* type_tag, const char* row, const Py_ssize_t* restrict offset, Py_ssize_t width,
-    const lane* restrict factor, lane* restrict packed,
+    const real* type_tag, const char* row, const Py_ssize_t* restrict offset,
+    Py_ssize_t width, const lane* restrict factor, lane* restrict packed,
 ) noexcept nogil:
     """packed[j] = factor[j] * (the element `offset[j]` bytes into the row); the factor is a power
     of two (1 but for float64 values whose squares leave the range), so nothing is rounded."""
@@ -205,7 +205,9 @@ cdef void scatter_row(
         (<real*> (row + offset[j]))[0] = <real> packed[j]
 
 
-cdef inline void fold_halves(double* restrict low, const double* restrict high, Py_ssize_t n) noexcept nogil:
+cdef inline void fold_halves(
+    double* restrict low, const double* restrict high, Py_ssize_t n,
+) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(n):
         low[j] += high[j]

@@ -1,0 +1,30 @@
+from ._types import Array
+
+def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
+def backward(
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    stats: Array,
+    axis: int,
+    out: Array | None,
+    frozen: bool,
+    exact_mean: bool,
+    n_threads: int,
+) -> tuple[Array, Array, Array]: ...
+def forward(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    axis: int,
+    eps: float,
+    out: Array | None,
+    mean: Array | None,
+    var: Array | None,
+    n_threads: int,
+) -> tuple[Array, Array]: ...
+def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
+def is_plain_gradient(dout: object, x: Array, out: object) -> bool: ...
+def running_average(
+    old: Array, stats: Array, row: int, momentum: float | None, x: Array
+) -> Array: ...
