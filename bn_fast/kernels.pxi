@@ -13,8 +13,11 @@
 #       depend on the vector length: the same bits on every instruction set (contraction is off).
 #   (c) Squares.  d = x - shift with the shift near the mean, never E[x^2] - E[x]^2: x - shift is
 #       exact for x within a factor of two of the shift (Sterbenz), whatever the offset.
-#   (d) Rows come in multiples of TREE_ROWS; the caller pads with a row equal to the shift, which
-#       adds exactly 0, instead of a second loop here for the rest.
+#   (d) Rows come in multiples of TREE_ROWS for sums, of APPLY_ROWS for output; the caller pads with
+#       rows equal to the shift, which add exactly 0, and with a dummy to write to, instead of a
+#       second loop here for the rest.
+#   (e) Sums are kept in local arrays during a block: nothing else can point at them, so that no
+#       compiler has to ask at run time whether it may vectorize.
 
 ctypedef fused real:
     float
@@ -26,11 +29,13 @@ ctypedef fused lane:
 
 cdef enum:
     TREE_ROWS = 8
+    APPLY_ROWS = 4
+    MAX_COLUMNS = 512
 
 
 cdef void stats_block(
-    char** rows, Py_ssize_t n_rows, Py_ssize_t width, const real* restrict shift,
-    double* restrict sum_d, double* restrict sum_dd,
+    char** rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
+    double* sum_d, double* sum_dd,
 ) noexcept nogil:
     """sum_d[j] += sum_i d_ij,  sum_dd[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
     cdef Py_ssize_t i, j
@@ -43,6 +48,11 @@ cdef void stats_block(
     cdef const real* x6
     cdef const real* x7
     cdef real k, d0, d1, d2, d3, d4, d5, d6, d7
+    cdef double[MAX_COLUMNS] s
+    cdef double[MAX_COLUMNS] ss
+    for j in range(width):
+        s[j] = sum_d[j]
+        ss[j] = sum_dd[j]
     for i in range(0, n_rows, 8):  # TREE_ROWS; Cython wants a literal step
         x0 = <const real*> rows[i]
         x1 = <const real*> rows[i + 1]
@@ -62,17 +72,19 @@ cdef void stats_block(
             d5 = x5[j] - k
             d6 = x6[j] - k
             d7 = x7[j] - k
-            sum_d[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
-            sum_dd[j] += <double> (
+            s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
+            ss[j] += <double> (
                 ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
                 + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
             )
+    for j in range(width):
+        sum_d[j] = s[j]
+        sum_dd[j] = ss[j]
 
 
 cdef void grad_stats_block(
     char** x_rows, char** g_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* restrict shift_x, const real* restrict shift_g,
-    double* restrict sum_t, double* restrict sum_td,
+    const real* shift_x, const real* shift_g, double* sum_t, double* sum_td,
 ) noexcept nogil:
     """sum_t[j] += sum_i t_ij,  sum_td[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
 
@@ -89,6 +101,11 @@ cdef void grad_stats_block(
     cdef const real* g2
     cdef const real* g3
     cdef real k, m, t0, t1, t2, t3
+    cdef double[MAX_COLUMNS] s
+    cdef double[MAX_COLUMNS] ss
+    for j in range(width):
+        s[j] = sum_t[j]
+        ss[j] = sum_td[j]
     for i in range(0, n_rows, 4):
         x0 = <const real*> x_rows[i]
         x1 = <const real*> x_rows[i + 1]
@@ -105,10 +122,13 @@ cdef void grad_stats_block(
             t1 = g1[j] - m
             t2 = g2[j] - m
             t3 = g3[j] - m
-            sum_t[j] += <double> ((t0 + t1) + (t2 + t3))
-            sum_td[j] += <double> (
+            s[j] += <double> ((t0 + t1) + (t2 + t3))
+            ss[j] += <double> (
                 (t0 * (x0[j] - k) + t1 * (x1[j] - k)) + (t2 * (x2[j] - k) + t3 * (x3[j] - k))
             )
+    for j in range(width):
+        sum_t[j] = s[j]
+        sum_td[j] = ss[j]
 
 
 cdef inline void apply_four(
@@ -132,19 +152,18 @@ cdef inline void apply_four(
 
 cdef void apply_block(
     char** x_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
-    const real* scale, const real* bias, real* dummy,
+    const real* scale, const real* bias,
 ) noexcept nogil:
     """y_ij = (x_ij - shift_j) scale_j + bias_j, four rows at a time so that the constants are
-    loaded once for four.  Any number of rows: missing ones read the shift and write `dummy`
-    (3 x width elements)."""
-    cdef Py_ssize_t i, r
-    cdef (const real*)[4] x
-    cdef (real*)[4] y
+    loaded once for four."""
+    cdef Py_ssize_t i
     for i in range(0, n_rows, 4):
-        for r in range(4):
-            x[r] = <const real*> x_rows[i + r] if i + r < n_rows else shift
-            y[r] = <real*> y_rows[i + r] if i + r < n_rows else dummy + (r - 1) * width
-        apply_four(x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], width, shift, scale, bias)
+        apply_four(
+            <const real*> x_rows[i], <const real*> x_rows[i + 1],
+            <const real*> x_rows[i + 2], <const real*> x_rows[i + 3],
+            <real*> y_rows[i], <real*> y_rows[i + 1], <real*> y_rows[i + 2], <real*> y_rows[i + 3],
+            width, shift, scale, bias,
+        )
 
 
 cdef inline void grad_apply_two(
@@ -169,17 +188,15 @@ cdef inline void grad_apply_two(
 cdef void grad_apply_block(
     char** x_rows, char** g_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width,
     const real* shift_x, const real* shift_g, const real* scale, const real* slope,
-    const real* bias, real* dummy,
+    const real* bias,
 ) noexcept nogil:
     """dx_ij = (dout_ij - shift_g_j) scale_j - (x_ij - shift_x_j) slope_j + bias_j."""
     cdef Py_ssize_t i
-    cdef bint pair
     for i in range(0, n_rows, 2):
-        pair = i + 1 < n_rows
         grad_apply_two(
-            <const real*> x_rows[i], <const real*> x_rows[i + 1] if pair else shift_x,
-            <const real*> g_rows[i], <const real*> g_rows[i + 1] if pair else shift_g,
-            <real*> y_rows[i], <real*> y_rows[i + 1] if pair else dummy,
+            <const real*> x_rows[i], <const real*> x_rows[i + 1],
+            <const real*> g_rows[i], <const real*> g_rows[i + 1],
+            <real*> y_rows[i], <real*> y_rows[i + 1],
             width, shift_x, shift_g, scale, slope, bias,
         )
 

@@ -22,7 +22,6 @@ cdef enum:
     BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     CHUNK_ROWS = 1024         # rows a chunk has at least, and
     MAX_CHUNKS = 64           # chunks at most: scratch is O(features x chunks)
-    MAX_COLUMNS = 512
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     MAX_RUN = 256             # a run up to this length is one row

@@ -167,7 +167,7 @@ cdef void apply_columns(
 ) noexcept nogil:
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
-    cdef Py_ssize_t n, i, group = group_rows(packed, width)
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(packed, width)
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef int r
     while row < row_end:
@@ -183,19 +183,24 @@ cdef void apply_columns(
             row, n, s.rows[Y],
         )
         if packed[Y]:
-            # The rows' addresses wait in the unused tail of the buffer's pointers: scatter below.
             for i in range(n):
                 s.rows[Y][i] = <char*> ((<lane*> s.buffer[Y]) + i * width)
+        n_padded = n
+        while n_padded % APPLY_ROWS:
+            s.rows[X][n_padded] = <char*> (<lane*> s.shift_x + j0)
+            s.rows[G][n_padded] = <char*> (<lane*> s.shift_g + j0)
+            s.rows[Y][n_padded] = <char*> (dummy + (n_padded % APPLY_ROWS - 1) * width)
+            n_padded += 1
         if plan.used[G]:
             grad_apply_block[lane](
-                s.rows[X], s.rows[G], s.rows[Y], n, width,
+                s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
-                <lane*> s.slope + j0, <lane*> s.bias + j0, dummy,
+                <lane*> s.slope + j0, <lane*> s.bias + j0,
             )
         else:
             apply_block[lane](
-                s.rows[X], s.rows[Y], n, width,
-                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0, dummy,
+                s.rows[X], s.rows[Y], n_padded, width,
+                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
             )
         if packed[Y]:
             row_pointers(
