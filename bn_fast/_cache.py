@@ -66,7 +66,8 @@ class Cache:
             raise ValueError(f"x_hat is lost: {self.overwritten} wrote its output over x")
         shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
         mean, mean_low, inv_std = (row.reshape(shape) for row in self.stats[:3])
-        return (((self.x - mean) - mean_low) * inv_std).astype(self.x.dtype, copy=False)
+        x_hat: Array = ((self.x - mean) - mean_low) * inv_std
+        return x_hat.astype(self.x.dtype, copy=False)
 
     def __iter__(self) -> Iterator[Array]:
         return (self[i] for i in range(5))

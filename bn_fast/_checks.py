@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.exceptions import AxisError
+from numpy.typing import NDArray
 
 from ._cache import Cache
 from ._core import core
@@ -25,7 +26,7 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
 
 
-def _real_array(value: Any, name: str) -> Array:
+def _real_array(value: Any, name: str) -> NDArray[Any]:
     """Any real array-like as an aligned, native ndarray of bool, integers or floats."""
     expected = f"{name} must be an array of real numbers"
     if isinstance(value, np.ma.MaskedArray):
@@ -64,7 +65,9 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
             f"{name} must have shape ({n_features},), one value for each feature along axis {axis}"
             f" of x, got {array.shape}"
         )
-    return array if array.dtype in _DTYPES else array.astype(np.float64)
+    if array.dtype in _DTYPES:
+        return array
+    return array.astype(np.float32 if array.dtype == np.float16 else np.float64)
 
 
 def _axis(axis: Any, ndim: int) -> int:
@@ -95,12 +98,12 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         if stride <= reach - (reach == 0) or stride < out.itemsize:
             raise ValueError(f"out must not overlap itself, got strides {out.strides}")
         reach += (length - 1) * stride
-    out = np.asarray(out)
+    output: Array = np.asarray(out)
     for name, array in inputs.items():
-        same = out.ctypes.data == array.ctypes.data and out.strides == array.strides
-        if not same and np.shares_memory(out, array):
+        same = output.ctypes.data == array.ctypes.data and output.strides == array.strides
+        if not same and np.shares_memory(output, array):
             raise ValueError(f"out must be {name} itself or apart from it, got a partial overlap")
-    return out
+    return output
 
 
 def forward_arrays(
@@ -117,6 +120,13 @@ def forward_arrays(
     return x, gamma, beta, axis, _output(out, {"x": x})
 
 
+def images(x: Any) -> Array:
+    x = _input(x, "x")
+    if x.ndim != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {x.shape}")
+    return x
+
+
 class Settings(NamedTuple):
     """What bn_param says."""
 
@@ -128,7 +138,9 @@ class Settings(NamedTuple):
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+    # float() would take the last four, and drop what makes them no real number
+    refused = (str, bytes, bool, np.bool_, np.complexfloating, np.timedelta64)
+    if isinstance(value, refused) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}")
     try:
         return float(value)

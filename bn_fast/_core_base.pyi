@@ -1,5 +1,6 @@
 from ._types import Array
 
+def are_overlapping(a: Array, b: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
 def backward(
     dout: Array,

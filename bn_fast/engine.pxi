@@ -267,7 +267,45 @@ cdef inline bint is_plain_array(object array) noexcept:
     )
 
 
-cdef inline bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
+cdef bint is_plain_twin(object array, cnp.ndarray like) noexcept:
+    """A plain array with the type and shape of another."""
+    cdef int d
+    if (
+        not is_plain_array(array)
+        or cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(like)
+        or cnp.PyArray_NDIM(array) != cnp.PyArray_NDIM(like)
+    ):
+        return False
+    for d in range(cnp.PyArray_NDIM(like)):
+        if cnp.PyArray_DIMS(array)[d] != cnp.PyArray_DIMS(like)[d]:
+            return False
+    return True
+
+
+cdef bint is_plain_output(object out, cnp.ndarray like, cnp.ndarray other) noexcept:
+    """None, or a contiguous array to write to, away from the inputs or exactly the first."""
+    if out is None:
+        return True
+    return (
+        is_plain_twin(out, like)
+        and cnp.PyArray_ISWRITEABLE(out)
+        and (cnp.PyArray_IS_C_CONTIGUOUS(out) or cnp.PyArray_IS_F_CONTIGUOUS(out))
+        and (not overlap(out, like) or is_same_buffer(out, like))
+        and (other is None or not overlap(out, other))
+    )
+
+
+cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int d
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d]:
+            return False
+    return True
+
+
+cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
     return (
         is_plain_array(values) and cnp.PyArray_NDIM(values) == 1
         and cnp.PyArray_DIMS(values)[0] == n
@@ -277,12 +315,25 @@ cdef inline bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
 def is_plain(x, gamma, beta, axis, out):
     """Whether the arguments of a forward call need no conversion and no check: the straight road."""
     cdef Py_ssize_t n
-    if out is not None or not is_plain_array(x) or cnp.PyArray_NDIM(x) < 2:
+    if not is_plain_array(x) or cnp.PyArray_NDIM(x) < 2:
         return False
     if type(axis) is not int or not 0 <= axis < cnp.PyArray_NDIM(x):
         return False
     n = cnp.PyArray_DIMS(x)[<int> axis]
-    return is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
+    return (
+        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
+        and is_plain_output(out, x, None)
+    )
+
+
+def is_plain_gradient(dout, x, out):
+    """The same for a backward call, whose x has been checked before."""
+    return is_plain_twin(dout, x) and is_plain_output(out, dout, x)
+
+
+def are_overlapping(a, b):
+    """Whether two arrays' extents in memory meet."""
+    return overlap(a, b)
 
 
 def are_plain_statistics(mean, var, Py_ssize_t n_features):
@@ -324,22 +375,6 @@ def running_average(cnp.ndarray old not None, cnp.ndarray stats not None, int ro
         store_parameter(values, narrow)
         return narrow
     return new
-
-
-def is_plain_gradient(dout, x, out):
-    """Whether dout can be used as it is beside a plain x: same type and shape."""
-    cdef int d
-    if out is not None or not is_plain_array(dout):
-        return False
-    if (
-        cnp.PyArray_TYPE(dout) != cnp.PyArray_TYPE(x)
-        or cnp.PyArray_NDIM(dout) != cnp.PyArray_NDIM(x)
-    ):
-        return False
-    for d in range(cnp.PyArray_NDIM(x)):
-        if cnp.PyArray_DIMS(dout)[d] != cnp.PyArray_DIMS(x)[d]:
-            return False
-    return True
 
 
 def forward(

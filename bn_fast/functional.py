@@ -121,7 +121,7 @@ def batchnorm_forward(
         momentum = param.momentum if train and x.size else None
         bn_param["running_mean"] = core.running_average(mean, stats, 0, momentum, x)
         bn_param["running_var"] = core.running_average(var, stats, 3, momentum, x)
-    overwritten = "" if out is None or not _same_memory(out, x) else "batchnorm_forward"
+    overwritten = "" if out is None or not core.are_overlapping(out, x) else "batchnorm_forward"
     return y, Cache(x, gamma, stats, axis, not train, True, overwritten)
 
 
@@ -201,7 +201,7 @@ def batchnorm_backward(
         kept.exact_mean,
         n_threads,
     )
-    if out is not None and _same_memory(out, x):
+    if out is not None and core.are_overlapping(out, x):
         kept.overwritten = "batchnorm_backward"
     return gradients
 
@@ -230,13 +230,9 @@ def spatial_batchnorm_forward(
     >>> out.mean(axis=(0, 2, 3)).round(12) + 0.0
     array([0., 0.])
     """
-    if np.ndim(x) != 4:
-        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {np.shape(x)}")
+    if type(x) is not np.ndarray or x.ndim != 4:
+        x = _checks.images(x)
     return batchnorm_forward(x, gamma, beta, bn_param, axis=1, out=out)
 
 
 spatial_batchnorm_backward = batchnorm_backward
-
-
-def _same_memory(a: Array, b: Array) -> bool:
-    return bool(np.may_share_memory(a, b))
