@@ -1,7 +1,10 @@
 /* What Cython cannot say: the runtime functions of OpenMP where there may be none, the instruction
- * sets of this CPU, and the name of the compiler. */
+ * sets of this CPU, the name of the compiler, prefetches and stores past the caches. */
 #ifndef BN_FAST_NATIVE_H
 #define BN_FAST_NATIVE_H
+
+#include <Python.h>
+#include <string.h>
 
 /* A build without OpenMP runs on one thread; the stubs keep the sources free of #ifdef. */
 #ifdef _OPENMP
@@ -65,6 +68,50 @@ static inline int bn_pause(void) {
 }
 #else
 static inline int bn_pause(void) { return !BN_OPENMP; }
+#endif
+
+/* Ask for n bytes before they are needed: the hardware does not follow a tile's rows, which lie a page
+ * or more apart. A hint: any address is allowed. */
+#if defined(__GNUC__) || defined(__clang__)
+static inline void bn_prefetch(const char *address, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i += 64) __builtin_prefetch(address + i, 0, 2);
+}
+#else
+static inline void bn_prefetch(const char *address, Py_ssize_t n) { (void)address; (void)n; }
+#endif
+
+/* Copy n bytes past the caches: an output larger than them would only push the input out, and each of
+ * its lines would be read before it is written. Whole 64-byte lines go past, the ends do not.
+ * bn_stream_end() orders them before what other threads read. */
+#if defined(__SSE2__)
+#include <immintrin.h>
+static inline void bn_stream(char *to, const char *from, Py_ssize_t n) {
+    Py_ssize_t head = (Py_ssize_t)(-(size_t)to & 63);
+    if (n < head + 64) {
+        memcpy(to, from, (size_t)n);
+        return;
+    }
+    memcpy(to, from, (size_t)head);
+    to += head, from += head, n -= head;
+    for (; n >= 64; n -= 64, to += 64, from += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+        for (int i = 0; i < 64; i += 32)
+            _mm256_stream_si256((__m256i *)(to + i), _mm256_loadu_si256((const __m256i *)(from + i)));
+#else
+        for (int i = 0; i < 64; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+    }
+    memcpy(to, from, (size_t)n);
+}
+static inline void bn_stream_end(void) { _mm_sfence(); }
+#define BN_STREAMS 1
+#else
+static inline void bn_stream(char *to, const char *from, Py_ssize_t n) { memcpy(to, from, (size_t)n); }
+static inline void bn_stream_end(void) {}
+#define BN_STREAMS 0
 #endif
 
 #endif

@@ -68,6 +68,8 @@ cdef void run_tasks(
         elif phase == APPLY:
             apply_one[real](job, index % job.apply.n_chunks, first, n_features, &s, real_tag)
         task += 1
+    if job.stream:
+        bn_stream_end()
 
 
 cdef void apply_one(
@@ -98,6 +100,10 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
     for r in range(N_ROLES):
         s.buffer[r] = memory + r * job.buffer_elements * sizeof(double)
+    memory += N_ROLES * job.buffer_elements * sizeof(double)
+    s.kept[X] = memory
+    s.kept[G] = memory + job.keep_bytes
+    s.kept[Y] = NULL
 
 
 cdef void run_phase(
@@ -156,6 +162,31 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
     job.n_tiles = (job.n_features + job.tile - 1) // job.tile
 
 
+cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
+    """Detours around the caches that pay for large arrays."""
+    cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
+    cdef Plan* plan = &job.apply
+    cdef Segment* main = &plan.segment[0]
+    cdef Py_ssize_t step = main.stride[X][main.n_dims - 1] if main.n_dims else 0
+    cdef int r
+    job.keep_bytes = 0
+    job.keep = False
+    job.stream = BN_STREAMS and plan.access[Y] == DIRECT and bytes >= STREAM_BYTES
+    job.prefetch = sweep and not plan.runs and not plan.whole and bytes >= PREFETCH_BYTES
+    if (
+        sweep and job.kind != FORWARD_FROZEN and job.kind != BACKWARD_FROZEN
+        and not plan.runs and not plan.whole and step % KEEP_STRIDE == 0
+        and bytes >= PREFETCH_BYTES and job.reduce.n_segments == 1 and plan.n_segments == 1
+    ):
+        job.keep = True
+        job.keep_bytes = job.count * job.tile * itemsize
+        for r in range(2):
+            if plan.used[r] and plan.access[r] != GATHERED:
+                job.reduce.access[r] = plan.access[r] = COPIED
+    if job.stream:
+        plan.access[Y] = COPIED
+
+
 cdef Py_ssize_t widest(const Plan* plan, Py_ssize_t tile) noexcept:
     return plan.segment[0].n_joined * tile * plan.segment[0].n_run
 
@@ -211,17 +242,20 @@ cdef int execute(
         make_plan(&job.apply, x, dout, out, axis, itemsize)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
-    if overlap(dout if job.kind == BACKWARD_FROZEN else x, out):
-        job.apply.packed[X] = True
-    if job.apply.used[G] and overlap(dout, out):
-        job.apply.packed[G] = True
+    if job.apply.access[X] == DIRECT and overlap(
+        dout if job.kind == BACKWARD_FROZEN else x, out
+    ):
+        job.apply.access[X] = COPIED
+    if job.apply.used[G] and job.apply.access[G] == DIRECT and overlap(dout, out):
+        job.apply.access[G] = COPIED
     choose_tile(job, itemsize, n_threads, &sweep)
     job.width = max(widest(&job.reduce, job.tile), widest(&job.apply, job.tile))
     job.width = (job.width + 7) // 8 * 8
     job.buffer_elements = max(<Py_ssize_t> GATHER_ELEMENTS, TREE_ROWS * job.width)
+    choose_access(job, sweep, itemsize)
     job.scratch_bytes = (
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements
-    ) * sizeof(double)
+    ) * sizeof(double) + 2 * job.keep_bytes
     n_sums = 4 * job.reduce.n_chunks * n if job.kind != FORWARD_FROZEN else 0
     n_values = (12 * n + n_sums + 7) // 8 * 8
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)

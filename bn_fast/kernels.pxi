@@ -27,6 +27,12 @@ ctypedef fused lane:
     float
     double
 
+cdef extern from "_native.h" nogil:
+    void bn_prefetch(const char* address, Py_ssize_t n)
+    void bn_stream(char* to, const char* from_, Py_ssize_t n)
+    void bn_stream_end()
+    bint BN_STREAMS
+
 cdef enum:
     TREE_ROWS = 8
     APPLY_ROWS = 4
@@ -35,9 +41,12 @@ cdef enum:
 
 cdef void stats_block(
     char** rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
-    double* sum_d, double* sum_dd,
+    double* sum_d, double* sum_dd, Py_ssize_t ahead,
 ) noexcept nogil:
-    """sum_d[j] += sum_i d_ij,  sum_dd[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
+    """sum_d[j] += sum_i d_ij,  sum_dd[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j.
+
+    If `ahead` is not 0, that many rows more are known and are prefetched.
+    """
     cdef Py_ssize_t i, j
     cdef const real* x0
     cdef const real* x1
@@ -54,6 +63,9 @@ cdef void stats_block(
         s[j] = sum_d[j]
         ss[j] = sum_dd[j]
     for i in range(0, n_rows, 8):  # TREE_ROWS; Cython wants a literal step
+        if ahead:
+            for j in range(8):
+                bn_prefetch(rows[i + ahead + j], width * sizeof(real))
         x0 = <const real*> rows[i]
         x1 = <const real*> rows[i + 1]
         x2 = <const real*> rows[i + 2]
@@ -84,7 +96,7 @@ cdef void stats_block(
 
 cdef void grad_stats_block(
     char** x_rows, char** g_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* shift_x, const real* shift_g, double* sum_t, double* sum_td,
+    const real* shift_x, const real* shift_g, double* sum_t, double* sum_td, Py_ssize_t ahead,
 ) noexcept nogil:
     """sum_t[j] += sum_i t_ij,  sum_td[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
 
@@ -107,6 +119,10 @@ cdef void grad_stats_block(
         s[j] = sum_t[j]
         ss[j] = sum_td[j]
     for i in range(0, n_rows, 4):
+        if ahead:
+            for j in range(4):
+                bn_prefetch(x_rows[i + ahead + j], width * sizeof(real))
+                bn_prefetch(g_rows[i + ahead + j], width * sizeof(real))
         x0 = <const real*> x_rows[i]
         x1 = <const real*> x_rows[i + 1]
         x2 = <const real*> x_rows[i + 2]
@@ -213,12 +229,12 @@ cdef void gather_row(
 
 
 cdef void scatter_row(
-    const real* type_tag, char* row, const Py_ssize_t* restrict offset, Py_ssize_t first, Py_ssize_t last,
+    const real* type_tag, char* row, const Py_ssize_t* restrict offset, Py_ssize_t width,
     const lane* restrict packed,
 ) noexcept nogil:
-    """The inverse of gather_row for columns first .. last - 1, rounded to the array's dtype."""
+    """The inverse of gather_row, rounded to the array's dtype."""
     cdef Py_ssize_t j
-    for j in range(first, last):
+    for j in range(width):
         (<real*> (row + offset[j]))[0] = <real> packed[j]
 
 

@@ -27,8 +27,18 @@ cdef enum:
     MAX_RUN = 256             # a run up to this length is one row
     RUN = 64                  # a longer one is cut into rows of this length
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1
+    AHEAD_ROWS = 24           # rows prefetched before they are summed
     SWEEP_BYTES = 512 * 1024  # a tile of this size stays in L2 between its two visits
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
+    STREAM_BYTES = 16 * 1024 * 1024
+    PREFETCH_BYTES = 4 * 1024 * 1024
+    KEEP_STRIDE = 2048        # rows this far apart fall into few sets of the caches
+
+cdef enum Access:             # how a kernel comes to a row of an array
+    DIRECT                    # where it lies
+    COPIED                    # side by side, but through a buffer: read before it is overwritten,
+                              # kept for the second visit, or written past the caches
+    GATHERED                  # column by column through a buffer
 
 cdef struct Segment:
     int n_dims
@@ -46,7 +56,7 @@ cdef struct Plan:
     Py_ssize_t feature_stride[N_ROLES]
     char* base[N_ROLES]
     bint used[N_ROLES]
-    bint packed[N_ROLES]      # rows go through a buffer
+    Access access[N_ROLES]
     Py_ssize_t max_tile       # features a tile may have
     bint whole                # features cannot be split into tiles
     bint runs
@@ -170,13 +180,17 @@ cdef void make_plan(
             plan.whole = True
             cut_axis(plan, join, True)
     for r in range(N_ROLES):
-        plan.packed[r] = plan.used[r] and not (
-            (step[r][n - 1] == itemsize) if plan.runs else
-            (
-                (n_features == 1 or plan.feature_stride[r] == itemsize)
-                and (not plan.whole or main.joined_stride[r] == n_features * itemsize)
+        plan.access[r] = DIRECT
+        if not plan.used[r]:
+            continue
+        if plan.runs:
+            side_by_side = step[r][n - 1] == itemsize
+        else:
+            side_by_side = (n_features == 1 or plan.feature_stride[r] == itemsize) and (
+                not plan.whole or main.joined_stride[r] == n_features * itemsize
             )
-        )
+        if not side_by_side:
+            plan.access[r] = GATHERED
     for d in range(plan.n_segments):
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):

@@ -43,11 +43,15 @@ cdef struct Job:
     double* wide              # 1 where the output has to be computed in wide lanes
     Py_ssize_t width
     Py_ssize_t buffer_elements
+    bint keep                 # a tile's input is packed on the first visit for the second
+    bint stream               # the output goes past the caches
+    bint prefetch
+    Py_ssize_t keep_bytes     # for one role
     Py_ssize_t scratch_bytes
     char* scratch
 
 cdef struct Scratch:          # one thread's share; columns are `lane` elements, 8 bytes reserved
-    char* rows[N_ROLES][BLOCK_ROWS + TREE_ROWS]
+    char* rows[N_ROLES][BLOCK_ROWS + TREE_ROWS + AHEAD_ROWS]
     char* shift_x
     char* shift_g
     char* factor
@@ -59,37 +63,80 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
+    char* kept[N_ROLES]
+    Py_ssize_t kept_width
 
 
-cdef Py_ssize_t group_rows(const bint* packed, Py_ssize_t width) noexcept nogil:
+cdef Py_ssize_t group_rows(const Access* access, Py_ssize_t width) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of a tree."""
-    if not (packed[X] or packed[G] or packed[Y]):
+    if access[X] == DIRECT and access[G] == DIRECT and access[Y] == DIRECT:
         return BLOCK_ROWS
     return max(
-        <Py_ssize_t> TREE_ROWS, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // TREE_ROWS * TREE_ROWS)
+        <Py_ssize_t> TREE_ROWS,
+        min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // TREE_ROWS * TREE_ROWS),
     )
 
 
 cdef void fetch_rows(
-    const Plan* plan, const Segment* segment, int role, bint packed, Py_ssize_t tile_first,
-    Py_ssize_t first_column, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Scratch* s,
-    const real* real_tag, const lane* lane_tag,
+    const Job* job, const Plan* plan, const Segment* segment, int role, Access access,
+    Py_ssize_t tile_first, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
+    Py_ssize_t ahead, bint again, Scratch* s, const real* real_tag, const lane* lane_tag,
 ) noexcept nogil:
-    """Point s.rows[role] at n rows of the input, in place or gathered as `lane` elements."""
-    cdef Py_ssize_t i
+    """Point s.rows[role] at n rows (and `ahead` more, to prefetch) of the columns from j0 on."""
+    cdef Py_ssize_t i, known
     cdef char* start = plan.base[role] + tile_first * plan.feature_stride[role]
     cdef lane* buffer = <lane*> s.buffer[role]
-    if not packed:
-        start += first_column * sizeof(real)
-    row_pointers(segment, role, start, row, n, s.rows[role])
-    if packed:
-        for i in range(n):
+    cdef lane* packed
+    if access != GATHERED:
+        start += j0 * sizeof(real)
+    if access == COPIED and job.keep:
+        buffer = <lane*> s.kept[role] + row * s.kept_width
+        if again:
+            for i in range(n):
+                s.rows[role][i] = <char*> (buffer + i * s.kept_width + j0)
+            return
+    known = min(n + ahead, segment.n_rows - row)
+    row_pointers(segment, role, start, row, known, s.rows[role])
+    for i in range(known, n + ahead):
+        s.rows[role][i] = s.rows[role][known - 1]
+    if access == DIRECT:
+        return
+    for i in range(n):
+        packed = buffer + i * width
+        if access == COPIED:
+            memcpy(packed, s.rows[role][i], width * sizeof(real))
+        else:
             gather_row[real, lane](
-                real_tag, s.rows[role][i], s.offset[role] + first_column, width,
-                (<lane*> s.factor) + first_column if role == X else (<lane*> s.dummy),
-                buffer + i * width,
+                real_tag, s.rows[role][i], s.offset[role] + j0, width,
+                (<lane*> s.factor) + j0 if role == X else <lane*> s.dummy, packed,
             )
-            s.rows[role][i] = <char*> (buffer + i * width)
+        s.rows[role][i] = <char*> packed
+
+
+cdef void store_rows(
+    const Plan* plan, const Segment* segment, Access access, Py_ssize_t tile_first,
+    Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Scratch* s,
+    const real* real_tag, const lane* lane_tag,
+) noexcept nogil:
+    """Bring n rows from the output's buffer to where they belong."""
+    cdef Py_ssize_t i = 0, run, n_bytes = width * sizeof(real)
+    cdef char* start = plan.base[Y] + tile_first * plan.feature_stride[Y]
+    cdef char** rows = s.rows[Y]
+    cdef lane* buffer = <lane*> s.buffer[Y]
+    if access == GATHERED:
+        row_pointers(segment, Y, start, row, n, rows)
+        for i in range(n):
+            scatter_row[real, lane](
+                real_tag, rows[i], s.offset[Y] + j0, width, buffer + i * width
+            )
+        return
+    row_pointers(segment, Y, start + j0 * sizeof(real), row, n, rows)
+    while i < n:  # rows that touch go as one, for fewer broken lines
+        run = 1
+        while i + run < n and rows[i + run] == rows[i] + run * n_bytes:
+            run += 1
+        bn_stream(rows[i], <char*> (buffer + i * width), run * n_bytes)
+        i += run
 
 
 cdef void set_ones(lane* factor, Py_ssize_t width) noexcept nogil:
@@ -106,19 +153,23 @@ cdef void reduce_chunk(
     cdef Plan* plan = &job.reduce
     cdef Segment* segment
     cdef int index, r
-    cdef bint packed[N_ROLES]
-    cdef Py_ssize_t row, row_end, block_end, n, group, width
+    cdef Access access[N_ROLES]
+    cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead
     cdef double* total = job.sums + chunk * 4 * job.n_features + first
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
     for r in range(N_ROLES):
-        packed[r] = plan.used[r] and (wide or plan.packed[r])
-        if packed[r]:
+        access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
+        if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    group = group_rows(packed, width)
-    expand[lane](job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x)
-    if packed[X] or packed[G]:
+    s.kept_width = width
+    group = group_rows(access, width)
+    ahead = AHEAD_ROWS if job.prefetch and not wide else 0
+    expand[lane](
+        job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x
+    )
+    if access[X] == GATHERED or access[G] == GATHERED:
         set_ones(<lane*> s.dummy, width)
         set_ones(<lane*> s.factor, width)
         if wide:
@@ -136,7 +187,8 @@ cdef void reduce_chunk(
             for r in range(2):
                 if plan.used[r]:
                     fetch_rows[real, lane](
-                        plan, segment, r, packed[r], first, 0, width, row, n, s, real_tag, lane_tag
+                        job, plan, segment, r, access[r], first, 0, width, row, n, ahead, False,
+                        s, real_tag, lane_tag,
                     )
             row += n
             while n % TREE_ROWS:
@@ -146,11 +198,11 @@ cdef void reduce_chunk(
             if plan.used[G]:
                 grad_stats_block[lane](
                     s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
-                    s.sum_1, s.sum_2,
+                    s.sum_1, s.sum_2, ahead,
                 )
             else:
                 stats_block[lane](
-                    s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2
+                    s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2, ahead
                 )
         fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_run)
         fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_run)
@@ -162,12 +214,12 @@ cdef void reduce_chunk(
 
 cdef void apply_columns(
     Job* job, const Segment* segment, Py_ssize_t row, Py_ssize_t row_end, Py_ssize_t tile_first,
-    Py_ssize_t j0, Py_ssize_t width, const bint* packed, Scratch* s, const real* real_tag,
+    Py_ssize_t j0, Py_ssize_t width, const Access* access, Scratch* s, const real* real_tag,
     const lane* lane_tag,
 ) noexcept nogil:
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
-    cdef Py_ssize_t n, n_padded, i, group = group_rows(packed, width)
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(access, width)
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef int r
     while row < row_end:
@@ -175,14 +227,16 @@ cdef void apply_columns(
         for r in range(2):
             if plan.used[r]:
                 fetch_rows[real, lane](
-                    plan, segment, r, packed[r], tile_first, j0, width, row, n, s, real_tag, lane_tag
+                    job, plan, segment, r, access[r], tile_first, j0, width, row, n, 0, True,
+                    s, real_tag, lane_tag,
                 )
-        row_pointers(
-            segment, Y,
-            plan.base[Y] + tile_first * plan.feature_stride[Y] + (0 if packed[Y] else j0 * sizeof(real)),
-            row, n, s.rows[Y],
-        )
-        if packed[Y]:
+        if access[Y] == DIRECT:
+            row_pointers(
+                segment, Y,
+                plan.base[Y] + tile_first * plan.feature_stride[Y] + j0 * sizeof(real),
+                row, n, s.rows[Y],
+            )
+        else:
             for i in range(n):
                 s.rows[Y][i] = <char*> ((<lane*> s.buffer[Y]) + i * width)
         n_padded = n
@@ -202,15 +256,10 @@ cdef void apply_columns(
                 s.rows[X], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
             )
-        if packed[Y]:
-            row_pointers(
-                segment, Y, plan.base[Y] + tile_first * plan.feature_stride[Y], row, n, s.rows[Y]
+        if access[Y] != DIRECT:
+            store_rows[real, lane](
+                plan, segment, access[Y], tile_first, j0, width, row, n, s, real_tag, lane_tag
             )
-            for i in range(n):
-                scatter_row[real, lane](
-                    real_tag, s.rows[Y][i], s.offset[Y] + j0, 0, width,
-                    (<lane*> s.buffer[Y]) + i * width,
-                )
         row += n
 
 
@@ -222,7 +271,7 @@ cdef void apply_chunk(
     cdef Plan* plan = &job.apply
     cdef Segment* segment
     cdef int index, r
-    cdef bint packed[N_ROLES]
+    cdef Access access[N_ROLES]
     cdef Py_ssize_t row, row_end, width, q, f, f_end, j, wanted = 0
     for f in range(first, first + n_features):
         wanted += job.wide[f] == wide
@@ -232,10 +281,10 @@ cdef void apply_chunk(
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
     for r in range(N_ROLES):
-        packed[r] = plan.used[r] and (wide or plan.packed[r])
-        if packed[r]:
+        access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
+        if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    if packed[X] or packed[G]:
+    if access[X] == GATHERED or access[G] == GATHERED:
         set_ones(<lane*> s.dummy, width)
         expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
     expand[lane](job.shift_x, job.factor, first, n_features, segment, <lane*> s.shift_x)
@@ -246,7 +295,7 @@ cdef void apply_chunk(
     expand[lane](job.bias, NULL, first, n_features, segment, <lane*> s.bias)
     if wanted == n_features:
         apply_columns[real, lane](
-            job, segment, row, row_end, first, 0, width, packed, s, real_tag, lane_tag
+            job, segment, row, row_end, first, 0, width, access, s, real_tag, lane_tag
         )
         return
     for q in range(segment.n_joined):
@@ -260,7 +309,7 @@ cdef void apply_chunk(
                 f_end += 1
             j = (q * n_features + f) * segment.n_run
             apply_columns[real, lane](
-                job, segment, row, row_end, first, j, (f_end - f) * segment.n_run, packed, s,
+                job, segment, row, row_end, first, j, (f_end - f) * segment.n_run, access, s,
                 real_tag, lane_tag,
             )
             f = f_end
