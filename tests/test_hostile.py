@@ -1,0 +1,247 @@
+"""Data that costs careless code its digits: offsets, drift, outliers, huge, tiny, NaN, infinity."""
+
+import numpy as np
+import pytest
+
+from bn_fast import batchnorm_backward, batchnorm_forward
+
+from . import oracle
+from .arrays import DTYPES, normal
+from .judge import check, check_gradients, roundings
+
+pytestmark = pytest.mark.filterwarnings("error")  # never a warning: NaN and inf say it
+
+F32 = np.finfo(np.float32)
+
+
+def ramp(shape):
+    """From 0 to 1 over the rows."""
+    return np.linspace(0, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def outlier(noise):
+    x = noise.copy()
+    x[len(x) // 3] = 1e6
+    return x
+
+
+HOSTILE = {
+    "plain": lambda noise: noise,
+    "offset 1e2": lambda noise: noise + 1e2,
+    "offset 1e4": lambda noise: noise + 1e4,
+    "offset 1e6": lambda noise: noise + 1e6,
+    "drift of 1000": lambda noise: noise + 1000 * ramp(noise.shape),
+    "one row of 1e6": outlier,
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ((4096, 33), 1),
+        ((70000, 20), 1),
+        ((16, 24, 31, 29), 1),
+        ((16, 31, 29, 24), 3),
+        ((1000000, 24), 1),
+    ],
+    ids=str,
+)
+def noise(request):
+    """x and dout to start from: float32, made once for each shape, and the axis."""
+    shape, axis = request.param
+    rng = np.random.default_rng(7)
+    return rng.standard_normal(shape, "f4"), rng.standard_normal(shape, "f4"), axis
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_float32_keeps_its_digits(noise, kind):
+    x, dout, axis = noise
+    x = HOSTILE[kind](x).astype(np.float32)
+    n = x.shape[axis]
+    gamma, beta = 1 + normal(n, np.float32, 1) / 4, normal(n, np.float32, 2)
+    out, cache = batchnorm_forward(x, gamma, beta, axis=axis)
+    dx, dgamma, _ = batchnorm_backward(dout, cache)
+    # Of the largest arrays three features are judged, to save time.
+    some = slice(None) if x.size < 1e7 else slice(0, n, 11)
+    part = (slice(None),) * axis + (some,)
+    expected = oracle.backward(dout[part], x[part], gamma[some], axis)
+    expected_out = oracle.forward(x[part], gamma[some], beta[some], axis)
+    assert roundings(out[part], expected_out) * F32.eps <= 4e-6
+    assert roundings(dx[part], expected.dx) * F32.eps <= 4e-6
+    assert roundings(dgamma[some], expected.dgamma) * F32.eps <= 1.6e-5
+
+
+@pytest.mark.parametrize("shape", [(3000, 9), (20, 5, 11, 13)], ids=str)
+@pytest.mark.parametrize("kind", ["offset", "drift", "outlier"])
+def test_float64_keeps_its_digits(shape, kind):
+    x = normal(shape, np.float64)
+    if kind == "outlier":
+        x[7] = 1e9
+    else:
+        x += 1e9 * (1 if kind == "offset" else ramp(shape))
+    dout, gamma, beta = (normal(n, np.float64, 1) for n in (shape, shape[1], shape[1]))
+    out, cache = batchnorm_forward(x, gamma, beta)
+    check("out", out, oracle.forward(x, gamma, beta), x)
+    check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", [4, 5])
+def test_dgamma_of_many_rows(dtype, seed):
+    """Where the mean is off by a fraction of a rounding, M times that comes into dgamma.
+
+    dgamma is of the size of sqrt(M), because dout does not follow x; the limit allows for the
+    M independent roundings of its terms, whose sum is of the size of sqrt(M) as well.
+    """
+    n_rows = 1000000
+    x = 3 + 2 * normal((n_rows, 2), dtype, seed)
+    dout = normal((n_rows, 2), dtype, seed + 100) + dtype(0.5)
+    _, cache = batchnorm_forward(x, np.ones(2), np.zeros(2))
+    dgamma = batchnorm_backward(dout, cache)[1]
+    expected = oracle.backward(dout, x, np.ones(2)).dgamma
+    assert roundings(dgamma, expected, np.sqrt(n_rows)) <= 8
+
+
+SCALES = [
+    (np.float32, 1e25),
+    (np.float32, 1e30),
+    (np.float32, 1e37),
+    (np.float32, 1e-25),
+    (np.float32, 1e-30),
+    (np.float64, 1e160),
+    (np.float64, 1e300),
+    (np.float64, 1e-160),
+    (np.float64, 1e-300),
+]
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_values_whose_squares_leave_the_range(dtype, scale, shape, eps):
+    """In every feature, and in one with neighbors of ordinary size."""
+    gamma, beta = 1 + normal(shape[1], dtype, 1) / 4, normal(shape[1], dtype, 2)
+    dout = normal(shape, dtype, 3)
+    for part in (slice(None), slice(1, 2)):
+        x = normal(shape, dtype)
+        x[:, part] *= dtype(scale)
+        out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train", "eps": eps})
+        check("out", out, oracle.forward(x, gamma, beta, 1, eps), x)
+        dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+        for f in (0, 1, 2):  # each by its own size, which the neighbors do not share
+            own = slice(f, f + 1)
+            expected = oracle.backward(dout[:, own], x[:, own], gamma[own], 1, eps)
+            check_gradients((dx[:, own], dgamma[own], dbeta[own]), expected, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7)], ids=str)
+def test_subnormals(dtype, shape):
+    """Computed like any other number, not flushed to zero."""
+    tiny = np.finfo(dtype).smallest_subnormal
+    x = np.random.default_rng(0).integers(0, 1000, shape).astype(dtype) * tiny
+    gamma, beta, dout = np.ones(shape[1], dtype), np.zeros(shape[1], dtype), normal(shape, dtype)
+    out, cache = batchnorm_forward(x, gamma, beta)
+    # Not even the mean is a whole number of the smallest steps: half a step is lost, times inv_std.
+    assert np.abs(out - oracle.forward(x, gamma, beta)).max() <= tiny / np.sqrt(1e-5)
+    assert out.any()
+    check("dx", batchnorm_backward(dout, cache)[0], oracle.backward(dout, x, gamma).dx, x)
+    if dtype is np.float32:
+        out, _ = batchnorm_forward(x, gamma, beta, {"mode": "train", "eps": 0})
+        check("out", out, oracle.forward(x, gamma, beta, 1, 0), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3000, 9), (70000, 2), (20, 5, 11, 13)], ids=str)
+@pytest.mark.parametrize("kind", ["offset", "drift", "outlier"])
+def test_hostile_dout(dtype, shape, kind):
+    """dx has nothing of dout's mean, however large it is."""
+    x, dout = normal(shape, dtype), normal(shape, dtype, 1)
+    if kind == "outlier":
+        dout[7] = 1e6
+    else:
+        dout += dtype(1e6) * (dtype(1) if kind == "offset" else ramp(shape).astype(dtype))
+    gamma, beta = normal(shape[1], dtype, 1), normal(shape[1], dtype, 2)
+    _, cache = batchnorm_forward(x, gamma, beta)
+    check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
+
+
+def numpy_train(x, dout, gamma, beta):
+    """What NumPy makes of it: the formulas as they stand."""
+    others = tuple(d for d in range(x.ndim) if d != 1)
+    gamma, beta = (p.reshape(-1, *[1] * (x.ndim - 2)) for p in (gamma, beta))
+    with np.errstate(all="ignore"):
+        d = x - x.mean(axis=others, keepdims=True)
+        r = 1 / np.sqrt((d * d).mean(axis=others, keepdims=True) + 1e-5)
+        x_hat = d * r
+        dgamma = (dout * x_hat).sum(axis=others, keepdims=True)
+        dbeta = dout.sum(axis=others, keepdims=True)
+        m = x.size // x.shape[1]
+        dx = gamma * r * (dout - dbeta / m - x_hat * dgamma / m)
+        return gamma * x_hat + beta, dx, dgamma.ravel(), dbeta.ravel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(40, 21), (300, 3), (40, 600), (9, 5, 7, 7), (2, 3, 400)], ids=str
+)
+@pytest.mark.parametrize("place", ["x", "dout", "gamma", "beta"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_in_their_feature(dtype, shape, place, value):
+    n = shape[1]
+    arrays = {"x": normal(shape, dtype), "dout": normal(shape, dtype, 1)}
+    arrays |= {"gamma": normal(n, dtype, 2), "beta": normal(n, dtype, 3)}
+
+    def run():
+        out, cache = batchnorm_forward(arrays["x"], arrays["gamma"], arrays["beta"])
+        return out, *batchnorm_backward(arrays["dout"], cache)
+
+    clean = run()
+    bad = n // 2
+    if place in ("x", "dout"):
+        arrays[place][(1, bad, *(2,) * (len(shape) - 2))] = value
+    else:
+        arrays[place][bad] = value
+    hit = run()
+    for name, a, b, expected in zip(
+        ("out", "dx", "dgamma", "dbeta"), hit, clean, numpy_train(**arrays), strict=True
+    ):
+        axis = 1 if a.ndim > 1 else 0
+        others = np.delete(a, bad, axis), np.delete(b, bad, axis)
+        assert others[0].tobytes() == others[1].tobytes(), name
+        own, expected = a.take(bad, axis), expected.take(bad, axis)
+        np.testing.assert_array_equal(np.isfinite(own), np.isfinite(expected), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 21), (9, 5, 7, 7)], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_frozen_statistics_keep_nan_in_its_element(dtype, shape, value):
+    n = shape[1]
+    x, dout = normal(shape, dtype), normal(shape, dtype, 1)
+    ones = np.ones(n, dtype)
+    place = (1, 2) + (3,) * (len(shape) - 2)
+    results = []
+    for bad in (False, True):
+        if bad:
+            x[place] = dout[place] = value
+        out, cache = batchnorm_forward(x, ones, ones, {"mode": "test", "running_var": ones})
+        results.append((out, *batchnorm_backward(dout, cache)))
+    for clean, hit in zip(*results, strict=True):
+        same = clean == hit
+        if clean.ndim > 1:
+            assert not same[place]
+            assert same.sum() == same.size - 1
+            np.testing.assert_array_equal(hit[place], dtype(value))
+        else:
+            assert not same[2]
+            assert same.sum() == n - 1
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_nan_in_a_running_average_stays_in_its_feature(name):
+    param = {"mode": "test", "running_mean": np.zeros(5), "running_var": np.ones(5)}
+    param[name][3] = np.nan
+    out, _ = batchnorm_forward(normal((6, 5), np.float64), np.ones(5), np.ones(5), param)
+    assert np.isnan(out[:, 3]).all()
+    assert np.isfinite(np.delete(out, 3, axis=1)).all()
