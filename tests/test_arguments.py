@@ -1,0 +1,410 @@
+"""What the functions take, what they refuse and how; a refusal leaves everything as it was."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+
+from bn_fast import (
+    batchnorm_backward,
+    batchnorm_backward_alt,
+    batchnorm_forward,
+    spatial_batchnorm_backward,
+    spatial_batchnorm_forward,
+)
+
+from .arrays import DTYPES, normal, unaligned
+from .judge import assert_same_bits
+
+
+def masked(a):
+    return np.ma.masked_array(a, mask=False)
+
+
+def good_forward():
+    x = normal((6, 4), np.float64)
+    ones = np.ones(4)
+    param = {"mode": "train", "eps": 1e-3, "momentum": 0.5}
+    param |= {"running_mean": np.zeros(4), "running_var": np.ones(4)}
+    return {"x": x, "gamma": ones, "beta": ones.copy(), "bn_param": param, "axis": 1, "out": None}
+
+
+def bits(value):
+    """What can be compared afterwards: arrays by identity and content."""
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return id(value), value.dtype, value.shape, value.strides, value.tobytes()
+    return id(value)
+
+
+KINDS = {  # wrong in any array argument
+    "None": None,
+    "str": "abc",
+    "bytes": b"abcd",
+    "dict": {},
+    "object": np.array([[object()] * 4] * 6),
+    "None inside": [[None, 1.0], [1.0, 2.0]],
+    "complex": np.ones((6, 4), complex),
+    "datetime": np.zeros((6, 4), "M8[s]"),
+    "timedelta": np.zeros((6, 4), "m8[s]"),
+    "strings": np.zeros((6, 4), "U3"),
+    "structured": np.zeros((6, 4), [("a", "f4"), ("b", "f4")]),
+    "ragged": [[1.0, 2.0], [3.0]],
+    "masked": masked(np.ones((6, 4))),
+    "generator": (row for row in ([1.0], [2.0])),
+}
+X = good_forward()["x"]
+BROADCAST = np.lib.stride_tricks.as_strided(np.zeros(4), (6, 4), (0, 8))
+
+# (argument or key of bn_param, value, error, words of the message besides the name)
+REFUSED = [
+    *[("x", value, TypeError, "real numbers") for value in KINDS.values()],
+    ("x", np.float64(1.0), ValueError, "2 or more dimensions"),
+    ("x", np.ones(4), ValueError, r"2 or more dimensions.*\(4,\)"),
+    ("x", np.ones((6, 4), np.float16), TypeError, "float16"),
+    ("x", np.ones((6, 4), np.longdouble), TypeError, "longdouble|float128"),
+    *[(name, value, TypeError, "real numbers") for name in ("gamma", "beta")
+      for key, value in KINDS.items() if key not in ("object", "structured")],
+    *[(name, value, ValueError, r"\(4,\)") for name in ("gamma", "beta")
+      for value in (1.0, np.ones(3), np.ones(5), np.ones((4, 1)), np.ones((1, 4)), [], [1, 2])],
+    *[("axis", value, TypeError, "integer") for value in (None, 1.0, "1", [1])],
+    *[("axis", value, ValueError, r"\[-2, 2\)") for value in (2, -3, 2**70)],
+    ("out", "abc", TypeError, "ndarray"),
+    ("out", [[0.0] * 4] * 6, TypeError, "ndarray"),
+    ("out", masked(np.zeros((6, 4))), TypeError, "ndarray"),
+    ("out", np.zeros((6, 4), "f4"), TypeError, "float64.*float32"),
+    ("out", np.zeros((6, 4), int), TypeError, "float64.*int"),
+    ("out", np.zeros((6, 4), ">f8"), TypeError, ">f8"),
+    ("out", np.zeros((4, 6)), ValueError, r"\(6, 4\).*\(4, 6\)"),
+    ("out", np.zeros((1, 4)), ValueError, r"\(6, 4\).*\(1, 4\)"),
+    ("out", np.zeros(24), ValueError, r"\(6, 4\).*\(24,\)"),
+    ("out", np.broadcast_to(0.0, (6, 4)), ValueError, "read-only"),
+    ("out", BROADCAST, ValueError, "overlap itself"),
+    ("out", unaligned(np.zeros((6, 4))), ValueError, "unaligned"),
+    *[("bn_param", value, TypeError, "dict") for value in ("train", [("mode", "train")], 1)],
+    *[("mode", value, ValueError, "train.*test") for value in
+      ("Train", "eval", "", None, True, 1, ["train"], b"train")],
+    *[("eps", value, ValueError, "finite") for value in (-1e-9, np.nan, np.inf, -np.inf)],
+    *[("momentum", value, ValueError, "finite") for value in (np.nan, np.inf)],
+    *[(name, value, TypeError, "real number") for name in ("eps", "momentum") for value in
+      (None, "0.1", b"1", 1j, np.complex64(1), [0.1], np.array([0.1, 1]), np.timedelta64(1), np.True_, {})],
+    *[(name, value, TypeError, "real numbers") for name in ("running_mean", "running_var")
+      for value in ("abc", np.ones(4, complex), masked(np.ones(4)), [None] * 4)],
+    *[(name, value, ValueError, r"\(4,\)") for name in ("running_mean", "running_var")
+      for value in (0.0, np.ones(3), np.ones((1, 4)), [])],
+    ("running_var", np.array([1, 1, -1e-3, 1]), ValueError, "-0.001.*feature 2"),
+    ("running_var", np.array([1, 1, 1, -1], np.float32), ValueError, "feature 3"),
+    ("running_var", [1, -2, 1, 1], ValueError, "feature 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize(("name", "value", "error", "words"), REFUSED, ids=lambda v: f"{v!r:.30}")
+def test_forward_refuses(name, value, error, words, mode):
+    arguments = good_forward()
+    arguments["bn_param"]["mode"] = mode
+    if name in arguments:
+        arguments[name] = value
+    else:
+        arguments["bn_param"][name] = value
+    if name != "out":
+        arguments["out"] = np.full((6, 4), 7.0)
+    before = bits(arguments)
+    with pytest.raises(error, match=rf"(?s)\b{name}\b.*({words})"):
+        batchnorm_forward(**arguments)
+    assert bits(arguments) == before
+
+
+def test_missing_mode():
+    for param in ({}, {"eps": 1e-3}):
+        before = dict(param)
+        with pytest.raises(KeyError, match="mode"):
+            batchnorm_forward(X, np.ones(4), np.ones(4), param)
+        assert param == before
+
+
+def test_all_three_of_a_train_call_are_refused_before_anything_is_done():
+    """bn_param is looked at after the arrays, but before they are computed with."""
+    x = normal((6, 4), np.float32)
+    kept = x.copy()
+    with pytest.raises(ValueError, match="eps"):
+        batchnorm_forward(x, np.ones(4), np.ones(4), {"mode": "train", "eps": -1}, out=x)
+    np.testing.assert_array_equal(x, kept)
+
+
+PARTIAL = {  # views of a buffer of 48 elements that share a part of x = its first 24 as (6, 4)
+    "shifted": lambda b: b[4:28].reshape(6, 4),
+    "by one": lambda b: b[1:25].reshape(6, 4),
+    "backwards": lambda b: b[23::-1].reshape(6, 4),
+    "reordered": lambda b: b[:24].reshape(4, 6).T,
+    "gaps": lambda b: b[::2].reshape(6, 4),
+    "rows reversed": lambda b: b[:24].reshape(6, 4)[::-1],
+}
+
+
+@pytest.mark.parametrize("view", PARTIAL.values(), ids=PARTIAL)
+def test_partial_overlap(view):
+    buffer = normal(48, np.float64)
+    x = buffer[:24].reshape(6, 4)
+    kept = buffer.copy()
+    with pytest.raises(ValueError, match=r"out .*x.*partial overlap"):
+        batchnorm_forward(x, np.ones(4), np.ones(4), out=view(buffer))
+    _, cache = batchnorm_forward(x, np.ones(4), np.ones(4))
+    with pytest.raises(ValueError, match=r"out .*x.*partial overlap"):
+        batchnorm_backward(np.ones((6, 4)), cache, out=view(buffer))
+    _, cache = batchnorm_forward(x.copy(), np.ones(4), np.ones(4))
+    with pytest.raises(ValueError, match=r"out .*dout.*partial overlap"):
+        batchnorm_backward(x, cache, out=view(buffer))
+    np.testing.assert_array_equal(buffer, kept)
+
+
+def test_interleaved_arrays_do_not_overlap():
+    buffer = normal((6, 8), np.float64)
+    x, out = buffer[:, ::2], buffer[:, 1::2]
+    kept = x.copy()
+    expected, cache = batchnorm_forward(kept, np.ones(4), np.ones(4))
+    _, interleaved = batchnorm_forward(x, np.ones(4), np.ones(4), out=out)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(x, kept)
+    dout = normal((6, 4), np.float64, 1)
+    gradients = batchnorm_backward(dout, cache)
+    assert_same_bits(batchnorm_backward(dout, interleaved), gradients)
+    assert_same_bits(batchnorm_backward(dout, interleaved, out=out), gradients)
+    assert_same_bits(batchnorm_backward(dout, interleaved), gradients)
+
+
+def good_cache():
+    return batchnorm_forward(X, np.ones(4), np.ones(4))[1]
+
+
+BACKWARD_REFUSED = [
+    *[("dout", value, TypeError, "real numbers") for key, value in KINDS.items()],
+    *[("dout", np.ones(shape), ValueError, r"\(6, 4\)")
+      for shape in ((4, 6), (6,), (6, 5), (1, 4), (6, 4, 1), ())],
+    ("dout", np.ones((6, 4), np.float16), TypeError, "float16"),
+    *[("out", value, error, words) for name, value, error, words in REFUSED if name == "out"],
+    *[("cache", value, TypeError, "batchnorm_forward") for value in
+      (None, 5, "abcd", (), (1, 2, 3, 4), [np.ones(4)] * 6, object())],
+    ("cache", (np.zeros(4), np.ones(4), None, None, np.ones(4)), TypeError, "x must"),
+    ("cache", "abcde", TypeError, "x must"),
+    ("cache", ("abc", np.ones(4), X, None, np.ones(4)), TypeError, "mean must"),
+    ("cache", (np.zeros(4), None, X, None, np.ones(4)), TypeError, "inv_var must"),
+    ("cache", (np.zeros(4), np.ones(4), X, None, masked(np.ones(4))), TypeError, "gamma must"),
+    ("cache", (np.zeros(3), np.ones(4), X, None, np.ones(4)), ValueError, "mean must"),
+    ("cache", (np.zeros((6, 4)), np.ones(4), X, None, np.ones(4)), ValueError, "mean must"),
+    ("cache", (np.zeros(4), np.ones(3), X, None, np.ones(4)), ValueError, "inv_var must"),
+    ("cache", (np.zeros(4), np.ones(4), X, None, np.ones(5)), ValueError, "gamma must"),
+    ("cache", (np.zeros(4), np.ones(4), X[0], None, np.ones(4)), ValueError, "x must"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "error", "words"), BACKWARD_REFUSED)
+def test_backward_refuses(name, value, error, words):
+    arguments = {"dout": normal((6, 4), np.float64, 1), "cache": good_cache(), "out": None}
+    if name != "out":
+        arguments["out"] = np.full((6, 4), 7.0)
+    arguments[name] = value
+    before, x = bits(arguments), X.copy()
+    with pytest.raises(error, match=rf"(?s)\b{name}\b.*({words})"):
+        batchnorm_backward(**arguments)
+    assert bits(arguments) == before
+    np.testing.assert_array_equal(X, x)
+
+
+class WithArray:
+    def __init__(self, a):
+        self.a = a
+
+    def __array__(self, dtype=None, copy=None):
+        return self.a
+
+
+class WithDlpack:
+    def __init__(self, a):
+        self.a = a
+
+    def __dlpack__(self, **options):
+        return self.a.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.a.__dlpack_device__()
+
+
+class Subclass(np.ndarray):
+    def __array_ufunc__(self, *args, **kwargs):
+        raise AssertionError("the values are read, nothing is called")
+
+
+ACCEPTED = {
+    "list": lambda a: a.tolist(),
+    "tuple of arrays": tuple,
+    "subclass": lambda a: a.view(Subclass),
+    "__array__": WithArray,
+    "__dlpack__": WithDlpack,
+    "read-only": lambda a: np.broadcast_to(a, a.shape),
+    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "unaligned": unaligned,
+}
+
+
+@pytest.mark.parametrize("convert", ACCEPTED.values(), ids=ACCEPTED)
+def test_accepted(convert):
+    x, dout = normal((6, 4), np.float64), normal((6, 4), np.float64, 1)
+    gamma, beta, mean = normal(4, np.float64, 2), normal(4, np.float64, 3), np.arange(4.0)
+
+    def run(convert):
+        param = {"mode": "train", "running_mean": convert(mean), "running_var": convert(mean)}
+        out, cache = batchnorm_forward(convert(x), convert(gamma), convert(beta), param)
+        gradients = batchnorm_backward(convert(dout), cache)
+        return [out, *gradients, param["running_mean"], param["running_var"]]
+
+    results = run(convert)
+    assert all(type(a) is np.ndarray for a in results)
+    assert_same_bits(results, run(lambda a: a))
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_matrix():
+    x = normal((6, 4), np.float64)
+    out, _ = batchnorm_forward(np.matrix(x), np.ones(4), np.ones(4))
+    assert type(out) is np.ndarray
+    assert_same_bits([out], [batchnorm_forward(x, np.ones(4), np.ones(4))[0]])
+    with pytest.raises(ValueError, match=r"gamma .*\(4,\).*\(1, 4\)"):
+        batchnorm_forward(x, np.matrix(np.ones(4)), np.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.int64, np.uint64])
+def test_integers_become_float64(dtype):
+    x = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(dtype)
+    gamma, beta = np.ones(4), np.zeros(4)
+    out, cache = batchnorm_forward(x, gamma, beta)
+    expected, expected_cache = batchnorm_forward(x.astype(float), gamma, beta)
+    assert_same_bits([out], [expected])
+    assert_same_bits(batchnorm_backward(x, cache), batchnorm_backward(x * 1.0, expected_cache))
+    assert out.dtype == np.float64
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint64, "f2", "f4", "f8", "g", ">f4", ">i2"])
+def test_parameters_of_any_real_dtype(x_dtype, dtype):
+    """Their values count, their dtype does not: everything comes back in that of x."""
+    x, dout = normal((6, 4), x_dtype), normal((6, 4), np.float64 if x_dtype is np.float32 else "f4")
+    values = np.array([0, 1, 1, 0])
+
+    def run(a):
+        param = {"mode": "train", "running_mean": a, "running_var": a}
+        out, cache = batchnorm_forward(x, a, a, param)
+        return [out, *batchnorm_backward(dout, cache)], param["running_mean"]
+
+    results, mean = run(values.astype(dtype))
+    assert_same_bits(results, run(values.astype(x_dtype))[0])
+    assert all(a.dtype == x_dtype for a in results)
+    narrow = np.dtype(dtype).kind == "f" and np.dtype(dtype).itemsize <= 4
+    assert mean.dtype == (np.float32 if x_dtype is np.float32 and narrow else np.float64)
+
+
+def test_axis_counts_from_either_end():
+    x = normal((3, 4, 5), np.float32)
+    for axis, n in enumerate(x.shape):
+        expected = batchnorm_forward(x, np.ones(n), np.zeros(n), axis=axis)[0]
+        for same in (axis - 3, np.int8(axis)):
+            out = batchnorm_forward(x, np.ones(n), np.zeros(n), axis=same)[0]
+            assert_same_bits([out], [expected])
+    with pytest.raises(IndexError):  # as NumPy's AxisError is both
+        batchnorm_forward(x, np.ones(4), np.zeros(4), axis=3)
+
+
+def test_second_names():
+    assert batchnorm_backward_alt is batchnorm_backward
+    x, dout = normal((3, 4, 5, 6), np.float32), normal((3, 4, 5, 6), np.float32, 1)
+    gamma, beta, param = np.arange(4), np.ones(4), {"mode": "train"}
+    out, cache = spatial_batchnorm_forward(x, gamma, beta, param)
+    expected, expected_cache = batchnorm_forward(x, gamma, beta, {"mode": "train"}, axis=1)
+    assert_same_bits([out], [expected])
+    got = spatial_batchnorm_backward(dout, cache)
+    assert_same_bits(got, batchnorm_backward(dout, expected_cache))
+    assert param.keys() == {"mode", "running_mean", "running_var"}
+    assert spatial_batchnorm_forward(x, gamma, beta, out=x)[0] is x
+
+
+@pytest.mark.parametrize("value", KINDS.values(), ids=KINDS)
+def test_spatial_refuses_kinds(value):
+    with pytest.raises(TypeError, match=r"x must be"):
+        spatial_batchnorm_forward(value, np.ones(4), np.zeros(4))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (3, 4, 5), (2, 3, 4, 5, 6)])
+def test_spatial_refuses_shapes(shape):
+    with pytest.raises(ValueError, match=rf"x .*\(N, C, H, W\).*{re.escape(str(shape))}"):
+        spatial_batchnorm_forward(np.ones(shape), np.ones(4), np.zeros(4))
+
+
+# bn_param, to the letter
+
+
+def test_running_averages():
+    """momentum is the weight of the old value, and the variance is divided by M."""
+    x = normal((10, 4), np.float64)
+    mean, var = np.arange(4.0), np.arange(4.0) + 1
+    param = {"mode": "train", "momentum": 0.75, "running_mean": mean, "running_var": var}
+    batchnorm_forward(x, np.ones(4), np.zeros(4), param)
+    np.testing.assert_allclose(param["running_mean"], 0.75 * np.arange(4) + 0.25 * x.mean(0))
+    np.testing.assert_allclose(param["running_var"], 0.75 * (np.arange(4) + 1) + 0.25 * x.var(0))
+    np.testing.assert_array_equal(mean, np.arange(4.0))
+    np.testing.assert_array_equal(var, np.arange(4.0) + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_defaults(dtype):
+    """eps 1e-5, momentum 0.9, running averages from 0 in the dtype of x."""
+    x = 3 + normal((10, 4), dtype) / 100
+    param, spelled = {"mode": "train"}, {"mode": "train", "eps": 1e-5, "momentum": 0.9}
+    spelled |= {"running_mean": np.zeros(4, dtype), "running_var": np.zeros(4, dtype)}
+    out = batchnorm_forward(x, np.ones(4), np.zeros(4), param)[0]
+    assert_same_bits([out], [batchnorm_forward(x, np.ones(4), np.zeros(4), spelled)[0]])
+    assert_same_bits([out], [batchnorm_forward(x, np.ones(4), np.zeros(4))[0]])
+    assert param.keys() == {"mode", "running_mean", "running_var"}
+    for name in ("running_mean", "running_var"):
+        assert_same_bits([param[name]], [spelled[name]])
+        assert param[name].dtype == dtype
+    np.testing.assert_allclose(param["running_mean"], 0.1 * x.mean(0, dtype=float), rtol=1e-6)
+
+
+def test_test_mode_uses_the_running_averages_and_keeps_them():
+    mean, var = np.arange(4), np.arange(4) + 1  # integers, too
+    param = {"mode": "test", "eps": 0.5, "running_mean": mean, "running_var": var}
+    before = copy.deepcopy(param)
+    x = normal((5, 4), np.float64)
+    out, _ = batchnorm_forward(x, np.full(4, 2), np.ones(4), param)
+    np.testing.assert_allclose(out, 2 * (x - mean) / np.sqrt(var + 0.5) + 1, rtol=1e-13)
+    assert param.keys() == before.keys()
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_array_equal(param[name], before[name])
+        assert not np.shares_memory(param[name], locals()["mean" if "mean" in name else "var"])
+
+
+def test_test_mode_without_running_averages_takes_zeros():
+    param = {"mode": "test", "eps": 4}
+    out, _ = batchnorm_forward(X, np.ones(4), np.zeros(4), param)
+    np.testing.assert_array_equal(out, X / 2)
+    np.testing.assert_array_equal([param["running_mean"], param["running_var"]], np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_running_averages_are_new_arrays(mode):
+    mean, var = np.zeros(4), np.ones(4)
+    param = {"mode": mode, "running_mean": mean, "running_var": var}
+    batchnorm_forward(X, np.ones(4), np.zeros(4), param)
+    assert not np.shares_memory(param["running_mean"], mean)
+    assert not np.shares_memory(param["running_var"], var)
+    param["running_mean"] += 1  # ours to write to
+    np.testing.assert_array_equal([mean, var], [np.zeros(4), np.ones(4)])
+
+
+def test_momentum_at_its_ends():
+    for momentum, expected in ((1, np.full(4, 5.0)), (0, X.mean(0))):
+        param = {"mode": "train", "momentum": momentum, "running_mean": np.full(4, 5.0)}
+        batchnorm_forward(X, np.ones(4), np.zeros(4), param)
+        np.testing.assert_allclose(param["running_mean"], expected, rtol=1e-13)
