@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     bn_fast.show_config()
     print("\nChecks against the reference: the largest error / what is allowed, in roundings of")
     print("the largest value (1.2e-7 of it in float32, 2.2e-16 in float64).")
-    print(f"  {'':<36} {'out, dx':^13} {'dgamma, dbeta':^13}")
+    print(f"  {'':<36} {'out, dx':>15} {'dgamma, dbeta':>15}")
     checks = list(run_checks())
     layers = list(time_layers())
 
@@ -139,6 +139,11 @@ def errors(got: Sequence[Array], expected: Sequence[Array]) -> Errors:
 def worst(values: Sequence[float]) -> float:
     """The largest, and NaN if there is one, which max() may pass over."""
     return float(np.max(values))
+
+
+def finite_or_none(values: Errors) -> list[float | None]:
+    """For JSON, which has neither infinity nor NaN."""
+    return [value if np.isfinite(value) else None for value in values]
 
 
 def exact(is_so: bool) -> Errors:
@@ -304,11 +309,11 @@ def run_checks() -> Iterator[dict[str, Any]]:
         except Exception as error:  # a check that cannot run has failed; the others go on
             found, reason = exact(False), f"{type(error).__name__}: {error}"
         ok = all(error <= limit for error, limit in zip(found, limits))
-        cells = "".join(f" {error:>6.2f} /{limit:>4g} " for error, limit in zip(found, limits))
+        cells = "".join(f" {error:>8.3g} /{limit:>4g} " for error, limit in zip(found, limits))
         print_row(f"  {name:<36}{cells}  {'ok' if ok else f'FAILED {reason}'}")
         yield {
             "check": name,
-            "errors": [error if np.isfinite(error) else None for error in found],
+            "errors": finite_or_none(found),
             "limits": limits,
             "ok": ok,
             "reason": reason,
@@ -358,8 +363,8 @@ def time_layers() -> Iterator[dict[str, Any]]:
                 others = "".join(versus(seconds, who) for who in ("NumPy", "PyTorch"))
                 print_row(
                     f"{name if direction == 'forward' else '':<24} {direction:<8}"
-                    f" {milliseconds(seconds['bn_fast'])}{others} {copy_share:>7.0%} {error:>5.2f}"
-                    f" {f'{sums:.2f}' if direction == 'backward' else '':>5}"
+                    f" {milliseconds(seconds['bn_fast'])}{others} {copy_share:>7.0%} {error:>5.3g}"
+                    f" {f'{sums:.3g}' if direction == 'backward' else '':>5}"
                     f"{'' if ok else '  FAILED'}"
                 )
                 yield {
@@ -369,7 +374,7 @@ def time_layers() -> Iterator[dict[str, Any]]:
                     "direction": direction,
                     "seconds": seconds,
                     "copy_share": copy_share,
-                    "errors": [error, sums],
+                    "errors": finite_or_none(found[direction]),
                     "ok": ok,
                 }
 
