@@ -121,10 +121,10 @@ def forward_arrays(
 
 
 def images(x: Any) -> Array:
-    x = _input(x, "x")
-    if x.ndim != 4:
-        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {x.shape}")
-    return x
+    array = _input(x, "x")
+    if array.ndim != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {array.shape}")
+    return array
 
 
 class Settings(NamedTuple):
@@ -227,7 +227,8 @@ def _foreign_cache(cache: Any) -> Cache:
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
         stats[row] = _flat_parameter(value, name, n_features, axis)
     gamma = _flat_parameter(gamma, "gamma", n_features, axis)
-    return Cache(x, gamma, stats, axis, exact_mean=False)
+    frozen = bool(getattr(cache, "frozen", False))  # as reference.py's cache of test mode says
+    return Cache(x, gamma, stats, axis, frozen, exact_mean=False)
 
 
 def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:

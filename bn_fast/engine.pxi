@@ -347,7 +347,7 @@ cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
 
 
 def is_plain(x, gamma, beta, axis, out):
-    """Whether the arguments of a forward call need no conversion and no check: the straight road."""
+    """Whether a forward call's arguments need no conversion and no check: the straight road."""
     cdef Py_ssize_t n
     if not is_plain_array(x) or cnp.PyArray_NDIM(x) < 2:
         return False

@@ -34,11 +34,12 @@ cdef enum:
     PREFETCH_BYTES = 4 * 1024 * 1024
     KEEP_STRIDE = 2048        # rows this far apart fall into few sets of the caches
 
-cdef enum Access:             # how a kernel comes to a row of an array
-    DIRECT                    # where it lies
-    COPIED                    # side by side, but through a buffer: read before it is overwritten,
-                              # kept for the second visit, or written past the caches
-    GATHERED                  # column by column through a buffer
+# How a kernel comes to a row of an array: where it lies; copied through a buffer (to be read before
+# it is overwritten, kept for the second visit, or written past the caches); or column by column.
+cdef enum Access:
+    DIRECT
+    COPIED
+    GATHERED
 
 cdef struct Segment:
     int n_dims

@@ -40,8 +40,8 @@ cdef inline double power_of_two(double value) noexcept nogil:
 
 
 cdef inline bint too_few(const Job* job, const real* real_tag) noexcept nogil:
-    """M = 2: dx = gamma r^3 eps (dout - mean dout) is all that is left when two terms of the size of
-    dout cancel.  In float32 that leaves no digit, so such features take the float64 lanes."""
+    """M = 2: dx = gamma r^3 eps (dout - mean dout) is all that is left when two terms of the size
+    of dout cancel.  In float32 that leaves no digit, so such features take the float64 lanes."""
     if real is float:
         return job.count <= 2
     else:
@@ -312,7 +312,9 @@ cdef void set_constants(
             job.shift_x[k] = job.bias[k] = 0
             job.factor[k] = 1
             job.scale[k] = job.gamma[k] * job.inv_std[k]
-            job.wide[k] = beyond(job.scale[k], low) + is_lost(job.scale[k], job.gamma[k], job.inv_std[k])
+            job.wide[k] = beyond(job.scale[k], low) + is_lost(
+                job.scale[k], job.gamma[k], job.inv_std[k]
+            )
     else:
         forward_constants[real](
             job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.beta + f,

@@ -313,5 +313,3 @@ cdef void apply_chunk(
                 real_tag, lane_tag,
             )
             f = f_end
-
-
