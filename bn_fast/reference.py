@@ -5,7 +5,8 @@ Three kinds of functions, none of which calls compiled code:
 - Twins of the public functions, of the same names, written as one writes them in NumPy: arithmetic
   in the dtype of x, statistics in two passes. They say what is computed, and serve where nothing
   can be compiled. Their float32 is that of NumPy, whose sums over the first axis lose digits.
-- ``batchnorm_backward_*``: the backward pass once for each of three derivations.
+- ``batchnorm_backward_*``: the backward pass once for each of three derivations, which go by the
+  names three pathways, column-wise and element-wise.
 - ``oracle_*``: the same results in long double, by other arithmetic, to judge all others by.
 
 The derivations write r = 1/sqrt(var + eps), x_hat = (x - mean) * r, M for the number of values
@@ -26,7 +27,7 @@ References
 import math
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
@@ -70,6 +71,8 @@ class FrozenCache(Cache):
 
     The five arrays cannot say so. A cache of any type may, by an attribute `frozen` that is true.
     """
+
+    __slots__ = ()
 
     frozen = True
 
@@ -130,6 +133,10 @@ def batchnorm_forward(
     are the running averages. A feature of variance 0 gives beta, with eps = 0 as well: in train
     mode 1/sqrt(0) is taken as 0. So does M = 1.
 
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+
     Examples
     --------
     >>> import numpy as np
@@ -171,24 +178,22 @@ def batchnorm_forward(
             f" for feature {feature}"
         )
 
-    if train:
-        mean = _mean(x, gamma)
-        centered = x - mean
-        var = _mean(centered * centered, gamma)
-        if x.size:
-            running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
-            running_var = momentum * running_var + (1 - momentum) * var.reshape(-1)
-    else:
-        mean = running_mean.astype(x.dtype).reshape(against_x)
-        centered = x - mean
-        var = running_var.astype(x.dtype).reshape(against_x)
+    mean = _mean(x, gamma) if train else running_mean.astype(x.dtype).reshape(against_x)
+    centered = x - mean
+    var = (
+        _mean(centered * centered, gamma)
+        if train
+        else running_var.astype(x.dtype).reshape(against_x)
+    )
     inv_std = _inv_std(var, eps, train)
     x_hat = centered * inv_std
-    y = gamma * x_hat + beta
+    if train and x.size:
+        running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
+        running_var = momentum * running_var + (1 - momentum) * var.reshape(-1)
 
     if out is not None and np.may_share_memory(out, x):
         x = x.copy()
-    y = _deliver(y, out)
+    y = _deliver(gamma * x_hat + beta, out)
     if bn_param is not None:
         bn_param["running_mean"] = running_mean
         bn_param["running_var"] = running_var
@@ -266,7 +271,11 @@ def _deliver(result: Array, out: Array | None) -> Array:
     return out
 
 
-def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> Callable[..., Gradients]:
+class _Backward(Protocol):
+    def __call__(self, dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients: ...
+
+
+def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
     """A backward function from a derivation: arguments put in order, and test mode answered.
 
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
@@ -522,6 +531,10 @@ def batchnorm_backward(
     -----
     After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout.
 
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+
     Examples
     --------
     >>> import numpy as np
@@ -737,12 +750,11 @@ def _oracle_statistics(
 def _center(rows: Array) -> Array:
     """Take its mean off each row, in place, and return the means as a column.
 
-    The mean of a row is its first value, plus the mean of the differences from it (which is 0 for
-    a constant row), plus, last, the mean of what is then left.
+    Twice: what the rounding of the first mean leaves is itself a mean of few bits, whose second
+    sum is right to the last digit, and exact for a constant row.
     """
     m = max(rows.shape[1], 1)
-    mean: Array = rows[:, :1].sum(axis=1, keepdims=True)  # the first value, or 0 without any
-    mean += (rows - mean).sum(axis=1, keepdims=True) / m
+    mean: Array = rows.sum(axis=1, keepdims=True) / m
     rows -= mean
     rest = rows.sum(axis=1, keepdims=True) / m
     rows -= rest
