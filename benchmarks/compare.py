@@ -15,6 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+try:
+    import cpuinfo
+except ImportError:
+    sys.exit("compare.py needs pytest-benchmark's py-cpuinfo: pip install -e '.[bench]'")
+
 from results import OURS, best_peer, gain, milliseconds, over_floor, ratio, seconds, summary
 
 
@@ -72,7 +77,6 @@ def bind_to_cpus(n: int) -> None:
 
 
 def machine(implementations) -> dict:
-    import cpuinfo  # comes with pytest-benchmark
     from implementations import n_cpus
 
     import bn_fast

@@ -1,0 +1,63 @@
+"""Runs each command of this folder once, so that none of them rots."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(command, *arguments, cwd):
+    """The output of a command that must succeed; cwd is not the repository, whose bn_fast hides
+    the installed one."""
+    line = [sys.executable, HERE / command, *map(str, arguments)]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """What compare.py writes about two small cases."""
+    folder = tmp_path_factory.mktemp("figures")
+    names = ("floor", "reference", "bn_fast", "bn_fast out=")
+    shown = run(
+        "compare.py",
+        *("--cases", "32x64-float32", "128x33x7x7-float64"),
+        *("--implementations", *names),
+        *("--rounds", 1),
+        *("--json", "figures.json"),
+        cwd=folder,
+    )
+    assert "2 of 2: 128x33x7x7-float64" in shown
+    record = json.loads((folder / "figures.json").read_text())
+    for case in record["cases"]:
+        assert set(case["implementations"]) == set(names)
+        for figures in case["implementations"].values():
+            assert figures["forward"]["median"] > 0
+            assert figures["backward"]["median"] > 0
+    return folder / "figures.json"
+
+
+def test_table(figures, tmp_path):
+    shown = run("table.py", figures, cwd=tmp_path)
+    assert "| 32x64-float32 |" in shown
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_plot(figures, tmp_path, dtype):
+    pytest.importorskip("matplotlib")
+    run("plot.py", figures, "picture.png", "--dtype", dtype, cwd=tmp_path)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_train_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    shown = run("train_digits.py", "--epochs", 10, "--width", 64, cwd=tmp_path)
+    assert "FAILED" not in shown
+    assert (tmp_path / "train_digits.png").exists()
