@@ -15,9 +15,10 @@ COLUMNS = 1024  # of a block at most: its sums stay in the first-level cache
 
 @njit(inline="always")
 def n_blocks_across(n, c):
-    """Enough blocks of rows for every thread, and blocks of columns."""
-    rows = max(1, min(ROWS, n // (4 * get_num_threads())))
-    return (n + rows - 1) // rows, (c + COLUMNS - 1) // COLUMNS
+    """How many blocks of rows, and of columns: some for each thread."""
+    n_right = (c + COLUMNS - 1) // COLUMNS
+    wanted = (4 * get_num_threads() + n_right - 1) // n_right
+    return max((n + ROWS - 1) // ROWS, min(n, wanted)), n_right
 
 
 @njit(parallel=True, fastmath=True)
