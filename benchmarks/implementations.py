@@ -194,9 +194,9 @@ def prepare_numba(p: Problem) -> Calls:
     return Calls(forward, backward, results)
 
 
-# What is allowed of out and dx, and of the sums dgamma and dbeta, which cancel. The others must only
-# have computed the same thing: in float32 their sums over the first axis lose digits, up to 1e-2
-# of the largest value for a million rows.
+# What is allowed of out and dx, and of the sums dgamma and dbeta, which cancel. The others must
+# only have computed the same thing: in float32 their sums over the first axis lose digits, up to
+# 1e-2 of the largest value for a million rows.
 EXACT = {"float32": (4e-6, 1.6e-5), "float64": (1e-14, 1e-12)}
 ROUGH = {"float32": (1e-2, 1e-2), "float64": (1e-9, 1e-9)}
 
