@@ -1,0 +1,89 @@
+"""The command `python -m bn_fast`: rows, JSON, exit status; a broken build cannot hide."""
+
+import json
+
+import numpy as np
+import pytest
+
+import bn_fast
+from bn_fast import __main__ as command
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(command, "LAYERS", [((32, 64), 1), ((2, 3, 4, 5), 3)])
+    monkeypatch.setattr(command, "LAYER_SECONDS", 0.01)
+    monkeypatch.setattr(command, "find_torch", lambda: (None, "PyTorch: none"))
+
+
+def row_of(text, shown):
+    return next(line for line in shown.splitlines() if text in line)
+
+
+def test_all_is_well(capsys, tmp_path):
+    assert command.main(["--json", str(tmp_path / "figures.json")]) == 0
+    shown = capsys.readouterr().out
+    assert bn_fast.__version__ in row_of("version", shown)
+    assert "FAILED" not in shown
+    for name, _, _ in command.CHECKS:
+        assert row_of(name, shown).endswith("ok")
+    assert "backward" in shown[shown.index("(2, 3, 4, 5) axis 3") :]
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["ok"]
+    assert len(record["checks"]) == len(command.CHECKS)
+    assert len(record["layers"]) == 4
+    for layer in record["layers"]:
+        assert set(layer["seconds"]) == {"bn_fast", "NumPy"}
+        assert all(time > 0 for time in layer["seconds"].values())
+
+
+def wrong_in_one_place(y):
+    y = y.copy()
+    y.flat[-1] += np.abs(y).max() * y.dtype.type(1e-5)
+    return y
+
+
+def not_a_number(y):
+    y = y.copy()
+    y.flat[0] = np.nan
+    return y
+
+
+@pytest.mark.parametrize("spoil", [wrong_in_one_place, not_a_number])
+@pytest.mark.parametrize("which", ["batchnorm_forward", "batchnorm_backward"])
+def test_wrong_numbers_are_shown(capsys, monkeypatch, tmp_path, spoil, which):
+    right = getattr(bn_fast, which)
+
+    def wrong(*args, **kwargs):
+        large, *rest = right(*args, **kwargs)
+        return spoil(large), *rest
+
+    monkeypatch.setattr(bn_fast, which, wrong)
+    assert command.main(["--json", str(tmp_path / "figures.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED" in row_of("float32 (4096, 33)", shown)
+    direction = which.removeprefix("batchnorm_")
+    assert row_of(f" {direction} ", shown[shown.index("(32, 64)") :]).endswith("FAILED")
+    assert row_of("checks FAILED", shown)
+    text = (tmp_path / "figures.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert not json.loads(text)["ok"]
+
+
+def test_a_check_that_raises_has_failed_and_the_others_go_on(capsys, monkeypatch):
+    def broken():
+        raise RuntimeError("no such thing")
+
+    (name, limits, _), *others = command.CHECKS
+    monkeypatch.setattr(command, "CHECKS", [(name, limits, broken), *others[:1]])
+    assert command.main([]) == 1
+    shown = capsys.readouterr().out
+    assert row_of(name, shown).endswith("FAILED RuntimeError: no such thing")
+    assert row_of(others[0][0], shown).endswith("ok")
+
+
+def test_unwritable_json_is_said_at_once(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--json", str(tmp_path / "missing" / "figures.json")])
+    assert "cannot write" in capsys.readouterr().err
