@@ -5,10 +5,15 @@ From the root of the repository:
     python -m pytest benchmarks                        the smoke cases, timed
     python -m pytest benchmarks --benchmark-disable    the same, once each, untimed
     python -m pytest benchmarks --cases all            the full table
+
+and to compare two commits, each installed and timed in its turn:
+
+    python -m pytest benchmarks -k bn_fast --benchmark-save before
+    python -m pytest benchmarks -k bn_fast --benchmark-compare --benchmark-columns median,iqr
 """
 
 import pytest
-from implementations import judge, n_cpus
+from implementations import judge
 
 import bn_fast
 
@@ -20,27 +25,18 @@ def judged(problem, implementation):
     return calls, judge(implementation, calls, problem)
 
 
-def measure(benchmark, call, traffic, problem, implementation, errors):
-    benchmark.group = f"{problem.case.name} {call.__name__}"
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test(benchmark, problem, implementation, judged, direction):
+    calls, errors = judged
+    traffic = getattr(problem.case, f"{direction}_bytes")
+    benchmark.group = f"{problem.case.name} {direction}"
     benchmark.extra_info |= {
         "implementation": implementation.name,
         "bytes": traffic,
         "isa": bn_fast.build_info()["isa"],
-        "threads": n_cpus(),
+        "threads": bn_fast.get_num_threads(),
         "errors": errors,
     }
-    benchmark(call)
+    benchmark(getattr(calls, direction))
     if benchmark.stats is not None:  # None with --benchmark-disable
         benchmark.extra_info["GB/s"] = traffic / benchmark.stats.stats.median / 1e9
-
-
-def test_forward(benchmark, problem, implementation, judged):
-    calls, errors = judged
-    traffic = problem.case.forward_bytes
-    measure(benchmark, calls.forward, traffic, problem, implementation, errors)
-
-
-def test_backward(benchmark, problem, implementation, judged):
-    calls, errors = judged
-    traffic = problem.case.backward_bytes
-    measure(benchmark, calls.backward, traffic, problem, implementation, errors)
