@@ -100,10 +100,6 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
     for r in range(N_ROLES):
         s.buffer[r] = memory + r * job.buffer_elements * sizeof(double)
-    memory += N_ROLES * job.buffer_elements * sizeof(double)
-    s.kept[X] = memory
-    s.kept[G] = memory + job.keep_bytes
-    s.kept[Y] = NULL
 
 
 cdef void run_phase(
@@ -166,23 +162,9 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
     cdef Plan* plan = &job.apply
-    cdef Segment* main = &plan.segment[0]
-    cdef Py_ssize_t step = main.stride[X][main.n_dims - 1] if main.n_dims else 0
-    cdef int r
-    job.keep_bytes = 0
-    job.keep = False
     job.stream = BN_STREAMS and plan.access[Y] == DIRECT and bytes >= STREAM_BYTES
-    job.prefetch = sweep and not plan.runs and not plan.whole and bytes >= PREFETCH_BYTES
-    if (
-        sweep and job.kind != FORWARD_FROZEN and job.kind != BACKWARD_FROZEN
-        and not plan.runs and not plan.whole and step % KEEP_STRIDE == 0
-        and bytes >= PREFETCH_BYTES and job.reduce.n_segments == 1 and plan.n_segments == 1
-    ):
-        job.keep = True
-        job.keep_bytes = job.count * job.tile * itemsize
-        for r in range(2):
-            if plan.used[r] and plan.access[r] != GATHERED:
-                job.reduce.access[r] = plan.access[r] = COPIED
+    job.prefetch = bytes >= PREFETCH_BYTES
+    job.prefetch_again = job.prefetch and not sweep
     if job.stream:
         plan.access[Y] = COPIED
 
@@ -255,7 +237,7 @@ cdef int execute(
     choose_access(job, sweep, itemsize)
     job.scratch_bytes = (
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements
-    ) * sizeof(double) + 2 * job.keep_bytes
+    ) * sizeof(double)
     n_sums = 4 * job.reduce.n_chunks * n if job.kind != FORWARD_FROZEN else 0
     n_values = (12 * n + n_sums + 7) // 8 * 8
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)

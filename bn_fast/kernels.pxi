@@ -18,6 +18,10 @@
 #       second loop here for the rest.
 #   (e) Sums are kept in local arrays during a block: nothing else can point at them, so that no
 #       compiler has to ask at run time whether it may vectorize.
+#   (f) Wide rows are walked strip by strip of STRIP columns, and the rows that come next are
+#       prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight rows:
+#       summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows 13, in
+#       strips 8, and one sequential read 6 (one thread).
 
 ctypedef fused real:
     float
@@ -37,6 +41,17 @@ cdef enum:
     TREE_ROWS = 8
     APPLY_ROWS = 4
     MAX_COLUMNS = 512
+    STRIP = 64
+
+
+cdef inline void prefetch_rows(
+    char** rows, Py_ssize_t n_rows, Py_ssize_t strip, Py_ssize_t width, const real* type_tag,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n_rows):
+        bn_prefetch(
+            rows[i] + strip * sizeof(real), min(<Py_ssize_t> STRIP, width - strip) * sizeof(real)
+        )
 
 
 cdef void stats_block(
@@ -47,7 +62,7 @@ cdef void stats_block(
 
     If `ahead` is not 0, that many rows more are known and are prefetched.
     """
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, strip, step = STRIP if ahead else width
     cdef const real* x0
     cdef const real* x1
     cdef const real* x2
@@ -63,9 +78,6 @@ cdef void stats_block(
         s[j] = sum_d[j]
         ss[j] = sum_dd[j]
     for i in range(0, n_rows, 8):  # TREE_ROWS; Cython wants a literal step
-        if ahead:
-            for j in range(8):
-                bn_prefetch(rows[i + ahead + j], width * sizeof(real))
         x0 = <const real*> rows[i]
         x1 = <const real*> rows[i + 1]
         x2 = <const real*> rows[i + 2]
@@ -74,21 +86,26 @@ cdef void stats_block(
         x5 = <const real*> rows[i + 5]
         x6 = <const real*> rows[i + 6]
         x7 = <const real*> rows[i + 7]
-        for j in range(width):
-            k = shift[j]
-            d0 = x0[j] - k
-            d1 = x1[j] - k
-            d2 = x2[j] - k
-            d3 = x3[j] - k
-            d4 = x4[j] - k
-            d5 = x5[j] - k
-            d6 = x6[j] - k
-            d7 = x7[j] - k
-            s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
-            ss[j] += <double> (
-                ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
-                + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-            )
+        strip = 0
+        while strip < width:
+            if ahead:
+                prefetch_rows(rows + i + ahead, 8, strip, width, x0)
+            for j in range(strip, min(strip + step, width)):
+                k = shift[j]
+                d0 = x0[j] - k
+                d1 = x1[j] - k
+                d2 = x2[j] - k
+                d3 = x3[j] - k
+                d4 = x4[j] - k
+                d5 = x5[j] - k
+                d6 = x6[j] - k
+                d7 = x7[j] - k
+                s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
+                ss[j] += <double> (
+                    ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+                    + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+                )
+            strip += step
     for j in range(width):
         sum_d[j] = s[j]
         sum_dd[j] = ss[j]
@@ -103,7 +120,7 @@ cdef void grad_stats_block(
     Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
     would cost its digits there.
     """
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, strip, step = STRIP if ahead else width
     cdef const real* x0
     cdef const real* x1
     cdef const real* x2
@@ -119,10 +136,6 @@ cdef void grad_stats_block(
         s[j] = sum_t[j]
         ss[j] = sum_td[j]
     for i in range(0, n_rows, 4):
-        if ahead:
-            for j in range(4):
-                bn_prefetch(x_rows[i + ahead + j], width * sizeof(real))
-                bn_prefetch(g_rows[i + ahead + j], width * sizeof(real))
         x0 = <const real*> x_rows[i]
         x1 = <const real*> x_rows[i + 1]
         x2 = <const real*> x_rows[i + 2]
@@ -131,17 +144,23 @@ cdef void grad_stats_block(
         g1 = <const real*> g_rows[i + 1]
         g2 = <const real*> g_rows[i + 2]
         g3 = <const real*> g_rows[i + 3]
-        for j in range(width):
-            k = shift_x[j]
-            m = shift_g[j]
-            t0 = g0[j] - m
-            t1 = g1[j] - m
-            t2 = g2[j] - m
-            t3 = g3[j] - m
-            s[j] += <double> ((t0 + t1) + (t2 + t3))
-            ss[j] += <double> (
-                (t0 * (x0[j] - k) + t1 * (x1[j] - k)) + (t2 * (x2[j] - k) + t3 * (x3[j] - k))
-            )
+        strip = 0
+        while strip < width:
+            if ahead:
+                prefetch_rows(x_rows + i + ahead, 4, strip, width, x0)
+                prefetch_rows(g_rows + i + ahead, 4, strip, width, x0)
+            for j in range(strip, min(strip + step, width)):
+                k = shift_x[j]
+                m = shift_g[j]
+                t0 = g0[j] - m
+                t1 = g1[j] - m
+                t2 = g2[j] - m
+                t3 = g3[j] - m
+                s[j] += <double> ((t0 + t1) + (t2 + t3))
+                ss[j] += <double> (
+                    (t0 * (x0[j] - k) + t1 * (x1[j] - k)) + (t2 * (x2[j] - k) + t3 * (x3[j] - k))
+                )
+            strip += step
     for j in range(width):
         sum_t[j] = s[j]
         sum_td[j] = ss[j]
@@ -168,18 +187,24 @@ cdef inline void apply_four(
 
 cdef void apply_block(
     char** x_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
-    const real* scale, const real* bias,
+    const real* scale, const real* bias, Py_ssize_t ahead,
 ) noexcept nogil:
     """y_ij = (x_ij - shift_j) scale_j + bias_j, four rows at a time so that the constants are
     loaded once for four."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, strip, step = STRIP if ahead else width
     for i in range(0, n_rows, 4):
-        apply_four(
-            <const real*> x_rows[i], <const real*> x_rows[i + 1],
-            <const real*> x_rows[i + 2], <const real*> x_rows[i + 3],
-            <real*> y_rows[i], <real*> y_rows[i + 1], <real*> y_rows[i + 2], <real*> y_rows[i + 3],
-            width, shift, scale, bias,
-        )
+        strip = 0
+        while strip < width:
+            if ahead:
+                prefetch_rows(x_rows + i + ahead, 4, strip, width, shift)
+            apply_four(
+                <const real*> x_rows[i] + strip, <const real*> x_rows[i + 1] + strip,
+                <const real*> x_rows[i + 2] + strip, <const real*> x_rows[i + 3] + strip,
+                <real*> y_rows[i] + strip, <real*> y_rows[i + 1] + strip,
+                <real*> y_rows[i + 2] + strip, <real*> y_rows[i + 3] + strip,
+                min(step, width - strip), shift + strip, scale + strip, bias + strip,
+            )
+            strip += step
 
 
 cdef inline void grad_apply_two(
@@ -204,17 +229,24 @@ cdef inline void grad_apply_two(
 cdef void grad_apply_block(
     char** x_rows, char** g_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width,
     const real* shift_x, const real* shift_g, const real* scale, const real* slope,
-    const real* bias,
+    const real* bias, Py_ssize_t ahead,
 ) noexcept nogil:
     """dx_ij = (dout_ij - shift_g_j) scale_j - (x_ij - shift_x_j) slope_j + bias_j."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, strip, step = STRIP if ahead else width
     for i in range(0, n_rows, 2):
-        grad_apply_two(
-            <const real*> x_rows[i], <const real*> x_rows[i + 1],
-            <const real*> g_rows[i], <const real*> g_rows[i + 1],
-            <real*> y_rows[i], <real*> y_rows[i + 1],
-            width, shift_x, shift_g, scale, slope, bias,
-        )
+        strip = 0
+        while strip < width:
+            if ahead:
+                prefetch_rows(x_rows + i + ahead, 2, strip, width, shift_x)
+                prefetch_rows(g_rows + i + ahead, 2, strip, width, shift_x)
+            grad_apply_two(
+                <const real*> x_rows[i] + strip, <const real*> x_rows[i + 1] + strip,
+                <const real*> g_rows[i] + strip, <const real*> g_rows[i + 1] + strip,
+                <real*> y_rows[i] + strip, <real*> y_rows[i + 1] + strip,
+                min(step, width - strip), shift_x + strip, shift_g + strip,
+                scale + strip, slope + strip, bias + strip,
+            )
+            strip += step
 
 
 cdef void gather_row(

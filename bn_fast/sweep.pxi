@@ -43,10 +43,9 @@ cdef struct Job:
     double* wide              # 1 where the output has to be computed in wide lanes
     Py_ssize_t width
     Py_ssize_t buffer_elements
-    bint keep                 # a tile's input is packed on the first visit for the second
     bint stream               # the output goes past the caches
-    bint prefetch
-    Py_ssize_t keep_bytes     # for one role
+    bint prefetch             # on the first visit
+    bint prefetch_again       # and on the second, as the tile is not in cache
     Py_ssize_t scratch_bytes
     char* scratch
 
@@ -63,8 +62,6 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
-    char* kept[N_ROLES]
-    Py_ssize_t kept_width
 
 
 cdef Py_ssize_t group_rows(const Access* access, Py_ssize_t width) noexcept nogil:
@@ -77,10 +74,17 @@ cdef Py_ssize_t group_rows(const Access* access, Py_ssize_t width) noexcept nogi
     )
 
 
+cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
+    return max(
+        <Py_ssize_t> TREE_ROWS,
+        min(<Py_ssize_t> AHEAD_ROWS, AHEAD_BYTES // row_bytes // TREE_ROWS * TREE_ROWS),
+    )
+
+
 cdef void fetch_rows(
-    const Job* job, const Plan* plan, const Segment* segment, int role, Access access,
+    const Plan* plan, const Segment* segment, int role, Access access,
     Py_ssize_t tile_first, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
-    Py_ssize_t ahead, bint again, Scratch* s, const real* real_tag, const lane* lane_tag,
+    Py_ssize_t ahead, Scratch* s, const real* real_tag, const lane* lane_tag,
 ) noexcept nogil:
     """Point s.rows[role] at n rows (and `ahead` more, to prefetch) of the columns from j0 on."""
     cdef Py_ssize_t i, known
@@ -89,12 +93,6 @@ cdef void fetch_rows(
     cdef lane* packed
     if access != GATHERED:
         start += j0 * sizeof(real)
-    if access == COPIED and job.keep:
-        buffer = <lane*> s.kept[role] + row * s.kept_width
-        if again:
-            for i in range(n):
-                s.rows[role][i] = <char*> (buffer + i * s.kept_width + j0)
-            return
     known = min(n + ahead, segment.n_rows - row)
     row_pointers(segment, role, start, row, known, s.rows[role])
     for i in range(known, n + ahead):
@@ -163,9 +161,8 @@ cdef void reduce_chunk(
         access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    s.kept_width = width
     group = group_rows(access, width)
-    ahead = AHEAD_ROWS if job.prefetch and not wide else 0
+    ahead = rows_ahead(width * sizeof(real)) if job.prefetch and not wide else 0
     expand[lane](
         job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x
     )
@@ -187,7 +184,7 @@ cdef void reduce_chunk(
             for r in range(2):
                 if plan.used[r]:
                     fetch_rows[real, lane](
-                        job, plan, segment, r, access[r], first, 0, width, row, n, ahead, False,
+                        plan, segment, r, access[r], first, 0, width, row, n, ahead,
                         s, real_tag, lane_tag,
                     )
             row += n
@@ -220,14 +217,17 @@ cdef void apply_columns(
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
     cdef Py_ssize_t n, n_padded, i, group = group_rows(access, width)
+    cdef Py_ssize_t ahead = 0
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef int r
+    if job.prefetch_again and access[X] != GATHERED:
+        ahead = rows_ahead(width * sizeof(real))
     while row < row_end:
         n = min(group, row_end - row)
         for r in range(2):
             if plan.used[r]:
                 fetch_rows[real, lane](
-                    job, plan, segment, r, access[r], tile_first, j0, width, row, n, 0, True,
+                    plan, segment, r, access[r], tile_first, j0, width, row, n, ahead,
                     s, real_tag, lane_tag,
                 )
         if access[Y] == DIRECT:
@@ -249,12 +249,12 @@ cdef void apply_columns(
             grad_apply_block[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
-                <lane*> s.slope + j0, <lane*> s.bias + j0,
+                <lane*> s.slope + j0, <lane*> s.bias + j0, ahead,
             )
         else:
             apply_block[lane](
                 s.rows[X], s.rows[Y], n_padded, width,
-                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
+                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0, ahead,
             )
         if access[Y] != DIRECT:
             store_rows[real, lane](
