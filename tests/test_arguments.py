@@ -89,7 +89,8 @@ REFUSED = [
     *[("eps", value, ValueError, "finite") for value in (-1e-9, np.nan, np.inf, -np.inf)],
     *[("momentum", value, ValueError, "finite") for value in (np.nan, np.inf)],
     *[(name, value, TypeError, "real number") for name in ("eps", "momentum") for value in
-      (None, "0.1", b"1", 1j, np.complex64(1), [0.1], np.array([0.1, 1]), np.timedelta64(1), np.True_, {})],
+      (None, "0.1", b"1", 1j, np.complex64(1), [0.1], np.array([0.1, 1]), np.timedelta64(1),
+       np.True_, {})],
     *[(name, value, TypeError, "real numbers") for name in ("running_mean", "running_var")
       for value in ("abc", np.ones(4, complex), masked(np.ones(4)), [None] * 4)],
     *[(name, value, ValueError, r"\(4,\)") for name in ("running_mean", "running_var")

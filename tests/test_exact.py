@@ -83,7 +83,8 @@ def test_constant_features_give_exactly_beta(dtype, shape, eps, value):
     dx, dgamma, _ = batchnorm_backward(dout, cache)
     b = beta.reshape(feature_shape(x.ndim, 1))
     np.testing.assert_array_equal(out[:, 1:], np.broadcast_to(b, shape)[:, 1:])
-    np.testing.assert_array_equal(dgamma[1:], 0)
+    # x_hat is 0; what a sum of M terms may leave of it is no more than a rounding of each.
+    assert np.abs(dgamma[1:]).max() <= np.finfo(dtype).eps * np.abs(dout).sum()
     expected = oracle.backward(dout, x, gamma, 1, eps)
     check("dx", dx[:, 1:], expected.dx[:, 1:], x)
     if eps == 0:

@@ -86,6 +86,23 @@ def test_float64_keeps_its_digits(shape, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_mislead(dtype):
+    """The first, middle and last row, from which the engine guesses the mean, are the outliers.
+
+    The rest is constant, so that roundings do not average out: shifted by such a guess, the
+    variance would lose a factor of M/3.
+    """
+    x = np.tile(np.linspace(0.1, 0.9, 130), (4096, 1)).astype(dtype)
+    x[[0, 2047, 4095]] += dtype(0.6)
+    gamma, beta, dout = np.ones(130), np.zeros(130), normal(x.shape, dtype)
+    for eps in (1e-5, 0.0):
+        out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train", "eps": eps})
+        check("out", out, oracle.forward(x, gamma, beta, 1, eps), x)
+        expected = oracle.backward(dout, x, gamma, 1, eps)
+        check_gradients(batchnorm_backward(dout, cache), expected, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", [4, 5])
 def test_dgamma_of_many_rows(dtype, seed):
     """Where the mean is off by a fraction of a rounding, M times that comes into dgamma.
