@@ -20,6 +20,8 @@ class Cache:
         Mean, the part of the mean beyond float64's digits, 1/sqrt(var + eps), var.
     axis : int
         The feature axis of x.
+    eps : float
+        What was added to the variance; negative where that is not known.
     frozen : bool
         The statistics were given (test mode), so x has no influence on them.
     exact_mean : bool
@@ -28,7 +30,7 @@ class Cache:
         Which call wrote its output over x, so that no gradient can be had any more; else empty.
     """
 
-    __slots__ = ("axis", "exact_mean", "frozen", "gamma", "overwritten", "stats", "x")
+    __slots__ = ("axis", "eps", "exact_mean", "frozen", "gamma", "overwritten", "stats", "x")
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class Cache:
         gamma: Array,
         stats: Array,
         axis: int,
+        eps: float,
         frozen: bool = False,
         exact_mean: bool = True,
         overwritten: str = "",
@@ -44,6 +47,7 @@ class Cache:
         self.gamma = gamma
         self.stats = stats
         self.axis = axis
+        self.eps = eps
         self.frozen = frozen
         self.exact_mean = exact_mean
         self.overwritten = overwritten

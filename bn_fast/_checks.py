@@ -228,7 +228,7 @@ def _foreign_cache(cache: Any) -> Cache:
         stats[row] = _flat_parameter(value, name, n_features, axis)
     gamma = _flat_parameter(gamma, "gamma", n_features, axis)
     frozen = bool(getattr(cache, "frozen", False))  # as reference.py's cache of test mode says
-    return Cache(x, gamma, stats, axis, frozen, exact_mean=False)
+    return Cache(x, gamma, stats, axis, -1.0, frozen, exact_mean=False)
 
 
 def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:

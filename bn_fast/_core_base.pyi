@@ -1,6 +1,5 @@
 from ._types import Array
 
-def are_overlapping(a: Array, b: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
 def backward(
     dout: Array,
@@ -8,6 +7,7 @@ def backward(
     gamma: Array,
     stats: Array,
     axis: int,
+    eps: float,
     out: Array | None,
     frozen: bool,
     exact_mean: bool,
@@ -25,6 +25,7 @@ def forward(
     n_threads: int,
 ) -> tuple[Array, Array]: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
+def is_same(a: Array, b: Array) -> bool: ...
 def is_plain_gradient(dout: object, x: Array, out: object) -> bool: ...
 def running_average(
     old: Array, stats: Array, row: int, momentum: float | None, x: Array

@@ -217,11 +217,11 @@ cdef int execute(
     cdef char* memory
     job.n_features = n
     job.count = cnp.PyArray_SIZE(x) // n
-    make_plan(&job.reduce, x, dout, None, axis, itemsize)
+    make_plan(&job.reduce, x, x, dout, None, axis, itemsize)
     if job.kind == BACKWARD_FROZEN:
-        make_plan(&job.apply, dout, None, out, axis, itemsize)
+        make_plan(&job.apply, x, dout, None, out, axis, itemsize)
     else:
-        make_plan(&job.apply, x, dout, out, axis, itemsize)
+        make_plan(&job.apply, x, x, dout, out, axis, itemsize)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     if job.apply.access[X] == DIRECT and overlap(
@@ -347,9 +347,9 @@ def is_plain_gradient(dout, x, out):
     return is_plain_twin(dout, x) and is_plain_output(out, dout, x)
 
 
-def are_overlapping(a, b):
-    """Whether two arrays' extents in memory meet."""
-    return overlap(a, b)
+def is_same(a, b):
+    """Whether two arrays are one buffer, element by element."""
+    return is_same_buffer(a, b)
 
 
 def are_plain_statistics(mean, var, Py_ssize_t n_features):
@@ -437,12 +437,13 @@ def forward(
 
 def backward(
     cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
-    cnp.ndarray stats not None, int axis, cnp.ndarray out, bint frozen, bint exact_mean,
-    int n_threads,
+    cnp.ndarray stats not None, int axis, double eps, cnp.ndarray out, bint frozen,
+    bint exact_mean, int n_threads,
 ):
     """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats.
 
-    frozen: the statistics were given, so dx = gamma inv_std dout.  exact_mean: they are x's own.
+    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
+    dout.  exact_mean: they are x's own.
     """
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
@@ -456,11 +457,11 @@ def backward(
     sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     job.kind = BACKWARD_FROZEN if frozen else BACKWARD
     job.exact_mean = exact_mean
-    job.eps = 0
+    job.eps = eps
     job.mean = values
     job.mean_low = values + n
     job.inv_std = values + 2 * n
-    job.var = NULL
+    job.var = values + 3 * n
     job.dgamma = <double*> cnp.PyArray_DATA(sums)
     job.dbeta = job.dgamma + n
     if cnp.PyArray_SIZE(x) > 0:

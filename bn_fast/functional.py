@@ -108,21 +108,23 @@ def batchnorm_forward(
     """
     x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
     n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
+    eps = 1e-5
     if bn_param is None:
-        y, stats = core.forward(x, gamma, beta, axis, 1e-5, out, None, None, n_threads)
+        y, stats = core.forward(x, gamma, beta, axis, eps, out, None, None, n_threads)
         train = True
     else:
         param = _checks.settings(bn_param, x, axis)
         train, mean, var = param.train, param.running_mean, param.running_var
+        eps = param.eps
         if train:
-            y, stats = core.forward(x, gamma, beta, axis, param.eps, out, None, None, n_threads)
+            y, stats = core.forward(x, gamma, beta, axis, eps, out, None, None, n_threads)
         else:
-            y, stats = core.forward(x, gamma, beta, axis, param.eps, out, mean, var, n_threads)
+            y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads)
         momentum = param.momentum if train and x.size else None
         bn_param["running_mean"] = core.running_average(mean, stats, 0, momentum, x)
         bn_param["running_var"] = core.running_average(var, stats, 3, momentum, x)
-    overwritten = "" if out is None or not core.are_overlapping(out, x) else "batchnorm_forward"
-    return y, Cache(x, gamma, stats, axis, not train, True, overwritten)
+    overwritten = "" if out is None or not core.is_same(out, x) else "batchnorm_forward"
+    return y, Cache(x, gamma, stats, axis, eps, not train, True, overwritten)
 
 
 def batchnorm_backward(
@@ -196,12 +198,13 @@ def batchnorm_backward(
         kept.gamma,
         kept.stats,
         kept.axis,
+        kept.eps,
         out,
         kept.frozen,
         kept.exact_mean,
         n_threads,
     )
-    if out is not None and core.are_overlapping(out, x):
+    if out is not None and core.is_same(out, x):
         kept.overwritten = "batchnorm_backward"
     return gradients
 

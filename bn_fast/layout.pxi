@@ -82,11 +82,18 @@ cdef inline void set_role(
 
 
 cdef void make_plan(
-    Plan* plan, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, Py_ssize_t itemsize,
+    Plan* plan, cnp.ndarray key, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis,
+    Py_ssize_t itemsize,
 ) noexcept:
-    """Collapse the arrays (None where a role is not used; all of x's shape) into segments."""
+    """Collapse the arrays (None where a role is not used; all of x's shape) into segments.
+
+    The key's strides alone sort the axes and choose between runs and features, so that all plans
+    of a call choose alike and can share tiles.
+    """
     cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
     cdef cnp.npy_intp* stride[N_ROLES]
+    cdef cnp.npy_intp* key_stride = cnp.PyArray_STRIDES(key)
+    cdef Py_ssize_t key_step[MAX_DIMS]
     cdef Py_ssize_t size[MAX_DIMS]
     cdef Py_ssize_t step[N_ROLES][MAX_DIMS]
     cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(x)
@@ -106,12 +113,14 @@ cdef void make_plan(
         if d == axis or shape[d] == 1:
             continue
         k = n
-        while k > 0 and distance(step[X][k - 1]) < distance(stride[X][d]):
+        while k > 0 and distance(key_step[k - 1]) < distance(key_stride[d]):
             size[k] = size[k - 1]
+            key_step[k] = key_step[k - 1]
             for r in range(N_ROLES):
                 step[r][k] = step[r][k - 1]
             k -= 1
         size[k] = shape[d]
+        key_step[k] = key_stride[d]
         for r in range(N_ROLES):
             step[r][k] = stride[r][d] if plan.used[r] else 0
         n += 1
@@ -126,6 +135,7 @@ cdef void make_plan(
         else:
             k += 1
             size[k] = size[d]
+        key_step[k] = key_step[d]
         for r in range(N_ROLES):
             step[r][k] = step[r][d]
     if n > 0:
@@ -136,7 +146,7 @@ cdef void make_plan(
 
     plan.runs = n > 0 and (
         n_features == 1
-        or distance(step[X][n - 1]) < distance(plan.feature_stride[X])
+        or distance(key_step[n - 1]) < distance(key_stride[axis])
     )
     side_by_side = True       # the columns of one row, before joining or stacking
     stacked = True            # joined rows, or the runs of neighboring features, touch as well

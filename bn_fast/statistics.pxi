@@ -13,15 +13,11 @@ cdef inline double low_limit(const real* real_tag) noexcept nogil:
 
 
 cdef inline double beyond(double value, double low) noexcept nogil:
-    """1 if |value| is below low or above 1/low, else 0; zero, NaN and infinity pass, as they come
-    out the same in any lane.  (Conditions are doubles here: gcc 12 does not vectorize loops that
-    mix them with ints.)"""
+    """1 if |value| is below low or above 1/low, else 0; zero and NaN pass.  (Conditions are doubles
+    here: gcc 12 does not vectorize loops that mix them with ints.)"""
     cdef double size = fabs(value)
     cdef double small = size if size < low else 0
-    return (
-        (1.0 if small > 0 else 0.0) + (1.0 if size > 1 / low else 0.0)
-        - (1.0 if size == INFINITY else 0.0)
-    )
+    return (1.0 if small > 0 else 0.0) + (1.0 if size > 1 / low else 0.0)
 
 
 cdef inline double is_lost(double product, double x, double y) noexcept nogil:
@@ -39,15 +35,6 @@ cdef inline double power_of_two(double value) noexcept nogil:
     return ldexp(1.0, max(-1000, min(1000, exponent - 1)))
 
 
-cdef inline bint too_few(const Job* job, const real* real_tag) noexcept nogil:
-    """M = 2: dx = gamma r^3 eps (dout - mean dout) is all that is left when two terms of the size
-    of dout cancel.  In float32 that leaves no digit, so such features take the float64 lanes."""
-    if real is float:
-        return job.count <= 2
-    else:
-        return False
-
-
 # ---------------------------------------------------------------- shifts
 
 cdef void sample_shift(
@@ -57,16 +44,17 @@ cdef void sample_shift(
     """The shift of every feature of a tile: the median of its first, middle and last value, so near
     the middle of the data as no single outlier can be; 0 if it is not finite.
 
-    For dout a shift is worth its while only against an offset, and is rounded to 10 bits.  Else the
-    M shifts would not be exact, nor t, which is biased where the digits of the shift end below
-    those of dout (float32, M = 8e5: sum dout was off by 60 roundings).
+    It is rounded to a fourth of the gap to the nearer of the other two (adding and taking away 2^p
+    steps does that).  A shift with more digits than the data makes roundings of x - shift that all
+    go one way: float32, M = 8e5, sum dout was off by 60 roundings and dgamma, by way of the mean, by
+    100.  Equal values are kept, so that a constant feature leaves only zeros.
     """
     cdef const Segment* segment = &plan.segment[0]
     cdef char* row[3]
     cdef Py_ssize_t f, k
     cdef Py_ssize_t step = plan.feature_stride[role]
-    cdef real a, b, c, low, high, middle, coarse
-    cdef real split = 2 ** 14 + 1 if real is float else 2.0 ** 43 + 1
+    cdef real a, b, c, low, high, middle, gap, big
+    cdef real digits = 1.5 * 2.0 ** 21 if real is float else 1.5 * 2.0 ** 50
     for k in range(3):
         row_pointers(
             segment, role, plan.base[role] + first * step, (segment.n_rows - 1) * k // 2, 1, &row[k]
@@ -83,12 +71,11 @@ cdef void sample_shift(
         high = b if a < b else a
         middle = c if c < high else high
         middle = low if middle < low else middle
-        if role == G:
-            coarse = split * middle
-            coarse = coarse - (coarse - middle)
-            low = low if low < c else c
-            high = high if c < high else c
-            middle = coarse if fabs(coarse) > 4 * (high - low) else 0
+        low = low if low < c else c
+        high = high if high > c else c
+        gap = middle - low if middle - low < high - middle else high - middle
+        big = digits * gap
+        middle = (middle + big) - big
         shift[first + f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
 
 
@@ -97,6 +84,7 @@ cdef void start_tile(
 ) noexcept nogil:
     cdef Py_ssize_t f
     cdef double step, shift
+    cdef bint coarse = job.kind == BACKWARD
     for f in range(first, first + n_features):
         job.factor[f] = 1
     if job.kind == FORWARD:
@@ -104,9 +92,10 @@ cdef void start_tile(
         return
     # Any shift near the mean will do for sums.  One with no digits below an eighth of the deviation
     # leaves x - shift exact or its rounding unbiased; with the digits of the mean, dgamma was off
-    # by up to 100 roundings (M = 8e5).  Adding and taking away 2^52 steps rounds to a step.
+    # by up to 100 roundings (M = 8e5).  Adding and taking away 2^52 steps rounds to a step.  A
+    # constant feature keeps its value, for dgamma = 0, and so does a mean that was given.
     for f in range(first, first + n_features):
-        step = 1.5 * 2.0 ** 49 / job.inv_std[f]
+        step = 1.5 * 2.0 ** 49 / job.inv_std[f] if coarse and job.var[f] > 0 else 0.0
         shift = (job.mean[f] + step) - step
         job.shift_x[f] = <double> (<real> (shift if fabs(shift) < INFINITY else job.mean[f]))
         job.shift_g[f] = 0
@@ -132,7 +121,7 @@ cdef double settle_forward(
     const double* restrict shift, const double* restrict factor,
     double* restrict mean, double* restrict mean_low, double* restrict inv_std,
     double* restrict var, double* restrict retry,
-    Py_ssize_t n, double m, double eps, double low, double first_try, double few,
+    Py_ssize_t n, double m, double eps, double low, double first_try,
 ) noexcept nogil:
     """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
     mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked)."""
@@ -150,7 +139,7 @@ cdef double settle_forward(
             (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
             * (1.0 if fabs(shift[f]) < 1e140 else 0.0)
         )
-        retry[f] = finite * is_far(s1, s2, m) + first_try * (1 - finite + few + sank)
+        retry[f] = finite * is_far(s1, s2, m) + first_try * (1 - finite + sank)
         count += retry[f]
         # What the division left: delta m is subtracted in two products that are exact.
         part = delta * (2.0 ** 27 + 1)
@@ -177,12 +166,12 @@ cdef double settle_backward(
     const double* restrict mean_low, const double* restrict inv_std,
     double* restrict dgamma, double* restrict dbeta,
     double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
-    Py_ssize_t n, double m, double low, double first_try, double few,
+    Py_ssize_t n, double m, double low, double first_try,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g.  Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, rest, high, rounding, finite, dead, sank, count = 0
+    cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, count = 0
     for f in range(n):
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
@@ -190,12 +179,16 @@ cdef double settle_backward(
         finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         dead = 1.0 if fabs(s1) + fabs(s2) == 0 else 0.0
         sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
-        retry[f] = first_try * (1 - finite + few + sank)
+        retry[f] = first_try * (1 - finite + sank)
         count += retry[f]
+        part = shift_g[f] * (2.0 ** 27 + 1)
+        part = part - (part - shift_g[f])
         t = m * shift_g[f]
+        t_low = (part * m - t) + (shift_g[f] - part) * m
+        t_low = t_low if fabs(t) < 1e290 else 0.0
         high = s1_high[f] + t
         rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
-        dbeta[f] = finish_sum(high, rounding + s1_low[f])
+        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f])
         t = s1 / m
         mean_g[f] = shift_g[f] + t
         mean_g_low[f] = (shift_g[f] - mean_g[f]) + t
@@ -222,21 +215,20 @@ cdef double settle(
     cdef double* sums = job.sums + f
     cdef double m = <double> job.count
     cdef double low = low_limit(real_tag)
-    cdef bint few = too_few(job, real_tag)
     cdef Py_ssize_t stride = job.n_features
     if job.kind == FORWARD:
         return settle_forward(
             sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
             job.shift_x + f, job.factor + f,
             job.mean + f, job.mean_low + f, job.inv_std + f, job.var + f, job.retry + f,
-            n, m, job.eps, low, first_try, few,
+            n, m, job.eps, low, first_try,
         )
     return settle_backward(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         job.shift_x + f, job.shift_g + f, job.factor + f,
         job.mean + f, job.mean_low + f, job.inv_std + f,
         job.dgamma + f, job.dbeta + f, job.mean_g + f, job.mean_g_low + f, job.retry + f,
-        n, m, low, first_try, few,
+        n, m, low, first_try,
     )
 
 
@@ -270,7 +262,7 @@ cdef void forward_constants(
     const double* restrict gamma, const double* restrict beta,
     double* restrict shift, double* restrict factor, double* restrict scale,
     double* restrict bias, double* restrict wide_mark,
-    Py_ssize_t n, double low, bint wide, double few, const real* real_tag,
+    Py_ssize_t n, double low, bint wide, const real* real_tag,
 ) noexcept nogil:
     """y = (x - shift) scale + bias."""
     cdef Py_ssize_t f
@@ -284,7 +276,7 @@ cdef void forward_constants(
         scale[f] = gamma[f] * (r / factor[f])
         bias[f] = beta[f] - (rest * a if rest != 0 else 0.0)
         wide_mark[f] = (
-            few + beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + beyond(bias[f], low)
+            beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + beyond(bias[f], low)
             + is_lost(a, gamma[f], r)
         )
 
@@ -296,15 +288,20 @@ cdef void backward_constants(
     double* restrict shift_x, double* restrict shift_g, double* restrict factor,
     double* restrict scale, double* restrict slope, double* restrict bias,
     double* restrict wide_mark,
-    Py_ssize_t n, double m, double low, bint wide, double few, const real* real_tag,
+    Py_ssize_t n, double m, double eps, double low, bint wide, const real* real_tag,
 ) noexcept nogil:
-    """dx = a ((dout - mean_g) - (x - mean) r dgamma / M), a = gamma r; M = 1 leaves dx = 0."""
+    """dx = a ((dout - mean_g) - (x - mean) r dgamma / M), a = gamma r; M = 1 leaves dx = 0.
+
+    M = 2 leaves of two terms of the size of dout only dx = a eps r^2 (dout - mean_g), which is used
+    where eps is known (not negative): no digit is lost.
+    """
     cdef Py_ssize_t f
     cdef double r, a, q, rest
+    cdef double two = 1 if m == 2 and eps >= 0 else 0
     for f in range(n):
         r = inv_std[f]
-        a = gamma[f] * r
-        q = dgamma[f] / m if m > 1 else 0.0
+        a = gamma[f] * r * (eps * r * r if two else 1.0)
+        q = dgamma[f] / m if two == 0 and m > 1 else 0.0
         shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
@@ -312,13 +309,13 @@ cdef void backward_constants(
         scale[f] = a
         slope[f] = a * q * (r / factor[f])
         bias[f] = (
-            (slope[f] * factor[f] * rest if rest != 0 else 0.0)
+            (slope[f] * (factor[f] * rest) if rest != 0 else 0.0)
             - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
         )
         wide_mark[f] = (
-            few + beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
+            beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
             + beyond(a, low) + beyond(slope[f], low) + beyond(bias[f], low)
-            + is_lost(a, gamma[f], r) + is_lost(slope[f], a, q)
+            + (1 - two) * is_lost(a, gamma[f], r) + is_lost(slope[f], a, q)
         )
 
 
@@ -333,7 +330,7 @@ cdef void set_constants(
             job.mean_g + f, job.mean_g_low + f,
             job.shift_x + f, job.shift_g + f, job.factor + f, job.scale + f, job.slope + f,
             job.bias + f, job.wide + f,
-            n, <double> job.count, low, wide, too_few(job, real_tag), real_tag,
+            n, <double> job.count, job.eps, low, wide, real_tag,
         )
     elif job.kind == BACKWARD_FROZEN:
         # dx = gamma inv_std dout: the affine kernel on dout.
@@ -348,7 +345,7 @@ cdef void set_constants(
         forward_constants[real](
             job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.beta + f,
             job.shift_x + f, job.factor + f, job.scale + f, job.bias + f, job.wide + f,
-            n, low, wide, job.kind == FORWARD and too_few(job, real_tag), real_tag,
+            n, low, wide, real_tag,
         )
 
 
