@@ -29,12 +29,13 @@ cdef enum:
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
-    SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3.  Wider tiles beat
-                              # tiles that fit L2: (1024, 4096) forward 2.9 ms with 0.5 MiB, 2.4 with
-                              # 1 MiB, 2.0 with 4 MiB; packed into L2 3.4 (1 thread)
+    SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
     STREAM_BYTES = 20 * 1024 * 1024
     PREFETCH_BYTES = 4 * 1024 * 1024
+
+# Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
+# 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.
 
 # How a kernel comes to a row of an array: where it lies; copied through a buffer (to be read before
 # it is overwritten, or written past the caches); or column by column.

@@ -46,8 +46,8 @@ cdef void sample_shift(
 
     It is rounded to a fourth of the gap to the nearer of the other two (adding and taking away 2^p
     steps does that).  A shift with more digits than the data makes roundings of x - shift that all
-    go one way: float32, M = 8e5, sum dout was off by 60 roundings and dgamma, by way of the mean, by
-    100.  Equal values are kept, so that a constant feature leaves only zeros.
+    go one way: float32, M = 8e5, sum dout was off by 60 roundings and dgamma, by way of the mean,
+    by 100.  Equal values are kept, so that a constant feature leaves only zeros.
     """
     cdef const Segment* segment = &plan.segment[0]
     cdef char* row[3]
