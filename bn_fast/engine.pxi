@@ -235,6 +235,9 @@ cdef int execute(
     job.width = (job.width + 7) // 8 * 8
     job.buffer_elements = max(<Py_ssize_t> GATHER_ELEMENTS, TREE_ROWS * job.width)
     choose_access(job, sweep, itemsize)
+    n_threads = <int> min(
+        <Py_ssize_t> n_threads, job.n_tiles * max(job.reduce.n_chunks, job.apply.n_chunks)
+    )
     job.scratch_bytes = (
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements
     ) * sizeof(double)
