@@ -39,17 +39,19 @@ cdef void run_tasks(
 ) noexcept nogil:
     """Tasks task .. end - 1 of a phase, by one thread in its part of the scratch memory."""
     cdef Scratch s
-    cdef Py_ssize_t first, n_features, chunk, index
+    cdef Py_ssize_t first, n_features, chunk, index, turn, n_tasks = end - task
     share_scratch(job, memory, &s)
-    while task < end:
-        if phase == SWEEP or phase == FINISH:
-            first = task * job.tile
-        elif phase == REDUCE:
-            first = task // job.reduce.n_chunks * job.tile
-        else:
-            index = job.n_tiles * job.apply.n_chunks - 1 - task
-            first = index // job.apply.n_chunks * job.tile
-        n_features = min(job.tile, job.n_features - first)
+    for turn in range(n_tasks):
+        # A thread's outputs are in reverse, as the tail of what it summed is still in its cache.
+        index = end - 1 - turn if phase == APPLY else task + turn
+        chunk = 0
+        if phase == REDUCE:
+            chunk = index % job.reduce.n_chunks
+            index = index // job.reduce.n_chunks
+        elif phase == APPLY:
+            chunk = index % job.apply.n_chunks
+            index = index // job.apply.n_chunks
+        tile_range(job, index, &first, &n_features)
         if phase == SWEEP and job.kind != FORWARD_FROZEN:
             start_tile[real](job, first, n_features, real_tag)
             for chunk in range(job.reduce.n_chunks):
@@ -58,7 +60,7 @@ cdef void run_tasks(
                 )
         if phase == REDUCE:
             reduce_chunk[real, real](
-                job, task % job.reduce.n_chunks, first, n_features, &s, real_tag, real_tag, False
+                job, chunk, first, n_features, &s, real_tag, real_tag, False
             )
         if phase == SWEEP or phase == FINISH:
             finish_tile[real](job, first, n_features, &s, real_tag)
@@ -66,8 +68,7 @@ cdef void run_tasks(
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_one[real](job, chunk, first, n_features, &s, real_tag)
         elif phase == APPLY:
-            apply_one[real](job, index % job.apply.n_chunks, first, n_features, &s, real_tag)
-        task += 1
+            apply_one[real](job, chunk, first, n_features, &s, real_tag)
     if job.stream:
         bn_stream_end()
 
@@ -119,18 +120,33 @@ cdef void run_phase(
 
 
 cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noexcept nogil:
-    cdef Py_ssize_t tile
+    cdef Py_ssize_t tile, first, n_features
     if sweep:
         run_phase[real](job, SWEEP, job.n_tiles, n_threads, real_tag)
         return
     if job.kind != FORWARD_FROZEN:
         for tile in range(job.n_tiles):
-            start_tile[real](
-                job, tile * job.tile, min(job.tile, job.n_features - tile * job.tile), real_tag
-            )
+            tile_range(job, tile, &first, &n_features)
+            start_tile[real](job, first, n_features, real_tag)
         run_phase[real](job, REDUCE, job.n_tiles * job.reduce.n_chunks, n_threads, real_tag)
     run_phase[real](job, FINISH, job.n_tiles, n_threads, real_tag)
     run_phase[real](job, APPLY, job.n_tiles * job.apply.n_chunks, n_threads, real_tag)
+
+
+cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
+    """Columns before the output's first cache line, if every row has them.
+
+    Tiles begin there.  Two threads that write to one line, once a row, cost (128, 256) on two
+    threads 20 us of 29.
+    """
+    cdef const Segment* main = &plan.segment[0]
+    cdef int d
+    for d in range(main.n_dims):
+        if main.stride[Y][d] % 64:
+            return 0
+    if plan.access[Y] != DIRECT or (<size_t> plan.base[Y]) % itemsize:
+        return 0
+    return (64 - (<size_t> plan.base[Y]) % 64) % 64 // itemsize
 
 
 cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep) noexcept:
@@ -139,6 +155,7 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
     cdef Py_ssize_t limit = min(job.reduce.max_tile, job.apply.max_tile)
     cdef Py_ssize_t line = 64 // itemsize
     job.tile = limit
+    job.lead = 0
     if job.reduce.whole or job.apply.whole:
         job.tile = job.n_features
         sweep[0] = n_threads <= 1 and bytes * job.tile <= SWEEP_BYTES
@@ -148,14 +165,22 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
             job.tile = max(1, min(limit, job.n_features // (2 * n_threads)))
             sweep[0] = True
     else:
-        job.tile = min(limit, SWEEP_BYTES // bytes // line * line)
+        # Several tiles, from one cache line of the output to another; or all features as one.
+        job.lead = columns_to_line(&job.apply, itemsize)
+        job.tile = min(limit - line, SWEEP_BYTES // bytes // line * line)
         if n_threads > 1:
             job.tile = min(job.tile, max(line, job.n_features // (2 * n_threads) // line * line))
-        sweep[0] = job.tile >= line and job.n_features >= job.tile * n_threads
-        if not sweep[0]:
-            job.tile = limit
-            sweep[0] = n_threads <= 1 and bytes * limit <= SWEEP_BYTES
-    job.n_tiles = (job.n_features + job.tile - 1) // job.tile
+        sweep[0] = (
+            job.tile >= line and job.n_features >= job.tile * n_threads
+            and (n_threads <= 1 or not SPLIT_FROM <= bytes * job.n_features <= SPLIT_TO)
+        )
+        if job.n_features <= limit and (not sweep[0] or n_threads <= 1):
+            job.lead = 0
+            job.tile = job.n_features
+            sweep[0] = n_threads <= 1 and bytes * job.tile <= SWEEP_BYTES
+        elif not sweep[0]:
+            job.tile = limit - line
+    job.n_tiles = max(<Py_ssize_t> 1, (job.n_features - job.lead + job.tile - 1) // job.tile)
 
 
 cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
@@ -231,7 +256,9 @@ cdef int execute(
     if job.apply.used[G] and job.apply.access[G] == DIRECT and overlap(dout, out):
         job.apply.access[G] = COPIED
     choose_tile(job, itemsize, n_threads, &sweep)
-    job.width = max(widest(&job.reduce, job.tile), widest(&job.apply, job.tile))
+    job.width = max(
+        widest(&job.reduce, job.tile + job.lead), widest(&job.apply, job.tile + job.lead)
+    )
     job.width = (job.width + 7) // 8 * 8
     job.buffer_elements = max(<Py_ssize_t> GATHER_ELEMENTS, TREE_ROWS * job.width)
     choose_access(job, sweep, itemsize)

@@ -20,7 +20,7 @@ cdef enum:
     N_ROLES = 3
     MAX_DIMS = 64             # NumPy's own limit
     BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
-    CHUNK_ROWS = 1024         # rows a chunk has at least, and
+    CHUNK_ROWS = 128          # rows a chunk has at least, and
     MAX_CHUNKS = 64           # chunks at most: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
@@ -30,6 +30,8 @@ cdef enum:
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
+    SPLIT_FROM = 1024 * 1024  # between these, threads share rows rather than features
+    SPLIT_TO = 8 * 1024 * 1024
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
     STREAM_BYTES = 20 * 1024 * 1024
     PREFETCH_BYTES = 4 * 1024 * 1024

@@ -19,7 +19,8 @@ cdef struct Job:
     bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
     Py_ssize_t count          # values per feature, M
     Py_ssize_t n_features
-    Py_ssize_t tile
+    Py_ssize_t tile           # features a tile; the first has `lead` more
+    Py_ssize_t lead
     Py_ssize_t n_tiles
     double eps
     double* gamma
@@ -62,6 +63,15 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
+
+
+cdef inline void tile_range(
+    const Job* job, Py_ssize_t tile, Py_ssize_t* first, Py_ssize_t* n_features,
+) noexcept nogil:
+    first[0] = tile * job.tile + (job.lead if tile else 0)
+    n_features[0] = min(
+        job.tile + (0 if tile else job.lead), job.n_features - first[0]
+    )
 
 
 cdef Py_ssize_t group_rows(const Access* access, Py_ssize_t width) noexcept nogil:
