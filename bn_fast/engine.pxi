@@ -45,12 +45,9 @@ cdef void run_tasks(
         # A thread's outputs are in reverse, as the tail of what it summed is still in its cache.
         index = end - 1 - turn if phase == APPLY else task + turn
         chunk = 0
-        if phase == REDUCE:
-            chunk = index % job.reduce.n_chunks
-            index = index // job.reduce.n_chunks
-        elif phase == APPLY:
-            chunk = index % job.apply.n_chunks
-            index = index // job.apply.n_chunks
+        if phase == REDUCE or phase == APPLY:  # the tiles of a row follow one another
+            chunk = index // job.n_tiles
+            index = index % job.n_tiles
         tile_range(job, index, &first, &n_features)
         if phase == SWEEP and job.kind != FORWARD_FROZEN:
             start_tile[real](job, first, n_features, real_tag)
@@ -170,9 +167,12 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
         job.tile = min(limit - line, SWEEP_BYTES // bytes // line * line)
         if n_threads > 1:
             job.tile = min(job.tile, max(line, job.n_features // (2 * n_threads) // line * line))
-        sweep[0] = (
-            job.tile >= line and job.n_features >= job.tile * n_threads
-            and (n_threads <= 1 or not SPLIT_FROM <= bytes * job.n_features <= SPLIT_TO)
+        sweep[0] = job.tile >= line and job.n_features >= job.tile * n_threads and (
+            bytes * job.n_features < SPLIT_FROM
+            or (
+                job.tile * itemsize >= TILE_BYTES
+                and (n_threads <= 1 or bytes * job.n_features > SPLIT_TO)
+            )
         )
         if job.n_features <= limit and (not sweep[0] or n_threads <= 1):
             job.lead = 0

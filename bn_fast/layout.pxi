@@ -30,14 +30,17 @@ cdef enum:
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
+    TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 1024 * 1024  # between these, threads share rows rather than features
-    SPLIT_TO = 8 * 1024 * 1024
+    SPLIT_TO = 64 * 1024 * 1024
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
     STREAM_BYTES = 20 * 1024 * 1024
     PREFETCH_BYTES = 4 * 1024 * 1024
 
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
-# 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.
+# 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.  A narrow
+# tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
+# of 128 bytes, 16 as chunks of rows.
 
 # How a kernel comes to a row of an array: where it lies; copied through a buffer (to be read before
 # it is overwritten, or written past the caches); or column by column.
