@@ -171,7 +171,10 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
             bytes * job.n_features < SPLIT_FROM
             or (
                 job.tile * itemsize >= TILE_BYTES
-                and (n_threads <= 1 or bytes * job.n_features > SPLIT_TO)
+                and (
+                    n_threads <= 1 or job.reduce.n_chunks < n_threads
+                    or bytes * job.n_features > SPLIT_TO
+                )
             )
         )
         if job.n_features <= limit and (not sweep[0] or n_threads <= 1):
