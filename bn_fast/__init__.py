@@ -1,5 +1,8 @@
 """Batch normalization for NumPy arrays on the CPU: compiled, threaded, exact."""
 
+from importlib import import_module
+from types import ModuleType
+
 from ._config import __version__, build_info, show_config
 from ._threads import get_num_threads, set_num_threads
 from .functional import (
@@ -22,3 +25,10 @@ __all__ = [
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """bn_fast.reference, imported when it is asked for: nothing here needs it (4 ms)."""
+    if name == "reference":
+        return import_module("bn_fast.reference")
+    raise AttributeError(f"module 'bn_fast' has no attribute {name!r}")
