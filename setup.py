@@ -25,7 +25,8 @@ from setuptools.errors import CompileError, LinkError, SetupError
 ISA_FLAGS = {
     "base": ([], None),
     "v3": (["-march=x86-64-v3"], "__AVX2__"),
-    "v4": (["-march=x86-64-v4"], "__AVX512VL__"),
+    # gcc and clang take half of a register by default: sums of backward 9.0 against 5.9 Gelem/s (Zen 4).
+    "v4": (["-march=x86-64-v4", "-mprefer-vector-width=512"], "__AVX512VL__"),
 }
 
 # -O3, because gcc 12 vectorizes none of the kernels at -O2; the next two let it vectorize sqrt and

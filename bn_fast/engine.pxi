@@ -263,7 +263,9 @@ cdef int execute(
         widest(&job.reduce, job.tile + job.lead), widest(&job.apply, job.tile + job.lead)
     )
     job.width = (job.width + 7) // 8 * 8
-    job.buffer_elements = max(<Py_ssize_t> GATHER_ELEMENTS, TREE_ROWS * job.width)
+    job.buffer_elements = max(
+        <Py_ssize_t> GATHER_ELEMENTS, job.width * (1 if job.apply.along else TREE_ROWS)
+    )
     choose_access(job, sweep, itemsize)
     n_threads = <int> min(
         <Py_ssize_t> n_threads, job.n_tiles * max(job.reduce.n_chunks, job.apply.n_chunks)

@@ -7,7 +7,7 @@
 #     features adjacent               [1][tile of features][1]           (N, C), NHWC
 #     features adjacent, few of them  [rows joined][all features][1]     NHWC with C = 3
 #     runs, short                     [1][features side by side][run]    NCHW with 7 x 7
-#     runs, long                      [1][1][piece of RUN elements]      NCHW with 56 x 56
+#     runs, long                      [1][1][LANES, wound around]        NCHW with 56 x 56
 #
 # Whatever length does not divide evenly is a second segment.  If the columns do not lie side by
 # side in memory, rows are gathered into a small buffer first, block by block; x is never copied as
@@ -19,13 +19,13 @@ cdef enum:
     Y = 2
     N_ROLES = 3
     MAX_DIMS = 64             # NumPy's own limit
-    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
-    CHUNK_ROWS = 128          # rows a chunk has at least, and
-    MAX_CHUNKS = 64           # chunks at most: scratch is O(features x chunks)
+    BLOCK_ROWS = 128          # rows between two folds of float32: 16 trees deep, see kernels.pxi (a)
+    MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
-    MAX_RUN = 256             # a run up to this length is one row
-    RUN = 64                  # a longer one is cut into rows of this length
+    ALONG_RUN = 128           # a run from this length on is walked along, not across,
+    PIECE = 1024              # in rows of no more than this, and
+    BLOCK_ELEMENTS = 8192     # this many between two folds
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
@@ -59,6 +59,7 @@ cdef struct Segment:
     Py_ssize_t n_run
     Py_ssize_t joined_stride[N_ROLES]
     Py_ssize_t run_stride[N_ROLES]
+    Py_ssize_t n_lanes        # columns a feature has in sums and constants: n_run, or LANES
 
 cdef struct Plan:
     Py_ssize_t n_features
@@ -69,6 +70,8 @@ cdef struct Plan:
     Py_ssize_t max_tile       # features a tile may have
     bint whole                # features cannot be split into tiles
     bint runs
+    bint along                # a row is one feature's, walked along
+    Py_ssize_t block_rows     # rows between two folds
     Py_ssize_t chunk_rows
     Py_ssize_t n_chunks
     int n_segments
@@ -103,7 +106,7 @@ cdef void make_plan(
     cdef Py_ssize_t size[MAX_DIMS]
     cdef Py_ssize_t step[N_ROLES][MAX_DIMS]
     cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(x)
-    cdef Py_ssize_t length, join, piece, outer = 1
+    cdef Py_ssize_t length, join, unit
     cdef Py_ssize_t n_features = shape[axis]
     cdef bint merge, side_by_side, stacked
     cdef Segment* main = &plan.segment[0]
@@ -147,8 +150,6 @@ cdef void make_plan(
     if n > 0:
         n = k + 1
     length = size[n - 1] if n > 0 else 1
-    for d in range(n - 1):
-        outer *= size[d]
 
     plan.runs = n > 0 and (
         n_features == 1
@@ -179,17 +180,15 @@ cdef void make_plan(
         main.offset[r] = main.joined_stride[r] = main.run_stride[r] = 0
     plan.n_segments = 1
     plan.whole = False
+    plan.along = False
     plan.max_tile = min(n_features, MAX_COLUMNS)
     if plan.runs:
         for r in range(N_ROLES):
             main.run_stride[r] = step[r][n - 1]
-        if length <= MAX_RUN and (outer >= TREE_ROWS or length < 2 * RUN):
-            piece = length
-        else:
-            piece = min(RUN, max(16, length // TREE_ROWS // 16 * 16))
-        cut_axis(plan, piece, False)
+        plan.along = length >= ALONG_RUN
+        cut_axis(plan, min(length, PIECE) if plan.along else length, False)
         plan.max_tile = min(n_features, MAX_COLUMNS // length) if (
-            stacked and piece == length
+            stacked and not plan.along
         ) else 1
     elif n > 0 and 2 * n_features <= JOIN_COLUMNS and (stacked or n_features < NARROW):
         join = min(length, JOIN_COLUMNS // n_features)
@@ -211,13 +210,15 @@ cdef void make_plan(
         if not side_by_side:
             plan.access[r] = GATHERED
     for d in range(plan.n_segments):
+        plan.segment[d].n_lanes = LANES if plan.along else plan.segment[d].n_run
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):
             plan.segment[d].n_rows *= plan.segment[d].size[k]
-    plan.chunk_rows = max(
-        <Py_ssize_t> CHUNK_ROWS,
-        (main.n_rows // MAX_CHUNKS + BLOCK_ROWS) // BLOCK_ROWS * BLOCK_ROWS,
-    )
+    unit = max(1, BLOCK_ELEMENTS // main.n_run) if plan.along else <Py_ssize_t> BLOCK_ROWS
+    plan.chunk_rows = (main.n_rows // MAX_CHUNKS // unit + 1) * unit
+    # float64's lanes are no more exact than what they add, so they are folded sooner (as late as
+    # float32's: dbeta was off by up to 40 roundings at M = 1e5).
+    plan.block_rows = unit if itemsize == 4 else max(1, unit // 4)
     plan.n_chunks = (
         (main.n_rows + plan.chunk_rows - 1) // plan.chunk_rows + plan.n_segments - 1
     )
@@ -318,16 +319,16 @@ cdef void column_offsets(
 
 cdef void expand(
     const double* restrict values, const double* restrict factor, Py_ssize_t first,
-    Py_ssize_t n_features, const Segment* segment, lane* restrict columns,
+    Py_ssize_t n_features, Py_ssize_t n_joined, Py_ssize_t n_run, lane* restrict columns,
 ) noexcept nogil:
     """A constant per feature, times its factor if there is one, to a constant per column."""
     cdef Py_ssize_t f, e
     cdef lane value
-    if segment.n_run > 1:
+    if n_run > 1:
         for f in range(n_features):
             value = <lane> (values[first + f] * (factor[first + f] if factor != NULL else 1))
-            for e in range(segment.n_run):
-                columns[f * segment.n_run + e] = value
+            for e in range(n_run):
+                columns[f * n_run + e] = value
         return
     if factor != NULL:
         for f in range(n_features):
@@ -335,5 +336,5 @@ cdef void expand(
     else:
         for f in range(n_features):
             columns[f] = <lane> values[first + f]
-    for e in range(1, segment.n_joined):
+    for e in range(1, n_joined):
         memcpy(columns + e * n_features, columns, n_features * sizeof(lane))

@@ -74,10 +74,14 @@ cdef inline void tile_range(
     )
 
 
-cdef Py_ssize_t group_rows(const Access* access, Py_ssize_t width) noexcept nogil:
+cdef Py_ssize_t group_rows(
+    const Plan* plan, const Access* access, Py_ssize_t width,
+) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of a tree."""
     if access[X] == DIRECT and access[G] == DIRECT and access[Y] == DIRECT:
-        return BLOCK_ROWS
+        return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
+    if plan.along:
+        return max(<Py_ssize_t> 1, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width))
     return max(
         <Py_ssize_t> TREE_ROWS,
         min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // TREE_ROWS * TREE_ROWS),
@@ -162,7 +166,7 @@ cdef void reduce_chunk(
     cdef Segment* segment
     cdef int index, r
     cdef Access access[N_ROLES]
-    cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead
+    cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead, n_columns
     cdef double* total = job.sums + chunk * 4 * job.n_features + first
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
@@ -171,24 +175,34 @@ cdef void reduce_chunk(
         access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    group = group_rows(access, width)
-    ahead = rows_ahead(width * sizeof(real)) if job.prefetch and not wide else 0
+    group = group_rows(plan, access, width)
+    ahead = 0
+    if job.prefetch and not wide and not plan.along:
+        ahead = rows_ahead(width * sizeof(real))
+    n_columns = segment.n_joined * n_features * segment.n_lanes
     expand[lane](
-        job.shift_x, job.factor if wide else NULL, first, n_features, segment, <lane*> s.shift_x
+        job.shift_x, job.factor if wide else NULL, first, n_features,
+        segment.n_joined, segment.n_lanes, <lane*> s.shift_x,
     )
     if access[X] == GATHERED or access[G] == GATHERED:
         set_ones(<lane*> s.dummy, width)
         set_ones(<lane*> s.factor, width)
         if wide:
-            expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
+            expand[lane](
+                job.factor, NULL, first, n_features, segment.n_joined, segment.n_run,
+                <lane*> s.factor,
+            )
     if plan.used[G]:
-        expand[lane](job.shift_g, NULL, first, n_features, segment, <lane*> s.shift_g)
+        expand[lane](
+            job.shift_g, NULL, first, n_features, segment.n_joined, segment.n_lanes,
+            <lane*> s.shift_g,
+        )
     for r in range(4):
         memset(total + r * job.n_features, 0, n_features * sizeof(double))
     while row < row_end:
-        block_end = min(row + BLOCK_ROWS, row_end)
-        memset(s.sum_1, 0, width * sizeof(double))
-        memset(s.sum_2, 0, width * sizeof(double))
+        block_end = min(row + plan.block_rows, row_end)
+        memset(s.sum_1, 0, n_columns * sizeof(double))
+        memset(s.sum_2, 0, n_columns * sizeof(double))
         while row < block_end:
             n = min(group, block_end - row)
             for r in range(2):
@@ -198,21 +212,30 @@ cdef void reduce_chunk(
                         s, real_tag, lane_tag,
                     )
             row += n
+            if plan.along:
+                if plan.used[G]:
+                    grad_stats_along[lane](
+                        s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
+                        s.sum_1, s.sum_2,
+                    )
+                else:
+                    stats_along[lane](s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2)
+                continue
             while n % TREE_ROWS:
                 s.rows[X][n] = s.shift_x
                 s.rows[G][n] = s.shift_g
                 n += 1
             if plan.used[G]:
-                grad_stats_block[lane](
+                grad_stats_across[lane](
                     s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
                     s.sum_1, s.sum_2, ahead,
                 )
             else:
-                stats_block[lane](
+                stats_across[lane](
                     s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2, ahead
                 )
-        fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_run)
-        fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_run)
+        fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_lanes)
+        fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_lanes)
         add_compensated(total, total + job.n_features, s.sum_1, n_features)
         add_compensated(
             total + 2 * job.n_features, total + 3 * job.n_features, s.sum_2, n_features
@@ -226,11 +249,11 @@ cdef void apply_columns(
 ) noexcept nogil:
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
-    cdef Py_ssize_t n, n_padded, i, group = group_rows(access, width)
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(&job.apply, access, width)
     cdef Py_ssize_t ahead = 0
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef int r
-    if job.prefetch_again and access[X] != GATHERED:
+    if job.prefetch_again and access[X] != GATHERED and not plan.along:
         ahead = rows_ahead(width * sizeof(real))
     while row < row_end:
         n = min(group, row_end - row)
@@ -250,19 +273,29 @@ cdef void apply_columns(
             for i in range(n):
                 s.rows[Y][i] = <char*> ((<lane*> s.buffer[Y]) + i * width)
         n_padded = n
-        while n_padded % APPLY_ROWS:
+        while n_padded % APPLY_ROWS and not plan.along:
             s.rows[X][n_padded] = <char*> (<lane*> s.shift_x + j0)
             s.rows[G][n_padded] = <char*> (<lane*> s.shift_g + j0)
             s.rows[Y][n_padded] = <char*> (dummy + (n_padded % APPLY_ROWS - 1) * width)
             n_padded += 1
-        if plan.used[G]:
-            grad_apply_block[lane](
+        if plan.along and plan.used[G]:
+            grad_apply_along[lane](
+                s.rows[X], s.rows[G], s.rows[Y], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
+                <lane*> s.scale, <lane*> s.slope, <lane*> s.bias,
+            )
+        elif plan.along:
+            apply_along[lane](
+                s.rows[X], s.rows[Y], n, width,
+                <lane*> s.shift_x, <lane*> s.scale, <lane*> s.bias,
+            )
+        elif plan.used[G]:
+            grad_apply_across[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
                 <lane*> s.slope + j0, <lane*> s.bias + j0, ahead,
             )
         else:
-            apply_block[lane](
+            apply_across[lane](
                 s.rows[X], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0, ahead,
             )
@@ -283,6 +316,10 @@ cdef void apply_chunk(
     cdef int index, r
     cdef Access access[N_ROLES]
     cdef Py_ssize_t row, row_end, width, q, f, f_end, j, wanted = 0
+    cdef const double** values = [job.scale, job.bias, job.slope, job.shift_g]
+    cdef lane** columns = [
+        <lane*> s.scale, <lane*> s.bias, <lane*> s.slope, <lane*> s.shift_g
+    ]
     for f in range(first, first + n_features):
         wanted += job.wide[f] == wide
     if wanted == 0:
@@ -296,13 +333,18 @@ cdef void apply_chunk(
             column_offsets(plan, segment, r, n_features, s.offset[r])
     if access[X] == GATHERED or access[G] == GATHERED:
         set_ones(<lane*> s.dummy, width)
-        expand[lane](job.factor, NULL, first, n_features, segment, <lane*> s.factor)
-    expand[lane](job.shift_x, job.factor, first, n_features, segment, <lane*> s.shift_x)
-    if plan.used[G]:
-        expand[lane](job.shift_g, NULL, first, n_features, segment, <lane*> s.shift_g)
-        expand[lane](job.slope, NULL, first, n_features, segment, <lane*> s.slope)
-    expand[lane](job.scale, NULL, first, n_features, segment, <lane*> s.scale)
-    expand[lane](job.bias, NULL, first, n_features, segment, <lane*> s.bias)
+        expand[lane](
+            job.factor, NULL, first, n_features, segment.n_joined, segment.n_run, <lane*> s.factor
+        )
+    expand[lane](
+        job.shift_x, job.factor, first, n_features, segment.n_joined, segment.n_lanes,
+        <lane*> s.shift_x,
+    )
+    for r in range(4):
+        if r < 2 or plan.used[G]:
+            expand[lane](
+                values[r], NULL, first, n_features, segment.n_joined, segment.n_lanes, columns[r]
+            )
     if wanted == n_features:
         apply_columns[real, lane](
             job, segment, row, row_end, first, 0, width, access, s, real_tag, lane_tag

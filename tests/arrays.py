@@ -69,7 +69,7 @@ LAYOUTS = {
 }
 
 # (shape, axis). The numbers around which they lie are the limits of bn_fast/layout.pxi: NARROW 16,
-# RUN 64, BLOCK_ROWS 128, JOIN_COLUMNS and MAX_RUN 256, MAX_COLUMNS 512, CHUNK_ROWS 1024.
+# BLOCK_ROWS and ALONG_RUN 128, JOIN_COLUMNS 256, MAX_COLUMNS 512, PIECE 1024; and LANES 16.
 SHAPES = [
     ((1, 5), 1),  # one value for each feature
     ((2, 5), 1),
@@ -98,6 +98,8 @@ SHAPES = [
     *(((1, 2, n), 1) for n in (63, 64, 65)),
     *(((2, 3, n), 1) for n in (127, 128, 129)),
     *(((8, 3, n), 1) for n in (255, 256, 257)),
+    *(((2, 2, n), 1) for n in (143, 144, 145, 191, 193)),
+    *(((2, 2, n), 1) for n in (1023, 1024, 1025, 1087, 2100)),
     ((2, 3, 300), 1),
     ((2, 1, 1000), 1),
     ((3, 2, 4, 5, 6), 2),

@@ -262,3 +262,24 @@ def test_nan_in_a_running_average_stays_in_its_feature(name):
     out, _ = batchnorm_forward(normal((6, 5), np.float64), np.ones(5), np.ones(5), param)
     assert np.isnan(out[:, 3]).all()
     assert np.isfinite(np.delete(out, 3, axis=1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((200_000, 3), 1), ((4, 3, 224, 224), 1), ((10_000, 40), 1)], ids=str
+)
+def test_sums_that_cancel(dtype, shape, axis):
+    """A dout around 0: its sum is about sqrt(M) of its values, and every digit of that counts.
+
+    The limit is of roundings of what the sum would be, sqrt(M): shifted sums with lanes as long as
+    float32's lost up to 117 of them in float64.
+    """
+    x, dout = normal(shape, dtype, 5), normal(shape, dtype, 6)
+    n_features = shape[axis]
+    gamma = np.ones(n_features, dtype)
+    _, cache = batchnorm_forward(x, gamma, gamma, axis=axis)
+    _, dgamma, dbeta = batchnorm_backward(dout, cache)
+    expected = oracle.backward(dout, x, gamma, axis=axis)
+    m = x.size // n_features
+    for name, got, sums in (("dgamma", dgamma, expected.dgamma), ("dbeta", dbeta, expected.dbeta)):
+        check(name, got, sums, x, limit=10, scale=m**0.5)
