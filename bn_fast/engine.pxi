@@ -39,8 +39,12 @@ cdef void run_tasks(
 ) noexcept nogil:
     """Tasks task .. end - 1 of a phase, by one thread in its part of the scratch memory."""
     cdef Scratch s
+    cdef Job own
     cdef Py_ssize_t first, n_features, chunk, index, turn, n_tasks = end - task
     share_scratch(job, memory, &s)
+    if phase == SWEEP and job.own_values:
+        own = job[0]
+        job = &own
     for turn in range(n_tasks):
         # A thread's outputs are in reverse, as the tail of what it summed is still in its cache.
         index = end - 1 - turn if phase == APPLY else task + turn
@@ -49,8 +53,11 @@ cdef void run_tasks(
             chunk = index // job.n_tiles
             index = index % job.n_tiles
         tile_range(job, index, &first, &n_features)
-        if phase == SWEEP and job.kind != FORWARD_FROZEN:
+        if phase == SWEEP and job.own_values:
+            lay_out(job, s.values, job.tile + job.lead, first)
+        if phase == START or (phase == SWEEP and job.kind != FORWARD_FROZEN):
             start_tile[real](job, first, n_features, real_tag)
+        if phase == SWEEP and job.kind != FORWARD_FROZEN:
             for chunk in range(job.reduce.n_chunks):
                 reduce_chunk[real, real](
                     job, chunk, first, n_features, &s, real_tag, real_tag, False
@@ -98,6 +105,7 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
     for r in range(N_ROLES):
         s.buffer[r] = memory + r * job.buffer_elements * sizeof(double)
+    s.values = <double*> (memory + N_ROLES * job.buffer_elements * sizeof(double))
 
 
 cdef void run_phase(
@@ -117,14 +125,12 @@ cdef void run_phase(
 
 
 cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noexcept nogil:
-    cdef Py_ssize_t tile, first, n_features
     if sweep:
         run_phase[real](job, SWEEP, job.n_tiles, n_threads, real_tag)
         return
     if job.kind != FORWARD_FROZEN:
-        for tile in range(job.n_tiles):
-            tile_range(job, tile, &first, &n_features)
-            start_tile[real](job, first, n_features, real_tag)
+        # Shifts take no time worth a thread: three values per feature.
+        run_phase[real](job, START, job.n_tiles, 1, real_tag)
         run_phase[real](job, REDUCE, job.n_tiles * job.reduce.n_chunks, n_threads, real_tag)
     run_phase[real](job, FINISH, job.n_tiles, n_threads, real_tag)
     run_phase[real](job, APPLY, job.n_tiles * job.apply.n_chunks, n_threads, real_tag)
@@ -146,28 +152,38 @@ cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
     return (64 - (<size_t> plan.base[Y]) % 64) % 64 // itemsize
 
 
+cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t limit, Py_ssize_t step) noexcept:
+    """n in as few equal parts, multiples of `step`, as `limit` allows; 0 if it allows none."""
+    cdef Py_ssize_t parts
+    limit = limit // step * step
+    if limit == 0:
+        return 0
+    parts = (n + limit - 1) // limit
+    return ((n + parts - 1) // parts + step - 1) // step * step
+
+
 cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep) noexcept:
     """Tile width, and whether a tile is swept at once.  Neither touches the result's bits."""
     cdef Py_ssize_t bytes = job.count * itemsize * (1 if job.kind < BACKWARD else 2)
     cdef Py_ssize_t limit = min(job.reduce.max_tile, job.apply.max_tile)
     cdef Py_ssize_t line = 64 // itemsize
+    cdef Py_ssize_t share = (job.n_features + n_threads - 1) // n_threads  # of a thread
     job.tile = limit
     job.lead = 0
     if job.reduce.whole or job.apply.whole:
         job.tile = job.n_features
         sweep[0] = n_threads <= 1 and bytes * job.tile <= SWEEP_BYTES
     elif job.apply.runs:
-        sweep[0] = bytes * limit <= RUN_SWEEP_BYTES and job.n_features >= 2 * limit * n_threads
-        if not sweep[0] and job.n_features >= 2 * n_threads and bytes <= RUN_SWEEP_BYTES:
-            job.tile = max(1, min(limit, job.n_features // (2 * n_threads)))
-            sweep[0] = True
+        job.tile = even_part(share, min(limit, RUN_SWEEP_BYTES // bytes), 1)
+        # Else, as with three features for two threads, one of them would wait too long.
+        sweep[0] = job.tile > 0 and 5 * job.n_features >= 4 * share * n_threads
+        if not sweep[0]:
+            job.tile = limit
     else:
         # Several tiles, from one cache line of the output to another; or all features as one.
         job.lead = columns_to_line(&job.apply, itemsize)
-        job.tile = min(limit - line, SWEEP_BYTES // bytes // line * line)
-        if n_threads > 1:
-            job.tile = min(job.tile, max(line, job.n_features // (2 * n_threads) // line * line))
-        sweep[0] = job.tile >= line and job.n_features >= job.tile * n_threads and (
+        job.tile = even_part(share, min(limit - line, SWEEP_BYTES // bytes), line)
+        sweep[0] = job.tile > 0 and job.n_features > job.tile * (n_threads - 1) and (
             bytes * job.n_features < SPLIT_FROM
             or (
                 job.tile * itemsize >= TILE_BYTES
@@ -220,17 +236,19 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
     return low[0] < high[1] and low[1] < high[0]
 
 
-cdef int load_parameter(cnp.ndarray values, double* target) except -1:
-    """A one-dimensional float32 or float64 array, any stride, as double."""
-    cdef char* data = <char*> cnp.PyArray_DATA(values)
-    cdef Py_ssize_t f, stride = cnp.PyArray_STRIDES(values)[0]
-    cdef int kind = cnp.PyArray_TYPE(values)
-    for f in range(cnp.PyArray_DIMS(values)[0]):
-        if kind == cnp.NPY_FLOAT32:
-            target[f] = (<float*> (data + f * stride))[0]
-        else:
-            target[f] = (<double*> (data + f * stride))[0]
-    return 0
+cdef void set_parameter(Parameter* given, cnp.ndarray values) noexcept:
+    """A one-dimensional float32 or float64 array, any stride; or None."""
+    given.data = NULL
+    if values is not None:
+        given.data = <const char*> cnp.PyArray_DATA(values)
+        given.stride = cnp.PyArray_STRIDES(values)[0]
+        given.single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32
+
+
+cdef void load_parameter(cnp.ndarray values, double* target) noexcept:
+    cdef Parameter given
+    set_parameter(&given, values)
+    read_parameter(&given, 0, cnp.PyArray_DIMS(values)[0], target)
 
 
 cdef int execute(
@@ -239,10 +257,12 @@ cdef int execute(
 ) except -1:
     """Plan, allocate, run.  x has at least one element."""
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis], n_sums, n_values
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis], per_feature, n_values, n_own
     cdef bint sweep, single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
     cdef double* values
     cdef char* memory
+    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.beta_given, beta)
     job.n_features = n
     job.count = cnp.PyArray_SIZE(x) // n
     make_plan(&job.reduce, x, x, dout, None, axis, itemsize)
@@ -270,33 +290,23 @@ cdef int execute(
     n_threads = <int> min(
         <Py_ssize_t> n_threads, job.n_tiles * max(job.reduce.n_chunks, job.apply.n_chunks)
     )
+    job.own_values = sweep and job.n_tiles > 1
+    per_feature = N_VALUES + (4 * job.reduce.n_chunks if job.kind != FORWARD_FROZEN else 0)
+    n_own = n_values = 0
+    if job.own_values:
+        n_own = (per_feature * (job.tile + job.lead) + 7) // 8 * 8
+    else:
+        n_values = (per_feature * n + 7) // 8 * 8
     job.scratch_bytes = (
-        11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements
+        11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
-    n_sums = 4 * job.reduce.n_chunks * n if job.kind != FORWARD_FROZEN else 0
-    n_values = (12 * n + n_sums + 7) // 8 * 8
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)
     if memory == NULL:
         raise MemoryError("bn_fast: no memory for the scratch of this call")
     try:
         values = <double*> ((<size_t> memory + 63) // 64 * 64)
-        job.gamma = values
-        job.beta = values + n
-        job.shift_x = values + 2 * n
-        job.shift_g = values + 3 * n
-        job.factor = values + 4 * n
-        job.scale = values + 5 * n
-        job.slope = values + 6 * n
-        job.bias = values + 7 * n
-        job.mean_g = values + 8 * n
-        job.mean_g_low = values + 9 * n
-        job.retry = values + 10 * n
-        job.wide = values + 11 * n
-        job.sums = values + 12 * n
+        lay_out(job, values, n, 0)
         job.scratch = <char*> (values + n_values)
-        load_parameter(gamma, job.gamma)
-        if beta is not None:
-            load_parameter(beta, job.beta)
         with nogil:
             if single:
                 run_job[float](job, sweep, n_threads, <const float*> NULL)

@@ -19,7 +19,7 @@ cdef enum:
     Y = 2
     N_ROLES = 3
     MAX_DIMS = 64             # NumPy's own limit
-    BLOCK_ROWS = 128          # rows between two folds of float32: 16 trees deep, see kernels.pxi (a)
+    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered

@@ -50,7 +50,8 @@ cdef void sample_shift(
     by 100.  Equal values are kept, so that a constant feature leaves only zeros.
 
     A dout that lies around 0 needs no shift: its sum cancels, so that every digit of it counts, and
-    the shift would be one more thing to round (float64, M = 1e6: 55 roundings for dgamma).
+    the shift would be one more thing to round (float64, M = 1e6: 55 roundings for dgamma).  Not so
+    a dout that repeats itself: its roundings do not average out.
     """
     cdef const Segment* segment = &plan.segment[0]
     cdef char* row[3]
@@ -79,7 +80,7 @@ cdef void sample_shift(
         gap = middle - low if middle - low < high - middle else high - middle
         big = digits * gap
         middle = (middle + big) - big
-        if role == G and fabs(middle) <= high - low and high > low:
+        if role == G and fabs(middle) <= high - low and gap > 0:
             middle = 0
         shift[first + f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
 
@@ -206,7 +207,7 @@ cdef double settle_backward(
 
 cdef void merge_chunks(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     """Add the chunks' sums to those of chunk 0, in order, rounding errors kept."""
-    cdef Py_ssize_t chunk, which, stride = job.n_features
+    cdef Py_ssize_t chunk, which, stride = job.stride
     cdef double* total
     cdef double* part
     for chunk in range(1, job.reduce.n_chunks):
@@ -223,7 +224,7 @@ cdef double settle(
     cdef double* sums = job.sums + f
     cdef double m = <double> job.count
     cdef double low = low_limit(real_tag)
-    cdef Py_ssize_t stride = job.n_features
+    cdef Py_ssize_t stride = job.stride
     if job.kind == FORWARD:
         return settle_forward(
             sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
@@ -245,8 +246,8 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
     float32, and every square of float64 once it is scaled."""
     cdef double* sums = job.sums + f
     cdef double m = <double> job.count
-    cdef double s1 = finish_sum(sums[0], sums[job.n_features])
-    cdef double s2 = finish_sum(sums[2 * job.n_features], sums[3 * job.n_features])
+    cdef double s1 = finish_sum(sums[0], sums[job.stride])
+    cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
     cdef bint finite = isfinite(s1) and isfinite(s2)
     if job.kind != FORWARD:
         job.shift_x[f] = job.mean[f]
@@ -304,12 +305,17 @@ cdef void backward_constants(
     where eps is known (not negative): no digit is lost.
     """
     cdef Py_ssize_t f
-    cdef double r, a, q, rest
+    cdef double r, a, q, rest, share
+    # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
+    cdef double least = 1 - two
+    cdef double divisor = INFINITY if two or m <= 1 else m
+    eps = eps * two
     for f in range(n):
         r = inv_std[f]
-        a = gamma[f] * r * (eps * r * r if two else 1.0)
-        q = dgamma[f] / m if two == 0 and m > 1 else 0.0
+        share = eps * r * r
+        a = gamma[f] * r * (share if share > least else least)
+        q = dgamma[f] / divisor
         shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
@@ -382,6 +388,9 @@ cdef void finish_tile(
             for f in range(first, first + n_features):
                 if job.retry[f] != 0:
                     unsettled += settle(job, f, 1, False, real_tag)
+    read_parameter(&job.gamma_given, first, n_features, job.gamma + first)
+    if job.beta_given.data != NULL:
+        read_parameter(&job.beta_given, first, n_features, job.beta + first)
     set_constants[real](job, first, n_features, False, real_tag)
     for f in range(first, first + n_features):
         if job.wide[f] != 0:

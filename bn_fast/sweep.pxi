@@ -8,9 +8,18 @@ cdef enum Kind:
 
 cdef enum Phase:
     SWEEP                     # a task is a tile: start, reduce, finish, apply
+    START                     # a task is a tile
     REDUCE                    # a task is a chunk of a tile
     FINISH                    # a task is a tile
     APPLY                     # a task is a chunk of a tile
+
+cdef enum:
+    N_VALUES = 12             # arrays of one value per feature that a call needs, besides sums
+
+cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
+    const char* data
+    Py_ssize_t stride
+    bint single
 
 cdef struct Job:
     Kind kind
@@ -23,14 +32,17 @@ cdef struct Job:
     Py_ssize_t lead
     Py_ssize_t n_tiles
     double eps
-    double* gamma
-    double* beta
+    Parameter gamma_given
+    Parameter beta_given
     double* mean              # mean + mean_low is the mean to twice the digits
     double* mean_low
     double* inv_std
     double* var
     double* dgamma
     double* dbeta
+    Py_ssize_t stride         # of the arrays below, from one to the next: see lay_out
+    double* gamma
+    double* beta
     double* shift_x
     double* shift_g
     double* mean_g            # mean_g + mean_g_low is the mean of dout
@@ -39,11 +51,12 @@ cdef struct Job:
     double* scale
     double* slope
     double* bias
-    double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     double* retry             # 1 where the sums have to be had again, in wide lanes
     double* wide              # 1 where the output has to be computed in wide lanes
+    double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     Py_ssize_t width
     Py_ssize_t buffer_elements
+    bint own_values           # tiles are swept, each with arrays per feature of its own
     bint stream               # the output goes past the caches
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
@@ -63,6 +76,41 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
+    double* values            # the tile's own arrays, if tiles are swept
+
+
+cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first) noexcept nogil:
+    """Let the job's arrays per feature begin at feature `first`, `stride` apart.
+
+    A swept tile's are its own and stay in cache: for (16, 65536) they are as large as the data.
+    """
+    values -= first
+    job.stride = stride
+    job.gamma = values
+    job.beta = values + stride
+    job.shift_x = values + 2 * stride
+    job.shift_g = values + 3 * stride
+    job.factor = values + 4 * stride
+    job.scale = values + 5 * stride
+    job.slope = values + 6 * stride
+    job.bias = values + 7 * stride
+    job.mean_g = values + 8 * stride
+    job.mean_g_low = values + 9 * stride
+    job.retry = values + 10 * stride
+    job.wide = values + 11 * stride
+    job.sums = values + N_VALUES * stride
+
+
+cdef void read_parameter(
+    const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* values,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef const char* data = given.data + first * given.stride
+    for f in range(n):
+        if given.single:
+            values[f] = (<const float*> (data + f * given.stride))[0]
+        else:
+            values[f] = (<const double*> (data + f * given.stride))[0]
 
 
 cdef inline void tile_range(
@@ -167,7 +215,7 @@ cdef void reduce_chunk(
     cdef int index, r
     cdef Access access[N_ROLES]
     cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead, n_columns
-    cdef double* total = job.sums + chunk * 4 * job.n_features + first
+    cdef double* total = job.sums + chunk * 4 * job.stride + first
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
@@ -198,7 +246,7 @@ cdef void reduce_chunk(
             <lane*> s.shift_g,
         )
     for r in range(4):
-        memset(total + r * job.n_features, 0, n_features * sizeof(double))
+        memset(total + r * job.stride, 0, n_features * sizeof(double))
     while row < row_end:
         block_end = min(row + plan.block_rows, row_end)
         memset(s.sum_1, 0, n_columns * sizeof(double))
@@ -236,10 +284,8 @@ cdef void reduce_chunk(
                 )
         fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_lanes)
         fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_lanes)
-        add_compensated(total, total + job.n_features, s.sum_1, n_features)
-        add_compensated(
-            total + 2 * job.n_features, total + 3 * job.n_features, s.sum_2, n_features
-        )
+        add_compensated(total, total + job.stride, s.sum_1, n_features)
+        add_compensated(total + 2 * job.stride, total + 3 * job.stride, s.sum_2, n_features)
 
 
 cdef void apply_columns(
