@@ -4,6 +4,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,29 @@ MODULES = ["bn_fast"] + [
 ]
 
 
+# Modules for the users of other libraries, which may be missing here.
+DOORS = {"bn_fast.autograd": "autograd", "bn_fast.torch": "torch"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
+    if name in DOORS:
+        pytest.importorskip(DOORS[name])
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_missing_library_is_one_sentence(name):
+    code = f"import sys; sys.modules[{DOORS[name]!r}] = None; import {name}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"ImportError: {name} needs .*: pip install [a-z-]+", last)
+
+
+def test_the_package_imports_no_other_library():
+    code = f"import sys, bn_fast; print(set(sys.modules) & {set(DOORS.values())})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

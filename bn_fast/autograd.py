@@ -1,0 +1,131 @@
+"""Batch normalization as a primitive of HIPS autograd, which differentiates NumPy code."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+try:
+    from autograd.extend import defvjp_argnums, primitive
+except ImportError as error:
+    raise ImportError("bn_fast.autograd needs autograd: pip install autograd") from error
+
+from numpy.typing import ArrayLike
+
+from ._cache import Cache
+from ._types import Array
+from .functional import batchnorm_backward, batchnorm_forward
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    mean: ArrayLike | None = None,
+    var: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+) -> Array:
+    r"""Batch normalization that autograd can differentiate with respect to x, gamma and beta.
+
+    Parameters
+    ----------
+    x : array_like, 2 or more dimensions
+        Input, M values for each of ``C = x.shape[axis]`` features, float32 or float64, any strides.
+    gamma, beta : array_like, shape (C,)
+        Scale and shift of each feature.
+    mean, var : array_like, shape (C,), optional
+        Statistics to normalize with, those of a whole data set for example (the test mode of
+        `bn_fast.batchnorm_forward`). Constants: autograd refuses to differentiate with respect to
+        them. Without them those of x are used, and the gradient flows through them.
+    axis : int, default 1
+        The feature axis; negative counts from the end.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+
+    Returns
+    -------
+    ndarray
+        Shape and dtype of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `bn_fast.batchnorm_forward`; also if only one of `mean` and `var` is given.
+    NotImplementedError
+        By autograd, for derivatives of second order, of forward mode, and with respect to `mean`
+        and `var`.
+
+    See Also
+    --------
+    bn_fast.batchnorm_forward, bn_fast.batchnorm_backward : what is called, with the formulas
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import autograd.numpy as np
+    >>> from autograd import grad
+    >>> from bn_fast.autograd import batch_norm
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> first = lambda x: batch_norm(x, np.ones(1), np.zeros(1))[0, 0]
+    >>> grad(first)(x).round(4)
+    array([[ 0.1763],
+           [-0.2204],
+           [ 0.0441]])
+    """
+    if (mean is None) != (var is None):
+        missing = "mean" if mean is None else "var"
+        raise ValueError(f"mean and var must both be given or both be None, got {missing}=None")
+    kept: list[Cache] = []
+    y: Array = _forward(x, gamma, beta, mean, var, axis, eps, kept)
+    return y
+
+
+@primitive
+def _forward(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    mean: ArrayLike | None,
+    var: ArrayLike | None,
+    axis: int,
+    eps: float,
+    kept: list[Cache],
+) -> Array:
+    """The output; what the gradients need comes into `kept`, because autograd passes them only
+    arguments and output."""
+    param = {"mode": "train", "eps": eps}
+    if mean is not None:
+        param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
+    y, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
+    kept.append(cache)
+    return y
+
+
+@primitive
+def _backward(dout: Array, x: Array, gamma: Array, kept: list[Cache]) -> tuple[Array, Array, Array]:
+    """dx, dgamma, dbeta as a function of dout, x and gamma, although the latter are in `kept`: so
+    autograd knows what a second derivative depends on."""
+    return batchnorm_backward(dout, kept[0])
+
+
+def _vjp(
+    argnums: Sequence[int], y: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Array], tuple[Array, ...]]:
+    """One backward pass for all of x, gamma and beta that are asked for."""
+    x, gamma, _, _, _, _, _, kept = args
+    if any(argnum > 2 for argnum in argnums):
+        raise NotImplementedError("only x, gamma and beta can be differentiated")
+
+    def gradients(dout: Array) -> tuple[Array, ...]:
+        all_three = _backward(dout, x, gamma, kept)
+        return tuple(all_three[i].astype(args[i].dtype, copy=False) for i in argnums)
+
+    return gradients
+
+
+defvjp_argnums(_forward, _vjp)

@@ -1,0 +1,152 @@
+"""bn_fast.autograd is a primitive whose derivatives are those of the NumPy expression."""
+
+import pytest
+from numpy.testing import assert_allclose
+
+from .arrays import DTYPES, normal
+from .judge import check, check_gradients
+
+pytest.importorskip("autograd")
+
+import autograd.numpy as np
+from autograd import elementwise_grad, grad, jacobian, make_jvp, value_and_grad
+from autograd.test_util import check_grads
+
+from bn_fast.autograd import batch_norm
+
+from . import oracle
+
+CASES = [((5, 3), 1), ((5, 3), -1), ((4, 2, 3), 1), ((3, 4), 0), ((2, 3, 2, 2), 1)]
+
+
+def expression(x, gamma, beta, mean=None, var=None, *, axis=1, eps=1e-5):
+    """What users of autograd write."""
+    others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+    shape = [-1 if d == axis % x.ndim else 1 for d in range(x.ndim)]
+    if mean is None:
+        mean, var = np.mean(x, axis=others), np.var(x, axis=others)
+    x_hat = (x - np.reshape(mean, shape)) / np.sqrt(np.reshape(var, shape) + eps)
+    return np.reshape(gamma, shape) * x_hat + np.reshape(beta, shape)
+
+
+def problem(shape, axis, dtype=np.float64):
+    n = shape[axis]
+    x = 3 + 2 * normal(shape, dtype)
+    return x, 1 + normal(n, dtype, 1) / 4, normal(n, dtype, 2), normal(n, dtype, 3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_check_grads(shape, axis, frozen):
+    x, gamma, beta, mean = problem(shape, axis)
+    statistics = (mean, mean**2 + 0.5) if frozen else ()
+
+    def function(x, gamma, beta):
+        return batch_norm(x, gamma, beta, *statistics, axis=axis)
+
+    check_grads(function, (0, 1, 2), modes=["rev"], order=1)(x, gamma, beta)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_agrees_with_the_expression(shape, axis, frozen):
+    x, gamma, beta, mean = problem(shape, axis)
+    statistics = (mean, mean**2 + 0.5) if frozen else ()
+
+    def loss(norm, *given):
+        return np.sum(np.tanh(norm(*given, *statistics, axis=axis, eps=1e-3)))
+
+    for argnums in ((1,), (2,), (3,), (1, 2, 3), (3, 1)):
+        gradient = grad(loss, argnums)
+        for a, b in zip(*(gradient(norm, x, gamma, beta) for norm in (batch_norm, expression))):
+            assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_dtypes(dtype):
+    x, gamma, beta, _ = problem((40, 6), 1, dtype)
+    dout = normal(x.shape, dtype, 5)
+
+    def loss(x, gamma, beta):
+        return np.sum(batch_norm(x, gamma, beta) * dout)
+
+    check("y", batch_norm(x, gamma, beta), oracle.forward(x, gamma, beta), x)
+    got = grad(loss, (0, 1, 2))(x, gamma, beta)
+    check_gradients(got, oracle.backward(dout, x, gamma), x)
+
+
+def test_parameters_of_another_dtype():
+    x, gamma, beta, _ = problem((40, 6), 1, np.float32)
+    given = x, gamma.astype(np.float64), beta.astype(np.float64)
+    for argnum in range(3):
+        gradient = grad(lambda *given: np.sum(batch_norm(*given) ** 3), argnum)(*given)
+        assert gradient.dtype == given[argnum].dtype
+
+
+def test_jacobian_has_the_symmetry_of_batch_norm():
+    x, gamma, beta, _ = problem((4, 1), 1)
+    matrix = jacobian(lambda x: batch_norm(x, gamma, beta))(x).reshape(4, 4)
+    assert_allclose(matrix, matrix.T, atol=1e-14)
+    assert_allclose(matrix.sum(axis=0), 0, atol=1e-14)
+
+
+def test_one_backward_pass_for_all_arguments(monkeypatch):
+    import bn_fast.autograd as door
+
+    calls = []
+    backward = door.batchnorm_backward
+    monkeypatch.setattr(
+        door, "batchnorm_backward", lambda *args: calls.append(1) or backward(*args)
+    )
+    x, gamma, beta, _ = problem((5, 3), 1)
+    grad(lambda *given: np.sum(batch_norm(*given)), (0, 1, 2))(x, gamma, beta)
+    assert len(calls) == 1
+
+
+def test_trains_on_digits_as_the_expression_does():
+    """A network on real images: the same losses at every step."""
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    x, y = images[:512] / 16, np.eye(10)[labels[:512]]
+
+    def losses(norm):
+        rng = np.random.default_rng(0)
+        params = [rng.normal(0, 0.2, (64, 32)), np.ones(32), np.zeros(32)]
+        params.append(rng.normal(0, 0.2, (32, 10)))
+
+        def loss(params, x, y):
+            first, gamma, beta, second = params
+            hidden = np.maximum(norm(np.dot(x, first), gamma, beta), 0)
+            scores = np.dot(hidden, second)
+            scores = scores - np.max(scores, axis=1, keepdims=True)
+            log_p = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
+            return -np.mean(np.sum(log_p * y, axis=1))
+
+        found = []
+        step = value_and_grad(loss)
+        for i in range(24):
+            rows = slice(i % 4 * 128, (i % 4 + 1) * 128)
+            value, gradients = step(params, x[rows], y[rows])
+            params = [p - 0.5 * g for p, g in zip(params, gradients)]
+            found.append(value)
+        return found
+
+    got = losses(batch_norm)
+    assert_allclose(got, losses(expression), rtol=1e-10)
+    assert got[-1] < 0.5 < got[0]
+
+
+def test_errors():
+    x, gamma, beta, mean = problem((5, 3), 1)
+    with pytest.raises(ValueError, match="both be given or both be None, got var=None"):
+        batch_norm(x, gamma, beta, mean)
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\)"):
+        batch_norm(x, gamma[:2], beta)
+    with pytest.raises(TypeError, match="x must be an array of real numbers"):
+        batch_norm(None, gamma, beta)
+    with pytest.raises(NotImplementedError, match="only x, gamma and beta"):
+        grad(lambda mean: np.sum(batch_norm(x, gamma, beta, mean, mean**2)))(mean)
+    with pytest.raises(NotImplementedError, match="not defined"):
+        make_jvp(lambda x: batch_norm(x, gamma, beta))(x)(x)
+    first = elementwise_grad(lambda x: batch_norm(x, gamma, beta) ** 2)
+    with pytest.raises(NotImplementedError, match="VJP of _backward"):
+        grad(lambda x: np.sum(first(x) ** 2))(x)
