@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from ._types import Array
+from ._types import Array, parameter_dtype
 
 
 class Cache:
     """Everything `batchnorm_backward` needs; holds x by reference and nothing else of its size.
 
     Unpacks as the five-tuple ``(mean, inv_var, x, x_hat, gamma)`` that hand-written NumPy code
-    passes around, where ``inv_var`` is 1/sqrt(var + eps). The four smaller arrays broadcast against
-    x; x_hat is computed when it is asked for.
+    passes around, where ``inv_var`` is 1/sqrt(var + eps). The small arrays broadcast against x, and
+    are float32 for an x of 16 bits; x_hat is computed when it is asked for.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Cache:
 
     def _broadcastable(self, values: Array) -> Array:
         shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
-        return values.astype(self.x.dtype).reshape(shape)
+        return values.astype(parameter_dtype(self.x.dtype)).reshape(shape)
 
     @property
     def mean(self) -> Array:

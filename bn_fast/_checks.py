@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from ._cache import Cache
 from ._core import core
-from ._types import Array
-
-_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+from ._types import DTYPES, Array, is_bfloat16, parameter_dtype
 
 
 def _kind(value: Any) -> str:
@@ -40,7 +38,7 @@ def _real_array(value: Any, name: str) -> NDArray[Any]:
             array = np.asarray(value)
     except ValueError as error:  # a ragged list
         raise TypeError(f"{expected}, got a {type(value).__name__}: {error}") from None
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf" and not is_bfloat16(array.dtype):
         raise TypeError(f"{expected}, got {_kind(array)}")
     if not (array.flags.aligned and array.dtype.isnative):
         array = array.astype(array.dtype.newbyteorder("="), order="K")
@@ -48,12 +46,15 @@ def _real_array(value: Any, name: str) -> NDArray[Any]:
 
 
 def _input(value: Any, name: str) -> Array:
-    """x or dout: float32 and float64 as they are, integers and bool as float64."""
+    """x or dout: floats of 16, 32 and 64 bits as they are, integers and bool as float64."""
     array = _real_array(value, name)
     if array.dtype.kind in "biu":
         array = array.astype(np.float64, order="K")
-    if array.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, integer or bool, got {array.dtype}")
+    if array.dtype not in DTYPES and not is_bfloat16(array.dtype):
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32, float64, integer or bool, got"
+            f" {array.dtype}"
+        )
     return array
 
 
@@ -65,9 +66,10 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
             f"{name} must have shape ({n_features},), one value for each feature along axis {axis}"
             f" of x, got {array.shape}"
         )
-    if array.dtype in _DTYPES:
+    if array.dtype == np.float32 or array.dtype == np.float64:
         return array
-    return array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+    half = array.dtype == np.float16 or is_bfloat16(array.dtype)
+    return array.astype(np.float32 if half else np.float64)
 
 
 def _axis(axis: Any, ndim: int) -> int:
@@ -164,9 +166,9 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     var = bn_param.get("running_var")
     n_features = x.shape[axis]
     if mean is None:
-        mean = np.zeros(n_features, x.dtype)
+        mean = np.zeros(n_features, parameter_dtype(x.dtype))
     if var is None:
-        var = np.zeros(n_features, x.dtype)
+        var = np.zeros(n_features, parameter_dtype(x.dtype))
     if not core.are_plain_statistics(mean, var, n_features):
         mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
         var = _parameter(var, "bn_param['running_var']", n_features, axis)

@@ -6,3 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
+
+DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """ml_dtypes' type, by its name: whoever has such an array has imported ml_dtypes."""
+    return dtype.itemsize == 2 and dtype.type.__name__ == "bfloat16"
+
+
+def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """That of parameters and statistics beside an x of `dtype`: float32 for half types."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype

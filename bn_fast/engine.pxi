@@ -29,6 +29,7 @@ cdef extern from "numpy/arrayobject.h":
 cnp.import_array()
 
 include "kernels.pxi"
+include "half.pxi"
 include "layout.pxi"
 include "sweep.pxi"
 include "statistics.pxi"
@@ -147,7 +148,7 @@ cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
     for d in range(main.n_dims):
         if main.stride[Y][d] % 64:
             return 0
-    if plan.access[Y] != DIRECT or (<size_t> plan.base[Y]) % itemsize:
+    if plan.access[Y] == GATHERED or (<size_t> plan.base[Y]) % itemsize:
         return 0
     return (64 - (<size_t> plan.base[Y]) % 64) % 64 // itemsize
 
@@ -206,11 +207,11 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
     cdef Plan* plan = &job.apply
-    job.stream = BN_STREAMS and plan.access[Y] == DIRECT and bytes >= STREAM_BYTES
+    job.stream = BN_STREAMS and plan.access[Y] != GATHERED and bytes >= STREAM_BYTES
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
     if job.stream:
-        plan.access[Y] = COPIED
+        plan.access[Y] = STREAMED
 
 
 cdef Py_ssize_t widest(const Plan* plan, Py_ssize_t tile) noexcept:
@@ -236,6 +237,11 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
     return low[0] < high[1] and low[1] < high[0]
 
 
+cdef inline int parameter_type(cnp.ndarray x) noexcept:
+    """The type that parameters and their gradients have beside x: its own, or a half's lanes'."""
+    return cnp.NPY_FLOAT32 if cnp.PyArray_ITEMSIZE(x) <= 4 else cnp.NPY_FLOAT64
+
+
 cdef void set_parameter(Parameter* given, cnp.ndarray values) noexcept:
     """A one-dimensional float32 or float64 array, any stride; or None."""
     given.data = NULL
@@ -258,7 +264,7 @@ cdef int execute(
     """Plan, allocate, run.  x has at least one element."""
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis], per_feature, n_values, n_own
-    cdef bint sweep, single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
+    cdef bint sweep, single = itemsize <= 4
     cdef double* values
     cdef char* memory
     set_parameter(&job.gamma_given, gamma)
@@ -318,14 +324,14 @@ cdef int execute(
 
 
 cdef inline bint is_plain_array(object array) noexcept:
-    """An ndarray proper, float32 or float64, aligned and native."""
+    """An ndarray proper, float16, float32 or float64, aligned and native."""
+    cdef int kind
+    if not cnp.PyArray_CheckExact(array):
+        return False
+    kind = cnp.PyArray_TYPE(array)
     return (
-        cnp.PyArray_CheckExact(array)
-        and (
-            cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
-        )
-        and cnp.PyArray_ISBEHAVED_RO(array)
-    )
+        kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64 or kind == cnp.NPY_FLOAT16
+    ) and cnp.PyArray_ISBEHAVED_RO(array)
 
 
 cdef bint is_plain_twin(object array, cnp.ndarray like) noexcept:
@@ -368,7 +374,8 @@ cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
     return (
-        is_plain_array(values) and cnp.PyArray_NDIM(values) == 1
+        is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
+        and cnp.PyArray_NDIM(values) == 1
         and cnp.PyArray_DIMS(values)[0] == n
     )
 
@@ -417,7 +424,7 @@ def are_plain_statistics(mean, var, Py_ssize_t n_features):
 def running_average(cnp.ndarray old not None, cnp.ndarray stats not None, int row, momentum, x):
     """A new array, momentum * old + (1 - momentum) * stats[row]; momentum None: a copy of old.
 
-    float32 only where both old and x are.
+    float32 only where both old and the parameters of x are.
     """
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(old)[0]
     cdef cnp.npy_intp length = n
@@ -431,7 +438,7 @@ def running_average(cnp.ndarray old not None, cnp.ndarray stats not None, int ro
         weight = momentum
         for f in range(n):
             values[f] = weight * values[f] + (1 - weight) * batch[f]
-    if cnp.PyArray_TYPE(old) == cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32:
+    if cnp.PyArray_TYPE(old) == cnp.NPY_FLOAT32 and parameter_type(x) == cnp.NPY_FLOAT32:
         narrow = cnp.PyArray_EMPTY(1, &length, cnp.NPY_FLOAT32, 0)
         store_parameter(values, narrow)
         return narrow
@@ -511,8 +518,8 @@ def backward(
     job.dbeta = job.dgamma + n
     if cnp.PyArray_SIZE(x) > 0:
         execute(&job, x, dout, out, axis, n_threads, gamma, None)
-    dgamma = cnp.PyArray_EMPTY(1, &shape[1], cnp.PyArray_TYPE(x), 0)
-    dbeta = cnp.PyArray_EMPTY(1, &shape[1], cnp.PyArray_TYPE(x), 0)
+    dgamma = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
+    dbeta = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
     store_parameter(job.dgamma, dgamma)
     store_parameter(job.dbeta, dbeta)
     return out, dgamma, dbeta

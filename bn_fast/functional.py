@@ -39,9 +39,11 @@ def batchnorm_forward(
     ----------
     x : array_like, 2 or more dimensions
         Input, M values for each of ``C = x.shape[axis]`` features. float32 and float64 are computed
-        as such, integers and bool as float64. Any strides; never modified (but see `out`).
+        as such, integers and bool as float64; float16 and bfloat16 (of ml_dtypes) as float32, to
+        which only results of x's size are rounded back, too large ones to infinity. Any strides;
+        never modified (but see `out`).
     gamma, beta : array_like, shape (C,)
-        Scale and shift of each feature; any real dtype.
+        Scale and shift of each feature; any real dtype, best float32 for an x of 16 bits.
     bn_param : dict, optional
         The settings of CS231n's assignments; None: train mode, no running averages.
 
@@ -145,7 +147,7 @@ def batchnorm_backward(
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
 
     Raises
     ------

@@ -26,7 +26,8 @@ cdef enum:
     ALONG_RUN = 128           # a run from this length on is walked along, not across,
     PIECE = 1024              # in rows of no more than this, and
     BLOCK_ELEMENTS = 8192     # this many between two folds
-    GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1
+    GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
+    GATHER_COLUMNS = 64       # narrow, as a block's sums are taken up and laid down once a group
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
@@ -42,11 +43,12 @@ cdef enum:
 # tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
 # of 128 bytes, 16 as chunks of rows.
 
-# How a kernel comes to a row of an array: where it lies; copied through a buffer (to be read before
-# it is overwritten, or written past the caches); or column by column.
+# How a kernel comes to a row of an array: where it lies; through a buffer (to be read before it is
+# overwritten, or converted); the same but written past the caches; or column by column.
 cdef enum Access:
     DIRECT
     COPIED
+    STREAMED
     GATHERED
 
 cdef struct Segment:
@@ -67,6 +69,8 @@ cdef struct Plan:
     char* base[N_ROLES]
     bint used[N_ROLES]
     Access access[N_ROLES]
+    Storage storage
+    Py_ssize_t itemsize
     Py_ssize_t max_tile       # features a tile may have
     bint whole                # features cannot be split into tiles
     bint runs
@@ -112,6 +116,8 @@ cdef void make_plan(
     cdef Segment* main = &plan.segment[0]
     cdef Segment* rest = &plan.segment[1]
     plan.n_features = n_features
+    plan.storage = storage_of(x)
+    plan.itemsize = itemsize
     set_role(plan, X, x, &stride[X])
     set_role(plan, G, dout, &stride[G])
     set_role(plan, Y, out, &stride[Y])
@@ -198,7 +204,7 @@ cdef void make_plan(
             plan.whole = True
             cut_axis(plan, join, True)
     for r in range(N_ROLES):
-        plan.access[r] = DIRECT
+        plan.access[r] = DIRECT if plan.storage == NATIVE else COPIED
         if not plan.used[r]:
             continue
         if plan.runs:
@@ -218,7 +224,7 @@ cdef void make_plan(
     plan.chunk_rows = (main.n_rows // MAX_CHUNKS // unit + 1) * unit
     # float64's lanes are no more exact than what they add, so they are folded sooner (as late as
     # float32's: dbeta was off by up to 40 roundings at M = 1e5).
-    plan.block_rows = unit if itemsize == 4 else max(1, unit // 4)
+    plan.block_rows = unit if itemsize <= 4 else max(1, unit // 4)
     plan.n_chunks = (
         (main.n_rows + plan.chunk_rows - 1) // plan.chunk_rows + plan.n_segments - 1
     )

@@ -55,7 +55,8 @@ Gradients = tuple[Array, Array, Array]
 class Cache(NamedTuple):
     """What `batchnorm_forward` leaves for the backward pass: a plain tuple of five arrays.
 
-    mean, inv_var and gamma are shaped to broadcast against x, and of its dtype. inv_var is the
+    mean, inv_var and gamma are shaped to broadcast against x, and of its dtype, as is x_hat (of
+    float32 for half types). inv_var is the
     tuple's traditional name for 1/sqrt(var + eps), the inverse of the standard deviation.
     """
 
@@ -92,9 +93,10 @@ def batchnorm_forward(
     ----------
     x : array_like, 2 or more dimensions
         M values for each of ``C = x.shape[axis]`` features. float32 and float64 are computed as
-        such, integers and bool as float64.
+        such, integers and bool as float64; float16 and bfloat16 as float32, to which only the
+        result is rounded back.
     gamma, beta : array_like, shape (C,)
-        Scale and shift, of any real dtype; rounded to the dtype of x.
+        Scale and shift, of any real dtype; rounded to the dtype of computation.
     bn_param : dict, optional
         ``mode``: 'train' or 'test', required; ``eps``: 1e-5; ``momentum``: 0.9, the weight of the
         old running average; ``running_mean``, ``running_var``: shape (C,), zeros. The running
@@ -150,7 +152,8 @@ def batchnorm_forward(
     >>> bn_param["running_var"]
     array([ 0.1, 10. ])
     """
-    x = _float_array(x, "x")
+    stored = _float_array(x, "x")
+    x = _computable(stored)
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got shape {x.shape}")
     axis = normalize_axis_index(axis, x.ndim)
@@ -191,28 +194,42 @@ def batchnorm_forward(
         running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
         running_var = momentum * running_var + (1 - momentum) * var.reshape(-1)
 
-    if out is not None and np.may_share_memory(out, x):
-        x = x.copy()
-    y = _deliver(gamma * x_hat + beta, out)
+    if out is not None and np.may_share_memory(out, stored):
+        stored = stored.copy()
+    y = _deliver((gamma * x_hat + beta).astype(stored.dtype, copy=False), out)
     if bn_param is not None:
         bn_param["running_mean"] = running_mean
         bn_param["running_var"] = running_var
-    return y, (Cache if train else FrozenCache)(mean, inv_std, x, x_hat, gamma)
+    return y, (Cache if train else FrozenCache)(mean, inv_std, stored, x_hat, gamma)
 
 
 def _float_array(value: ArrayLike, name: str) -> Array:
-    """float32 and float64 as they are, but in native byte order; integers and bool as float64."""
+    """Floats of 16, 32 and 64 bits as they are, but native; integers and bool as float64."""
     array = np.asarray(value)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
-    if array.dtype.kind != "f" or array.itemsize not in (4, 8):
-        raise TypeError(f"{name} must be float32, float64, integer or bool, got {array.dtype}")
+    if _is_bfloat16(array.dtype):
+        return array
+    if array.dtype.kind != "f" or array.itemsize not in (2, 4, 8):
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32, float64, integer or bool, got"
+            f" {array.dtype}"
+        )
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """The type of the package ml_dtypes, which a cast to float32 or back needs no import of."""
+    return dtype.itemsize == 2 and dtype.type.__name__ == "bfloat16"
+
+
+def _computable(array: Array) -> Array:
+    return array.astype(np.float32) if array.itemsize == 2 else array
 
 
 def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
     array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf" and not _is_bfloat16(array.dtype):
         raise TypeError(f"{name} must be an array of real numbers, got dtype {array.dtype}")
     if array.shape != (n_features,):
         raise ValueError(f"{name} must have shape ({n_features},), got {array.shape}")
@@ -284,11 +301,13 @@ def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
     @wraps(train_mode)
     def backward(dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients:
         mean, inv_var, x, x_hat, gamma = cache
-        x = _float_array(x, "cache's x")
+        stored = _float_array(x, "cache's x")
+        x = _computable(stored)
         mean = np.asarray(mean, x.dtype)
         inv_var, gamma = (np.asarray(a, x.dtype).reshape(mean.shape) for a in (inv_var, gamma))
         prepared = Cache(mean, inv_var, x, np.asarray(x_hat, x.dtype), gamma)
-        dout = _float_array(dout, "dout").astype(x.dtype, copy=False)
+        dout = _float_array(dout, "dout").astype(stored.dtype, copy=False)
+        dout = _computable(dout)
         if dout.shape != x.shape:
             raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
         if getattr(cache, "frozen", False):
@@ -296,7 +315,7 @@ def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
             dx = prepared.gamma * prepared.inv_var * dout
         else:
             dx, dgamma, dbeta = train_mode(dout, prepared)
-        return dx, dgamma.reshape(-1), dbeta.reshape(-1)
+        return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
 
     return backward
 
@@ -321,12 +340,12 @@ def batchnorm_backward_three_pathways(dout: Array, cache: Cache) -> Gradients:
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
 
     Raises
     ------
     TypeError
-        If dout or x is not float32, float64, integer or bool.
+        If dout or x is not of a dtype that `batchnorm_forward` takes.
     ValueError
         If the shapes do not fit.
 
@@ -381,12 +400,12 @@ def batchnorm_backward_column_wise(dout: Array, cache: Cache) -> Gradients:
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
 
     Raises
     ------
     TypeError
-        If dout or x is not float32, float64, integer or bool.
+        If dout or x is not of a dtype that `batchnorm_forward` takes.
     ValueError
         If the shapes do not fit, or x is not of shape (M, C) with the features last.
 
@@ -450,12 +469,12 @@ def batchnorm_backward_element_wise(dout: Array, cache: Cache) -> Gradients:
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
 
     Raises
     ------
     TypeError
-        If dout or x is not float32, float64, integer or bool.
+        If dout or x is not of a dtype that `batchnorm_forward` takes.
     ValueError
         If the shapes do not fit.
 
@@ -514,7 +533,7 @@ def batchnorm_backward(
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
 
     Raises
     ------

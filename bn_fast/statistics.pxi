@@ -55,6 +55,8 @@ cdef void sample_shift(
     """
     cdef const Segment* segment = &plan.segment[0]
     cdef char* row[3]
+    cdef Py_ssize_t offset[MAX_COLUMNS]
+    cdef float[3][MAX_COLUMNS] sample
     cdef Py_ssize_t f, k
     cdef Py_ssize_t step = plan.feature_stride[role]
     cdef real a, b, c, low, high, middle, gap, big
@@ -67,6 +69,13 @@ cdef void sample_shift(
             (segment.n_joined - 1) * k // 2 * segment.joined_stride[role]
             + (segment.n_run - 1) * k // 2 * segment.run_stride[role]
         )
+    if plan.storage != NATIVE:
+        for f in range(n_features):
+            offset[f] = f * step
+        step = sizeof(float)
+        for k in range(3):
+            gather_half_row[float](plan.storage, row[k], offset, n_features, sample[k])
+            row[k] = <char*> sample[k]
     for f in range(n_features):
         a = (<const real*> (row[0] + f * step))[0]
         b = (<const real*> (row[1] + f * step))[0]

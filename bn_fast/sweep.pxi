@@ -123,17 +123,14 @@ cdef inline void tile_range(
 
 
 cdef Py_ssize_t group_rows(
-    const Plan* plan, const Access* access, Py_ssize_t width,
+    const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step,
 ) noexcept nogil:
-    """Rows taken at a time: a whole block, or what fits the buffers in multiples of a tree."""
+    """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
     if access[X] == DIRECT and access[G] == DIRECT and access[Y] == DIRECT:
         return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
     if plan.along:
-        return max(<Py_ssize_t> 1, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width))
-    return max(
-        <Py_ssize_t> TREE_ROWS,
-        min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // TREE_ROWS * TREE_ROWS),
-    )
+        step = 1
+    return max(step, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // step * step))
 
 
 cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
@@ -154,7 +151,7 @@ cdef void fetch_rows(
     cdef lane* buffer = <lane*> s.buffer[role]
     cdef lane* packed
     if access != GATHERED:
-        start += j0 * sizeof(real)
+        start += j0 * plan.itemsize
     known = min(n + ahead, segment.n_rows - row)
     row_pointers(segment, role, start, row, known, s.rows[role])
     for i in range(known, n + ahead):
@@ -163,8 +160,16 @@ cdef void fetch_rows(
         return
     for i in range(n):
         packed = buffer + i * width
-        if access == COPIED:
+        if plan.storage != NATIVE and ahead:  # the kernel cannot: its rows are those in the buffer
+            bn_prefetch(s.rows[role][i + ahead], width * plan.itemsize)
+        if access == COPIED and plan.storage == NATIVE:
             memcpy(packed, s.rows[role][i], width * sizeof(real))
+        elif access == COPIED:
+            widen(plan.storage, s.rows[role][i], width, <float*> packed)
+        elif plan.storage != NATIVE:
+            gather_half_row[lane](
+                plan.storage, s.rows[role][i], s.offset[role] + j0, width, packed
+            )
         else:
             gather_row[real, lane](
                 real_tag, s.rows[role][i], s.offset[role] + j0, width,
@@ -179,23 +184,35 @@ cdef void store_rows(
     const real* real_tag, const lane* lane_tag,
 ) noexcept nogil:
     """Bring n rows from the output's buffer to where they belong."""
-    cdef Py_ssize_t i = 0, run, n_bytes = width * sizeof(real)
+    cdef Py_ssize_t i = 0, run, n_bytes = width * plan.itemsize
     cdef char* start = plan.base[Y] + tile_first * plan.feature_stride[Y]
     cdef char** rows = s.rows[Y]
     cdef lane* buffer = <lane*> s.buffer[Y]
+    cdef char* packed = <char*> buffer
     if access == GATHERED:
         row_pointers(segment, Y, start, row, n, rows)
         for i in range(n):
-            scatter_row[real, lane](
-                real_tag, rows[i], s.offset[Y] + j0, width, buffer + i * width
-            )
+            if plan.storage != NATIVE:
+                scatter_half_row[lane](
+                    plan.storage, rows[i], s.offset[Y] + j0, width, buffer + i * width
+                )
+            else:
+                scatter_row[real, lane](
+                    real_tag, rows[i], s.offset[Y] + j0, width, buffer + i * width
+                )
         return
-    row_pointers(segment, Y, start + j0 * sizeof(real), row, n, rows)
+    row_pointers(segment, Y, start + j0 * plan.itemsize, row, n, rows)
+    if access == STREAMED and plan.storage != NATIVE:
+        packed = <char*> (buffer + n * width)  # float's half of the buffer, and half as much again
+        narrow(plan.storage, <float*> buffer, n * width, packed)
     while i < n:  # rows that touch go as one, for fewer broken lines
         run = 1
         while i + run < n and rows[i + run] == rows[i] + run * n_bytes:
             run += 1
-        bn_stream(rows[i], <char*> (buffer + i * width), run * n_bytes)
+        if access == STREAMED:
+            bn_stream(rows[i], packed + i * n_bytes, run * n_bytes)
+        else:
+            narrow(plan.storage, <float*> (buffer + i * width), run * width, rows[i])
         i += run
 
 
@@ -203,6 +220,45 @@ cdef void set_ones(lane* factor, Py_ssize_t width) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
         factor[j] = 1
+
+
+cdef void reduce_rows(
+    const Plan* plan, const Segment* segment, const Access* access, Py_ssize_t first,
+    Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Py_ssize_t ahead, Scratch* s,
+    const real* real_tag, const lane* lane_tag,
+) noexcept nogil:
+    """Add columns j0 .. j0 + width - 1 of n rows to the sums."""
+    cdef lane* shift_x = <lane*> s.shift_x + j0
+    cdef lane* shift_g = <lane*> s.shift_g + j0
+    cdef int r
+    for r in range(2):
+        if plan.used[r]:
+            fetch_rows[real, lane](
+                plan, segment, r, access[r], first, j0, width, row, n, ahead,
+                s, real_tag, lane_tag,
+            )
+    if plan.storage != NATIVE:
+        ahead = 0
+    if plan.along:
+        if plan.used[G]:
+            grad_stats_along[lane](
+                s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1, s.sum_2
+            )
+        else:
+            stats_along[lane](s.rows[X], n, width, shift_x, s.sum_1, s.sum_2)
+        return
+    while n % TREE_ROWS:
+        s.rows[X][n] = <char*> shift_x
+        s.rows[G][n] = <char*> shift_g
+        n += 1
+    if plan.used[G]:
+        grad_stats_across[lane](
+            s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1 + j0, s.sum_2 + j0, ahead
+        )
+    else:
+        stats_across[lane](
+            s.rows[X], n, width, shift_x, s.sum_1 + j0, s.sum_2 + j0, ahead
+        )
 
 
 cdef void reduce_chunk(
@@ -214,7 +270,7 @@ cdef void reduce_chunk(
     cdef Segment* segment
     cdef int index, r
     cdef Access access[N_ROLES]
-    cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead, n_columns
+    cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead, n_columns, piece, j0
     cdef double* total = job.sums + chunk * 4 * job.stride + first
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
@@ -223,10 +279,13 @@ cdef void reduce_chunk(
         access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    group = group_rows(plan, access, width)
+    piece = width
+    if not plan.along and (access[X] != DIRECT or access[G] != DIRECT):
+        piece = min(width, <Py_ssize_t> GATHER_COLUMNS)
+    group = group_rows(plan, access, piece, TREE_ROWS)
     ahead = 0
     if job.prefetch and not wide and not plan.along:
-        ahead = rows_ahead(width * sizeof(real))
+        ahead = rows_ahead(width * plan.itemsize)
     n_columns = segment.n_joined * n_features * segment.n_lanes
     expand[lane](
         job.shift_x, job.factor if wide else NULL, first, n_features,
@@ -253,35 +312,14 @@ cdef void reduce_chunk(
         memset(s.sum_2, 0, n_columns * sizeof(double))
         while row < block_end:
             n = min(group, block_end - row)
-            for r in range(2):
-                if plan.used[r]:
-                    fetch_rows[real, lane](
-                        plan, segment, r, access[r], first, 0, width, row, n, ahead,
-                        s, real_tag, lane_tag,
-                    )
+            j0 = 0
+            while j0 < width:
+                reduce_rows[real, lane](
+                    plan, segment, access, first, j0, min(piece, width - j0), row, n, ahead,
+                    s, real_tag, lane_tag,
+                )
+                j0 += piece
             row += n
-            if plan.along:
-                if plan.used[G]:
-                    grad_stats_along[lane](
-                        s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
-                        s.sum_1, s.sum_2,
-                    )
-                else:
-                    stats_along[lane](s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2)
-                continue
-            while n % TREE_ROWS:
-                s.rows[X][n] = s.shift_x
-                s.rows[G][n] = s.shift_g
-                n += 1
-            if plan.used[G]:
-                grad_stats_across[lane](
-                    s.rows[X], s.rows[G], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
-                    s.sum_1, s.sum_2, ahead,
-                )
-            else:
-                stats_across[lane](
-                    s.rows[X], n, width, <lane*> s.shift_x, s.sum_1, s.sum_2, ahead
-                )
         fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_lanes)
         fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_lanes)
         add_compensated(total, total + job.stride, s.sum_1, n_features)
@@ -295,12 +333,13 @@ cdef void apply_columns(
 ) noexcept nogil:
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
-    cdef Py_ssize_t n, n_padded, i, group = group_rows(&job.apply, access, width)
-    cdef Py_ssize_t ahead = 0
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(&job.apply, access, width, APPLY_ROWS)
+    cdef Py_ssize_t ahead = 0, kernel_ahead
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef int r
     if job.prefetch_again and access[X] != GATHERED and not plan.along:
-        ahead = rows_ahead(width * sizeof(real))
+        ahead = rows_ahead(width * plan.itemsize)
+    kernel_ahead = ahead if plan.storage == NATIVE else 0
     while row < row_end:
         n = min(group, row_end - row)
         for r in range(2):
@@ -338,12 +377,13 @@ cdef void apply_columns(
             grad_apply_across[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
-                <lane*> s.slope + j0, <lane*> s.bias + j0, ahead,
+                <lane*> s.slope + j0, <lane*> s.bias + j0, kernel_ahead,
             )
         else:
             apply_across[lane](
                 s.rows[X], s.rows[Y], n_padded, width,
-                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0, ahead,
+                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
+                kernel_ahead,
             )
         if access[Y] != DIRECT:
             store_rows[real, lane](

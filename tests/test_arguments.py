@@ -63,7 +63,6 @@ REFUSED = [
     *[("x", value, TypeError, "real numbers") for value in KINDS.values()],
     ("x", np.float64(1.0), ValueError, "2 or more dimensions"),
     ("x", np.ones(4), ValueError, r"2 or more dimensions.*\(4,\)"),
-    ("x", np.ones((6, 4), np.float16), TypeError, "float16"),
     ("x", np.ones((6, 4), np.longdouble), TypeError, "longdouble|float128"),
     *[(name, value, TypeError, "real numbers") for name in ("gamma", "beta")
       for key, value in KINDS.items() if key not in ("object", "structured")],
@@ -184,7 +183,7 @@ BACKWARD_REFUSED = [
     *[("dout", value, TypeError, "real numbers") for key, value in KINDS.items()],
     *[("dout", np.ones(shape), ValueError, r"\(6, 4\)")
       for shape in ((4, 6), (6,), (6, 5), (1, 4), (6, 4, 1), ())],
-    ("dout", np.ones((6, 4), np.float16), TypeError, "float16"),
+    ("dout", np.ones((6, 4), np.longdouble), TypeError, "longdouble|float128"),
     *[("out", value, error, words) for name, value, error, words in REFUSED if name == "out"],
     *[("cache", value, TypeError, "batchnorm_forward") for value in
       (None, 5, "abcd", (), (1, 2, 3, 4), [np.ones(4)] * 6, object())],

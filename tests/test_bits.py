@@ -84,7 +84,7 @@ def digests():
     bn_fast.set_num_threads(2)
     table = {"isa": bn_fast.build_info()["isa"]}
     for shape, axis in SHAPES_OF_ROADS:
-        for dtype in DTYPES:
+        for dtype in (*DTYPES, np.float16):
             for mode in ("train", "test", "hostile") if axis == 1 else ("train", "test"):
                 arrays = results(shape, axis, dtype, "C", mode)
                 # The sign bit of NaN is the one thing that IEEE 754 leaves to the CPU.
