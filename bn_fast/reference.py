@@ -205,7 +205,7 @@ def batchnorm_forward(
 
 def _float_array(value: ArrayLike, name: str) -> Array:
     """Floats of 16, 32 and 64 bits as they are, but native; integers and bool as float64."""
-    array = np.asarray(value)
+    array: NDArray[Any] = np.asarray(value)
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
     if _is_bfloat16(array.dtype):
@@ -310,6 +310,7 @@ def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
         dout = _computable(dout)
         if dout.shape != x.shape:
             raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
+        dx: Array
         if getattr(cache, "frozen", False):
             dgamma, dbeta = _parameter_gradients(dout, prepared)
             dx = prepared.gamma * prepared.inv_var * dout
