@@ -12,8 +12,10 @@ from .functional import (
     spatial_batchnorm_backward,
     spatial_batchnorm_forward,
 )
+from .layer import BatchNorm
 
 __all__ = [
+    "BatchNorm",
     "__version__",
     "batchnorm_backward",
     "batchnorm_backward_alt",

@@ -150,15 +150,30 @@ def _number(value: Any, name: str) -> float:
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
 
 
+def epsilon(value: Any, name: str = "eps") -> float:
+    eps = _number(value, name)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {eps}")
+    return eps
+
+
+def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
+    var = _parameter(value, name, n_features, axis)
+    negative = np.flatnonzero(var < 0)
+    if negative.size:
+        raise ValueError(
+            f"{name} must not be negative, got {var[negative[0]]} for feature {negative[0]}"
+        )
+    return var
+
+
 def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     if not isinstance(bn_param, MutableMapping):
         raise TypeError(f"bn_param must be a dict or None, got {_kind(bn_param)}")
     mode = bn_param["mode"]
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
-    eps = _number(bn_param.get("eps", 1e-5), "bn_param['eps']")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"bn_param['eps'] must be finite and at least 0, got {eps}")
+    eps = epsilon(bn_param.get("eps", 1e-5), "bn_param['eps']")
     momentum = _number(bn_param.get("momentum", 0.9), "bn_param['momentum']")
     if not math.isfinite(momentum):
         raise ValueError(f"bn_param['momentum'] must be finite, got {momentum}")
@@ -171,13 +186,7 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
         var = np.zeros(n_features, parameter_dtype(x.dtype))
     if not core.are_plain_statistics(mean, var, n_features):
         mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
-        var = _parameter(var, "bn_param['running_var']", n_features, axis)
-        negative = np.flatnonzero(var < 0)
-        if negative.size:
-            raise ValueError(
-                "bn_param['running_var'] must not be negative, got"
-                f" {var[negative[0]]} for feature {negative[0]}"
-            )
+        var = variance(var, "bn_param['running_var']", n_features, axis)
     return Settings(mode == "train", eps, momentum, mean, var)
 
 

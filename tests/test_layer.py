@@ -1,0 +1,558 @@
+"""The layer: its state against a plain simulation in long double, and its manners."""
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bn_fast
+from bn_fast import BatchNorm, batchnorm_backward, batchnorm_forward
+
+from . import oracle
+from .arrays import DTYPES, LAYOUTS, normal, problem
+from .judge import LIMIT, assert_same_bits, check, check_gradients
+
+STATE = ["gamma", "beta", "running_mean", "running_var", "num_batches"]
+
+
+def batch(n_rows=20, n_features=3, dtype=np.float32, seed=0):
+    return 2 + 3 * normal((n_rows, n_features), dtype, seed)
+
+
+def trained(n_features=3, dtype=np.float32, **settings):
+    """A layer with no number in it that is there by default."""
+    layer = BatchNorm(n_features, dtype=dtype, **settings)
+    if layer.affine:
+        layer.gamma = 1 + normal(n_features, dtype, 11) / 4
+        layer.beta = normal(n_features, dtype, 12)
+    for seed in range(3):
+        x = batch(20, n_features, dtype, seed)
+        layer.forward(np.moveaxis(x, 1, layer.axis))
+        layer.backward(np.ones((20, n_features), dtype))
+    return layer
+
+
+def snapshot(layer):
+    arrays = [layer.running_mean, layer.running_var, np.array(layer.num_batches)]
+    return [a.copy() for a in (layer.gamma, layer.beta, *arrays) if a is not None]
+
+
+def simulated(batches, momentum, ddof):
+    """running_mean and running_var by the formulas, in long double."""
+    one = np.longdouble(1)
+    n_features = batches[0].shape[1]
+    mean, var = np.zeros(n_features, np.longdouble), np.ones(n_features, np.longdouble)
+    for n, x in enumerate(batches):
+        x = x.astype(np.longdouble)
+        m = n * one / (n + 1) if momentum is None else np.longdouble(momentum)
+        mean = m * mean + (1 - m) * x.mean(axis=0)
+        var = m * var + (1 - m) * x.var(axis=0, ddof=ddof)
+    return mean, var
+
+
+# -- values
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=1, max_size=12),
+    n_features=st.integers(1, 40),
+    momentum=st.one_of(st.none(), st.floats(0, 1)),
+    ddof=st.sampled_from([0, 1]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_running_statistics_follow_a_simulation(sizes, n_features, momentum, ddof, dtype):
+    layer = BatchNorm(n_features, momentum=momentum, ddof=ddof, dtype=dtype)
+    batches = [batch(n, n_features, dtype, seed) for seed, n in enumerate(sizes)]
+    for x in batches:
+        layer.forward(x)
+    mean, var = simulated(batches, momentum, ddof)
+    # A batch's statistics have roundings of its dtype; averaging them in double adds next to none.
+    # A variance adds up to 40 squares, and may be off by four times of what its root, in out, is.
+    eps = np.finfo(dtype).eps
+    largest = max(np.abs(x).max() for x in batches)
+    assert np.abs(layer.running_mean - mean).max() <= LIMIT * eps * largest
+    assert np.abs(layer.running_var - var).max() <= 4 * LIMIT * eps * var.max()
+    assert layer.num_batches == len(sizes)
+
+
+def test_a_long_cumulative_average_does_not_stall():
+    """The step of 1e-8 would be lost in float32."""
+    layer = BatchNorm(1, momentum=None)
+    layer.running_mean, layer.num_batches = [1.0], 10**8
+    layer.forward(np.array([[1.0], [3.0]], np.float32))
+    np.testing.assert_allclose(layer.running_mean - 1, 1 / (10**8 + 1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran", "sliced", "permuted", "byte-swapped"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((30, 7), 1), ((4, 3, 7, 7), 1), ((5, 6, 7), -1), ((6, 50), 0)]
+)
+def test_forward_and_backward(shape, axis, dtype, layout):
+    x, dout, gamma, beta = problem(shape, axis, dtype, layout)
+    layer = BatchNorm(shape[axis], axis=axis, eps=1e-3, dtype=dtype)
+    layer.gamma, layer.beta = gamma, beta
+    check("out", layer.forward(x), oracle.forward(x, gamma, beta, axis, 1e-3), x)
+    got = layer.backward(dout), layer.dgamma, layer.dbeta
+    check_gradients(got, oracle.backward(dout, x, gamma, axis, 1e-3), x)
+
+    layer.running_mean, layer.running_var = np.full_like(beta, 2.5), np.full_like(beta, 3)
+    given = layer.running_mean, layer.running_var
+    out = layer.forward(x, training=False)
+    check("out", out, oracle.forward(x, gamma, beta, axis, 1e-3, *given), x)
+    got = layer.backward(dout), layer.dgamma, layer.dbeta
+    check_gradients(got, oracle.backward(dout, x, gamma, axis, 1e-3, *given), x)
+
+
+def test_it_is_the_functions():
+    x, dout, gamma, beta = problem((40, 5), 1, np.float32)
+    layer = BatchNorm(5)
+    layer.gamma, layer.beta = gamma, beta
+    out, cache = batchnorm_forward(x, gamma, beta)
+    assert_same_bits([layer.forward(x)], [out])
+    expected = batchnorm_backward(dout, cache)
+    assert_same_bits([layer.backward(dout), layer.dgamma, layer.dbeta], expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_finite_differences(training):
+    layer = trained(3, np.float64)
+    x, dout = batch(6, 3, np.float64), normal((6, 3), np.float64, 5)
+    layer.forward(x, training)
+    dx = layer.backward(dout)
+    h = 1e-5
+    for i in range(6):
+        for j in range(3):
+            ends = []
+            for sign in (1, -1):
+                moved = x.copy()
+                moved[i, j] += sign * h
+                ends.append((copy.deepcopy(layer).forward(moved, training) * dout).sum())
+            assert abs((ends[0] - ends[1]) / (2 * h) - dx[i, j]) < 1e-8
+
+
+def test_without_affine():
+    x, dout, ones, zeros = batch(), batch(seed=1), np.ones(3), np.zeros(3)
+    layer = BatchNorm(3, affine=False)
+    out, cache = batchnorm_forward(x, ones, zeros)
+    assert_same_bits([layer.forward(x)], [out])
+    assert_same_bits([layer.backward(dout)], [batchnorm_backward(dout, cache)[0]])
+    assert layer.gamma is layer.beta is layer.dgamma is layer.dbeta is None
+    with pytest.raises(AttributeError, match=r"gamma cannot be set.*affine=False"):
+        layer.gamma = ones
+
+
+def test_a_new_layer_evaluates_with_mean_0_and_variance_1():
+    x = batch(dtype=np.float64)
+    np.testing.assert_array_equal(BatchNorm(3, eps=0).forward(x, training=False), x)
+
+
+def test_integers_are_computed_in_double():
+    x = np.arange(12).reshape(4, 3)
+    layer = BatchNorm(3)
+    assert layer.forward(x).dtype == np.float64
+    assert layer.backward(x).dtype == np.float64
+    assert layer.dgamma.dtype == layer.dbeta.dtype == np.float32  # those of gamma and beta
+
+
+# -- the order of calls
+
+
+def test_backward_needs_forward():
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        BatchNorm(3).backward(batch())
+
+
+def test_backward_twice_and_after_a_step():
+    """A step of gamma in place between two backward calls changes nothing in the second."""
+    layer = trained()
+    for training in (True, False):
+        layer.forward(batch(), training)
+        first = layer.backward(batch(seed=1)), layer.dgamma, layer.dbeta
+        layer.gamma -= 0.5 * layer.dgamma
+        layer.beta -= 0.5 * layer.dbeta
+        assert_same_bits([layer.backward(batch(seed=1)), layer.dgamma, layer.dbeta], first)
+
+
+def test_a_step_in_place_keeps_the_array():
+    layer = BatchNorm(3)
+    gamma = layer.gamma
+    layer.gamma -= np.float32(0.5)
+    assert layer.gamma is gamma
+    assert (gamma == 0.5).all()
+
+
+def test_eval_changes_no_state():
+    layer = trained()
+    before = snapshot(layer)
+    layer.forward(batch(seed=9), training=False)
+    layer.backward(batch(seed=8))
+    assert_same_bits(snapshot(layer), before)
+
+
+def test_states_handed_out_are_not_written_to():
+    layer = trained()
+    mean, var = layer.running_mean, layer.running_var
+    before = mean.copy(), var.copy()
+    layer.forward(batch(seed=7))
+    assert_same_bits((mean, var), before)
+    assert layer.running_mean is not mean
+
+
+# -- bad batches
+
+
+def with_nan(value):
+    x = batch()
+    x[4, 1] = value
+    return x
+
+
+BAD = {
+    "empty": batch(0),
+    "one row": batch(1),
+    "NaN": with_nan(np.nan),
+    "Inf": with_nan(np.inf),
+    "overflow": np.array([[1e200], [-1e200]]) * np.ones(3),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("x", BAD.values(), ids=BAD)
+def test_a_bad_batch_is_skipped_with_one_warning(x, ddof, momentum):
+    layer = trained(dtype=np.float64, ddof=ddof, momentum=momentum)
+    before = snapshot(layer)
+    with pytest.warns(RuntimeWarning, match="are left as they were") as record:
+        out = layer.forward(x)
+    assert record[0].filename == __file__
+    expected, cache = batchnorm_forward(x, layer.gamma, layer.beta)
+    assert_same_bits([out], [expected])
+    assert_same_bits([layer.backward(x)], [batchnorm_backward(x, cache)[0]])
+    assert_same_bits(snapshot(layer), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.forward(x)
+        copy.deepcopy(layer).forward(x)
+    assert_same_bits(snapshot(layer), before)
+    layer.forward(batch(seed=5))
+    assert layer.num_batches == 4
+
+
+@pytest.mark.parametrize("x", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("bad_batch", ["raise", "skip"])
+def test_a_bad_batch_that_raises_leaves_the_layer_as_it_was(x, bad_batch):
+    """Under 'skip' when warnings are errors: again and again, not once."""
+    layer = trained(bad_batch=bad_batch)
+    layer.forward(batch(), training=False)
+    expected = layer.backward(batch(seed=1)), layer.dgamma, layer.dbeta
+    before = snapshot(layer)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            error = ValueError if bad_batch == "raise" else RuntimeWarning
+            with pytest.raises(error, match=r"needs 2|feature [01] is not finite"):
+                layer.forward(x)
+    assert_same_bits(snapshot(layer), before)
+    assert_same_bits([layer.backward(batch(seed=1)), layer.dgamma, layer.dbeta], expected)
+
+
+def test_a_bad_batch_propagates_on_request():
+    layer = trained(bad_batch="propagate")
+    old_mean, old_var = layer.running_mean, layer.running_var
+    layer.forward(batch(1, dtype=float))
+    np.testing.assert_allclose(
+        layer.running_mean, 0.9 * old_mean + 0.1 * batch(1, dtype=float)[0], rtol=1e-14
+    )
+    np.testing.assert_allclose(layer.running_var, 0.9 * old_var, rtol=1e-14)
+    layer.forward(with_nan(np.nan))
+    np.testing.assert_array_equal(np.isnan(layer.running_mean), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(layer.running_var), [False, True, False])
+    layer.forward(batch(0))
+    assert np.isnan([layer.running_mean, layer.running_var]).all()
+    layer = trained(bad_batch="propagate", ddof=1)
+    layer.forward(batch(1))
+    assert np.isnan(layer.running_var).all()
+
+
+# -- buffers
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_buffers_are_reused_on_request(dtype):
+    x, dout = (10 * batch()).astype(dtype), batch(seed=1)
+    plain, layer = trained(), trained(reuse_buffers=True)
+    out, dx = layer.forward(x), layer.backward(dout)
+    assert_same_bits([out, dx], [plain.forward(x), plain.backward(dout)])
+    again = layer.forward(x + x), layer.backward(dout)
+    assert again[0] is out
+    assert again[1] is dx
+    assert_same_bits(again, [plain.forward(x + x), plain.backward(dout)])
+    assert plain.forward(x) is not plain.forward(x)
+    for other in (x[:10], x.T.copy().T, x.astype(np.float64) if dtype == np.float32 else x[::-1]):
+        result = layer.forward(other)
+        assert not np.shares_memory(result, out)
+        assert_same_bits([result], [plain.forward(other)])
+        assert result.strides == plain.forward(other).strides
+
+
+def test_a_buffer_that_is_an_input_is_not_written_to():
+    """The layer's own results given back to it: chained layers, applied twice."""
+    plain, layer = trained(), trained(reuse_buffers=True)
+    expected = plain.forward(plain.forward(batch()))
+    out = layer.forward(batch())
+    assert_same_bits([layer.forward(out)], [expected])
+    expected = plain.backward(plain.backward(batch(seed=1)))
+    assert_same_bits([layer.backward(layer.backward(batch(seed=1)))], [expected])
+    expected = plain.backward(batch(seed=1))
+    plain.forward(expected[::-1]), layer.forward(layer.backward(batch(seed=1))[::-1])
+    assert_same_bits([layer.backward(batch(seed=2))], [plain.backward(batch(seed=2))])
+
+
+# -- state, copies, text
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_state_round_trip(affine, tmp_path):
+    layer, other = trained(affine=affine), BatchNorm(3, affine=affine)
+    state = layer.state_dict()
+    assert list(state) == [name for name in STATE if affine or name not in ("gamma", "beta")]
+    np.savez(tmp_path / "state.npz", **state)
+    with np.load(tmp_path / "state.npz") as loaded:
+        other.load_state_dict(loaded)
+    assert_same_bits(snapshot(other), snapshot(layer))
+    assert_same_bits([other.forward(batch(seed=6))], [layer.forward(batch(seed=6))])
+    assert_same_bits(snapshot(other), snapshot(layer))
+
+
+def test_state_shares_no_memory():
+    layer = trained()
+    before = snapshot(layer)
+    state = layer.state_dict()
+    for value in state.values():
+        value[...] = 7
+    assert_same_bits(snapshot(layer), before)
+    layer.load_state_dict(state)
+    for value in state.values():
+        value[...] = 8
+    assert all((a == 7).all() for a in snapshot(layer))
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    layer = trained()
+    before = snapshot(layer)
+    good = BatchNorm(3).state_dict()
+    bad = {
+        "'beta' is missing": {k: v for k, v in good.items() if k != "beta"},
+        "'weight' is unexpected": good | {"weight": np.ones(3)},
+        r"'gamma' must have shape \(3,\), .*got \(4,\)": good | {"gamma": np.ones(4)},
+        "'running_var' must not be negative, got -1.0 for feature 1": good
+        | {"running_var": [1.0, -1.0, 1.0]},
+        "'num_batches' must be one integer.*got -1": good | {"num_batches": -1},
+        "'num_batches' must be one integer.*got 1.5": good | {"num_batches": 1.5},
+        "'running_mean' must be an array of real numbers, got None": good | {"running_mean": None},
+    }
+    for message, state in bad.items():
+        with pytest.raises(ValueError, match=rf"state does not fit BatchNorm\(3, .*: {message}"):
+            layer.load_state_dict(state)
+    everything = {"a": 1} | {k: v for k, v in good.items() if k != "beta"} | {"gamma": 1}
+    with pytest.raises(ValueError, match="'beta' is missing; 'a' is unexpected; 'gamma' must have"):
+        layer.load_state_dict(everything)
+    with pytest.raises(TypeError, match="state must be a mapping, got list"):
+        layer.load_state_dict([1])
+    assert_same_bits(snapshot(layer), before)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies(duplicate):
+    layer = trained(momentum=None, ddof=1, bad_batch="raise", reuse_buffers=True)
+    other = duplicate(layer)
+    assert repr(other) == repr(layer)
+    assert_same_bits(snapshot(other), snapshot(layer))
+    assert_same_bits([other.dgamma, other.dbeta], [layer.dgamma, layer.dbeta])
+    with pytest.raises(RuntimeError):
+        other.backward(batch())
+    before = snapshot(layer)
+    other.gamma -= 1
+    other.forward(batch(seed=4))
+    assert_same_bits(snapshot(layer), before)
+
+
+def test_a_pickle_holds_nothing_of_the_size_of_x():
+    layer = BatchNorm(3, reuse_buffers=True)
+    layer.forward(batch(100_000))
+    layer.backward(batch(100_000))
+    assert len(pickle.dumps(layer)) < 2000
+
+
+def test_a_shallow_copy_shares_the_parameters():
+    layer = trained()
+    other = copy.copy(layer)
+    assert other.gamma is layer.gamma
+    other.forward(batch(seed=4))
+    assert other.num_batches == layer.num_batches + 1
+
+
+def test_repr_is_what_makes_the_layer():
+    for layer in (
+        BatchNorm(3),
+        BatchNorm(5, axis=-1, eps=0, momentum=None, affine=False, ddof=1, dtype=np.float64),
+        BatchNorm(1, bad_batch="raise", reuse_buffers=True),
+    ):
+        assert repr(eval(repr(layer), vars(bn_fast))) == repr(layer)
+    assert repr(BatchNorm(3)) == (
+        "BatchNorm(3, axis=1, eps=1e-05, momentum=0.9, affine=True, ddof=0, dtype='float32')"
+    )
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
+        ({"num_features": 2.0}, TypeError, "num_features must be an integer, got 2.0"),
+        ({"num_features": True}, TypeError, "num_features must be an integer, got True"),
+        ({"axis": None}, TypeError, "axis must be an integer, got None"),
+        ({"eps": -1}, ValueError, "eps must be finite and at least 0, got -1"),
+        ({"eps": "0"}, TypeError, "eps must be a real number"),
+        ({"momentum": 1.5}, ValueError, r"momentum must be None or in \[0, 1\], got 1.5"),
+        ({"momentum": np.nan}, ValueError, "momentum must be None or in"),
+        ({"momentum": "0.9"}, TypeError, "momentum must be a real number"),
+        ({"affine": 1}, TypeError, "affine must be True or False, got 1"),
+        ({"ddof": 2}, ValueError, r"ddof must be one of \(0, 1\), got 2"),
+        ({"ddof": True}, ValueError, "ddof must be one of"),
+        ({"dtype": np.int64}, TypeError, "dtype must be float32 or float64, got .*int64"),
+        ({"dtype": None}, TypeError, "dtype must be float32 or float64, got None"),
+        ({"bad_batch": "ignore"}, ValueError, "bad_batch must be one of .*'raise'.*got 'ignore'"),
+        ({"reuse_buffers": None}, TypeError, "reuse_buffers must be True or False, got None"),
+    ],
+)
+def test_constructor_errors(settings, error, message):
+    with pytest.raises(error, match=message):
+        BatchNorm(**({"num_features": 3} | settings))
+
+
+def test_settings_are_keywords():
+    with pytest.raises(TypeError):
+        BatchNorm(3, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_call_errors_leave_the_layer_as_it_was(training):
+    layer = trained()
+    x, dout = batch(), batch(seed=1)
+    expected = layer.forward(x, training), layer.backward(dout), layer.dgamma, layer.dbeta
+    before = snapshot(layer)
+    for bad, error, message in [
+        (batch(20, 4), ValueError, r"x must have num_features=3 features along axis 1, got 4"),
+        (x[:, 0], ValueError, r"x must have 2 or more dimensions.*got shape \(20,\)"),
+        (x.astype(complex), TypeError, "x must be an array of real numbers"),
+        (None, TypeError, "x must be an array of real numbers, got None"),
+    ]:
+        with pytest.raises(error, match=message):
+            layer.forward(bad, training)
+    with pytest.raises(TypeError, match="training must be True or False, got 'test'"):
+        layer.forward(x, "test")
+    with pytest.raises(ValueError, match="dout must have the shape of x"):
+        layer.backward(dout[1:])
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\)"):
+        layer.gamma = np.ones(2)
+    with pytest.raises(ValueError, match="running_var must not be negative"):
+        layer.running_var = [-1, 1, 1]
+    with pytest.raises(TypeError, match="running_mean must be an array of real numbers"):
+        layer.running_mean = None
+    assert_same_bits(snapshot(layer), before)
+    assert_same_bits([layer.backward(dout), layer.dgamma, layer.dbeta], expected[1:])
+
+
+def test_features_may_be_the_last_axis():
+    layer = BatchNorm(3, axis=-1)
+    for shape in [(4, 3), (4, 5, 3), (2, 4, 5, 3)]:
+        layer.forward(normal(shape, np.float32))
+    with pytest.raises(ValueError, match="one of them axis 2"):
+        BatchNorm(3, axis=2).forward(batch())
+
+
+# -- folding
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["C", "Fortran", "sliced"])
+def test_fold_into_linear(layout, affine, bias):
+    layer = trained(3, np.float64, affine=affine)
+    weight, b = LAYOUTS[layout](normal((3, 5), np.float64, 1)), normal(3, np.float64, 2) * bias
+    x = normal((30, 5), np.float64, 3)
+    folded, offset = layer.fold_into(weight, b if bias else None)
+    expected = layer.forward(x @ weight.T + b, training=False)
+    np.testing.assert_allclose(x @ folded.T + offset, expected, rtol=0, atol=1e-13)
+
+
+def convolve(x, weight, bias):
+    windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))
+    return np.einsum("nihwkl,oikl->nohw", windows, weight) + bias[:, None, None]
+
+
+def test_fold_into_convolution():
+    layer = trained(3, np.float64)
+    weight, bias = normal((3, 4, 3, 2), np.float64, 1), normal(3, np.float64, 2)
+    x = normal((2, 4, 6, 7), np.float64, 3)
+    expected = layer.forward(convolve(x, weight, bias), training=False)
+    np.testing.assert_allclose(convolve(x, *layer.fold_into(weight, bias)), expected, atol=1e-13)
+
+
+def test_fold_is_computed_in_double():
+    """With a mean far from zero: in float32 the bias would lose the difference."""
+    layer = BatchNorm(1, eps=0)
+    layer.running_mean, layer.running_var = [1e8 + 1], [1.0]
+    weight, bias = layer.fold_into(np.ones((1, 1), np.float32), [1e8])
+    assert weight.dtype == bias.dtype == np.float32
+    assert bias == -1
+
+
+def test_fold_keeps_what_it_is_given():
+    layer = trained()
+    weight, bias = np.ones((3, 2), np.int64), np.ones(3)
+    before = snapshot(layer)
+    assert layer.fold_into(weight, bias)[0].dtype == np.float64
+    assert (weight == 1).all()
+    assert (bias == 1).all()
+    assert_same_bits(snapshot(layer), before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "error", "message"),
+    [
+        (
+            np.ones((2, 3)),
+            None,
+            ValueError,
+            r"weight must have shape \(3, in, \.\.\.\).*got \(2, 3",
+        ),
+        (np.ones(3), None, ValueError, "weight must have shape"),
+        (None, None, TypeError, "weight must be an array of real numbers"),
+        (np.ones((3, 2)), np.ones(2), ValueError, r"bias must have shape \(3,\)"),
+        (np.ones((3, 2)), "b", TypeError, "bias must be an array of real numbers"),
+    ],
+)
+def test_fold_errors(weight, bias, error, message):
+    with pytest.raises(error, match=message):
+        trained().fold_into(weight, bias)
+
+
+def test_a_variance_of_zero_cannot_be_folded():
+    layer = BatchNorm(3, eps=0)
+    layer.running_var = [1, 0, 1]
+    with pytest.raises(ValueError, match=r"running_var \+ eps must not be 0, got 0 for feature 1"):
+        layer.fold_into(np.ones((3, 2)))
