@@ -13,6 +13,18 @@ def backward(
     exact_mean: bool,
     n_threads: int,
 ) -> tuple[Array, Array, Array]: ...
+def backward_dx(
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    stats: Array,
+    sums: Array,
+    total: float,
+    axis: int,
+    out: Array | None,
+    n_threads: int,
+) -> Array: ...
+def backward_sums(dout: Array, x: Array, stats: Array, axis: int, n_threads: int) -> Array: ...
 def forward(
     x: Array,
     gamma: Array,
@@ -27,6 +39,7 @@ def forward(
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...
 def is_plain_gradient(dout: object, x: Array, out: object) -> bool: ...
+def moments(x: Array, axis: int, n_threads: int) -> Array: ...
 def running_average(
     old: Array, stats: Array, row: int, momentum: float | None, x: Array
 ) -> Array: ...

@@ -56,9 +56,9 @@ cdef void run_tasks(
         tile_range(job, index, &first, &n_features)
         if phase == SWEEP and job.own_values:
             lay_out(job, s.values, job.tile + job.lead, first)
-        if phase == START or (phase == SWEEP and job.kind != FORWARD_FROZEN):
+        if phase == START or (phase == SWEEP and job.reduces):
             start_tile[real](job, first, n_features, real_tag)
-        if phase == SWEEP and job.kind != FORWARD_FROZEN:
+        if phase == SWEEP and job.reduces:
             for chunk in range(job.reduce.n_chunks):
                 reduce_chunk[real, real](
                     job, chunk, first, n_features, &s, real_tag, real_tag, False
@@ -69,7 +69,7 @@ cdef void run_tasks(
             )
         if phase == SWEEP or phase == FINISH:
             finish_tile[real](job, first, n_features, &s, real_tag)
-        if phase == SWEEP:
+        if phase == SWEEP and job.applies:
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_one[real](job, chunk, first, n_features, &s, real_tag)
         elif phase == APPLY:
@@ -129,12 +129,13 @@ cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noe
     if sweep:
         run_phase[real](job, SWEEP, job.n_tiles, n_threads, real_tag)
         return
-    if job.kind != FORWARD_FROZEN:
+    if job.reduces:
         # Shifts take no time worth a thread: three values per feature.
         run_phase[real](job, START, job.n_tiles, 1, real_tag)
         run_phase[real](job, REDUCE, job.n_tiles * job.reduce.n_chunks, n_threads, real_tag)
     run_phase[real](job, FINISH, job.n_tiles, n_threads, real_tag)
-    run_phase[real](job, APPLY, job.n_tiles * job.apply.n_chunks, n_threads, real_tag)
+    if job.applies:
+        run_phase[real](job, APPLY, job.n_tiles * job.apply.n_chunks, n_threads, real_tag)
 
 
 cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
@@ -148,7 +149,7 @@ cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
     for d in range(main.n_dims):
         if main.stride[Y][d] % 64:
             return 0
-    if plan.access[Y] == GATHERED or (<size_t> plan.base[Y]) % itemsize:
+    if not plan.used[Y] or plan.access[Y] == GATHERED or (<size_t> plan.base[Y]) % itemsize:
         return 0
     return (64 - (<size_t> plan.base[Y]) % 64) % 64 // itemsize
 
@@ -207,7 +208,9 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
     cdef Plan* plan = &job.apply
-    job.stream = BN_STREAMS and plan.access[Y] != GATHERED and bytes >= STREAM_BYTES
+    job.stream = (
+        BN_STREAMS and plan.used[Y] and plan.access[Y] != GATHERED and bytes >= STREAM_BYTES
+    )
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
     if job.stream:
@@ -271,6 +274,8 @@ cdef int execute(
     set_parameter(&job.beta_given, beta)
     job.n_features = n
     job.count = cnp.PyArray_SIZE(x) // n
+    if job.reduces:
+        job.total = <double> job.count
     make_plan(&job.reduce, x, x, dout, None, axis, itemsize)
     if job.kind == BACKWARD_FROZEN:
         make_plan(&job.apply, x, dout, None, out, axis, itemsize)
@@ -278,11 +283,11 @@ cdef int execute(
         make_plan(&job.apply, x, x, dout, out, axis, itemsize)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
-    if job.apply.access[X] == DIRECT and overlap(
+    if job.applies and job.apply.access[X] == DIRECT and overlap(
         dout if job.kind == BACKWARD_FROZEN else x, out
     ):
         job.apply.access[X] = COPIED
-    if job.apply.used[G] and job.apply.access[G] == DIRECT and overlap(dout, out):
+    if job.applies and job.apply.used[G] and job.apply.access[G] == DIRECT and overlap(dout, out):
         job.apply.access[G] = COPIED
     choose_tile(job, itemsize, n_threads, &sweep)
     job.width = max(
@@ -297,7 +302,7 @@ cdef int execute(
         <Py_ssize_t> n_threads, job.n_tiles * max(job.reduce.n_chunks, job.apply.n_chunks)
     )
     job.own_values = sweep and job.n_tiles > 1
-    per_feature = N_VALUES + (4 * job.reduce.n_chunks if job.kind != FORWARD_FROZEN else 0)
+    per_feature = N_VALUES + (4 * job.reduce.n_chunks if job.reduces else 0)
     n_own = n_values = 0
     if job.own_values:
         n_own = (per_feature * (job.tile + job.lead) + 7) // 8 * 8
@@ -445,6 +450,16 @@ def running_average(cnp.ndarray old not None, cnp.ndarray stats not None, int ro
     return new
 
 
+cdef void set_statistics(Job* job, cnp.ndarray stats) noexcept:
+    """mean, the mean's low part, inv_std and var: float64 (4, n_features), contiguous."""
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
+    job.mean = <double*> cnp.PyArray_DATA(stats)
+    job.mean_low = job.mean + n
+    job.inv_std = job.mean + 2 * n
+    job.var = job.mean + 3 * n
+    job.multiplier = job.inv_std
+
+
 def forward(
     cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
     double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
@@ -467,12 +482,11 @@ def forward(
     stats = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
     values = <double*> cnp.PyArray_DATA(stats)
     job.kind = FORWARD if mean is None else FORWARD_FROZEN
+    job.reduces = job.kind == FORWARD
+    job.applies = True
     job.eps = eps
     job.exact_mean = True
-    job.mean = values
-    job.mean_low = values + n
-    job.inv_std = values + 2 * n
-    job.var = values + 3 * n
+    set_statistics(&job, stats)
     if mean is not None:
         load_parameter(mean, job.mean)
         load_parameter(var, job.var)
@@ -508,12 +522,10 @@ def backward(
     shape[1] = n
     sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     job.kind = BACKWARD_FROZEN if frozen else BACKWARD
+    job.reduces = job.applies = True
     job.exact_mean = exact_mean
     job.eps = eps
-    job.mean = values
-    job.mean_low = values + n
-    job.inv_std = values + 2 * n
-    job.var = values + 3 * n
+    set_statistics(&job, stats)
     job.dgamma = <double*> cnp.PyArray_DATA(sums)
     job.dbeta = job.dgamma + n
     if cnp.PyArray_SIZE(x) > 0:
@@ -532,3 +544,6 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
             (<float*> cnp.PyArray_DATA(target))[f] = <float> values[f]
         else:
             (<double*> cnp.PyArray_DATA(target))[f] = values[f]
+
+
+include "pieces.pxi"

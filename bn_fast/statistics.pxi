@@ -178,13 +178,14 @@ cdef double settle_backward(
     const double* restrict s2_high, const double* restrict s2_low,
     const double* restrict shift_x, const double* restrict shift_g,
     const double* restrict factor, const double* restrict mean,
-    const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict mean_low, const double* restrict multiplier,
     double* restrict dgamma, double* restrict dbeta,
     double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
     Py_ssize_t n, double m, double low, double first_try,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
-    S1 = sum t, S2 = sum t d, t = dout - shift_g.  Returns how many need another try (marked)."""
+    S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Returns how many need
+    another try (marked)."""
     cdef Py_ssize_t f
     cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, count = 0
     for f in range(n):
@@ -210,7 +211,9 @@ cdef double settle_backward(
         t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) / m
         mean_g[f] = shift_g[f] + t
         mean_g_low[f] = ((shift_g[f] - mean_g[f]) + t) + (t_low if fabs(t) < 1e290 else 0.0)
-        dgamma[f] = inv_std[f] / factor[f] * s2 - (inv_std[f] * rest * s1 if rest != 0 else 0.0)
+        dgamma[f] = (
+            multiplier[f] / factor[f] * s2 - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
+        )
     return count
 
 
@@ -244,7 +247,7 @@ cdef double settle(
     return settle_backward(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         job.shift_x + f, job.shift_g + f, job.factor + f,
-        job.mean + f, job.mean_low + f, job.inv_std + f,
+        job.mean + f, job.mean_low + f, job.multiplier + f,
         job.dgamma + f, job.dbeta + f, job.mean_g + f, job.mean_g_low + f, job.retry + f,
         n, m, low, first_try,
     )
@@ -353,7 +356,7 @@ cdef void set_constants(
             job.mean_g + f, job.mean_g_low + f,
             job.shift_x + f, job.shift_g + f, job.factor + f, job.scale + f, job.slope + f,
             job.bias + f, job.wide + f,
-            n, <double> job.count, job.eps, low, wide, real_tag,
+            n, job.total, job.eps, low, wide, real_tag,
         )
     elif job.kind == BACKWARD_FROZEN:
         # dx = gamma inv_std dout: the affine kernel on dout.
@@ -379,7 +382,7 @@ cdef void finish_tile(
     cdef Py_ssize_t f, chunk
     cdef double unsettled
     cdef int attempt
-    if job.kind != FORWARD_FROZEN:
+    if job.reduces:
         merge_chunks(job, first, n_features)
         unsettled = settle(job, first, n_features, True, real_tag)
         for attempt in range(3):
@@ -397,6 +400,12 @@ cdef void finish_tile(
             for f in range(first, first + n_features):
                 if job.retry[f] != 0:
                     unsettled += settle(job, f, 1, False, real_tag)
+    if not job.applies:
+        return
+    if job.kind == BACKWARD and not job.reduces:
+        for f in range(first, first + n_features):
+            job.mean_g[f] = job.dbeta[f] / job.total
+            job.mean_g_low[f] = 0
     read_parameter(&job.gamma_given, first, n_features, job.gamma + first)
     if job.beta_given.data != NULL:
         read_parameter(&job.beta_given, first, n_features, job.beta + first)

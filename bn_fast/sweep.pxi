@@ -25,8 +25,11 @@ cdef struct Job:
     Kind kind
     Plan reduce
     Plan apply
+    bint reduces              # the two visits that a call needs
+    bint applies
     bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
     Py_ssize_t count          # values per feature, M
+    double total              # of all parts, if x is one of several; else M
     Py_ssize_t n_features
     Py_ssize_t tile           # features a tile; the first has `lead` more
     Py_ssize_t lead
@@ -40,6 +43,7 @@ cdef struct Job:
     double* var
     double* dgamma
     double* dbeta
+    const double* multiplier  # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
     Py_ssize_t stride         # of the arrays below, from one to the next: see lay_out
     double* gamma
     double* beta
