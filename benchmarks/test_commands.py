@@ -61,3 +61,9 @@ def test_train_digits(tmp_path):
     shown = run("train_digits.py", cwd=tmp_path)
     assert "FAILED" not in shown
     assert (tmp_path / "train_digits.png").exists()
+
+
+def test_doors(tmp_path):
+    pytest.importorskip("rich")
+    shown = run("doors.py", "--quick", "--rounds", 1, cwd=tmp_path)
+    assert "WRONG" not in shown

@@ -20,7 +20,7 @@ from .functional import batchnorm_backward, batchnorm_forward
 
 __all__ = ["batch_norm"]
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def batch_norm(
@@ -41,8 +41,9 @@ def batch_norm(
     Parameters
     ----------
     input : Tensor, shape (N, C, ...)
-        float32 or float64 on the CPU, any strides (channels_last and others are read in place).
-        It is kept for the backward pass; changing it before that is an error, as in PyTorch.
+        Any floating dtype (bfloat16 needs ml_dtypes, NumPy's name for it), on the CPU, any strides
+        (channels_last and others are read in place). It is kept for the backward pass; changing it
+        before that is an error, as in PyTorch.
     running_mean, running_var : Tensor, shape (C,), or None
         With ``training=False`` the statistics to normalize with. With ``training=True`` they are
         updated in place, or may both be None. No gradient flows through them.
@@ -64,7 +65,9 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an argument is no dense CPU tensor of float32 or float64.
+        If an argument is no dense CPU tensor of a floating dtype.
+    ImportError
+        For bfloat16 without ml_dtypes.
     ValueError
         If a shape or value is wrong; with ``training=True`` also if there is one value per channel,
         as in PyTorch. The running statistics are then as before.
@@ -142,15 +145,43 @@ def _check_tensor(value: Any, name: str) -> None:
             f" {value.layout}"
         )
     if value.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")
+        raise TypeError(f"{name} must be a tensor of 16, 32 or 64 bit floats, got {value.dtype}")
+    if value.dtype is torch.bfloat16:
+        _bfloat16()
 
 
-def _array(tensor: torch.Tensor | None, like: Array, fill: float) -> Array:
-    """The tensor's own memory (force only drops the gradient), or a constant for each channel."""
-    if tensor is None:
-        return np.full(like.shape[1], fill, like.dtype)
-    array: Array = tensor.numpy(force=True)
+def _bfloat16() -> Any:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError(
+            "bn_fast.torch needs ml_dtypes for bfloat16: pip install ml_dtypes"
+        ) from error
+    return bfloat16
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    """The tensor's own memory; force only drops the gradient and settles negative bits."""
+    array: Array
+    if tensor.dtype is torch.bfloat16:  # which Tensor.numpy does not know
+        array = tensor.detach().view(torch.int16).numpy(force=True).view(_bfloat16())
+    else:
+        array = tensor.numpy(force=True)
     return array
+
+
+def _to_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
+    if dtype is torch.bfloat16 and array.dtype.itemsize == 2:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _parameter(tensor: torch.Tensor | None, x: Array, constant: float) -> Array:
+    if tensor is None:
+        return np.full(x.shape[1], constant, np.float64 if x.dtype == np.float64 else np.float32)
+    if tensor.dtype.itemsize == 2:  # storage alone: the kernels take parameters of 32 or 64 bits
+        tensor = tensor.detach().float()
+    return _to_array(tensor)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -166,30 +197,30 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> torch.Tensor:
-        x: Array = input.numpy(force=True)
+        x: Array = _to_array(input)
         param: dict[str, Any] = {"mode": "train" if training else "test", "eps": eps}
-        if not training:
-            param["running_mean"] = _array(running_mean, x, 0)
-            param["running_var"] = _array(running_var, x, 1)
-        gamma, beta = _array(weight, x, 1), _array(bias, x, 0)
-        y, cache = batchnorm_forward(x, gamma, beta, param)
+        if running_mean is not None and running_var is not None:
+            param["momentum"] = 1 - momentum
+            param["running_mean"] = _to_array(running_mean)
+            param["running_var"] = _to_array(running_var)
+        y, cache = batchnorm_forward(x, _parameter(weight, x, 1), _parameter(bias, x, 0), param)
         if training and running_mean is not None and running_var is not None and x.size:
-            m = x.size // x.shape[1]
-            mean, var = cache.stats[0], cache.stats[3] * (m / (m - 1))
-            for running, batch in ((running_mean, mean), (running_var, var)):
-                new = (1 - momentum) * _array(running, x, 0) + momentum * batch
-                running.copy_(torch.from_numpy(new))
+            # var / (M - 1) is what the unbiased variance has more than the biased one.
+            excess = cache.stats[3] * (momentum / (x.size // x.shape[1] - 1))
+            running_mean.copy_(torch.from_numpy(param["running_mean"]))
+            running_var.copy_(torch.from_numpy(param["running_var"] + excess))
         # Through PyTorch, which notices when they are changed, and knows hooks that move them.
         ctx.save_for_backward(input, weight)
         ctx.stats, ctx.eps, ctx.frozen = cache.stats, cache.eps, cache.frozen
-        return torch.from_numpy(y)
+        return _to_tensor(y, input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        x: Array = input.numpy(force=True)
-        cache = Cache(x, _array(weight, x, 1), ctx.stats, 1, ctx.eps, ctx.frozen)
-        gradients = batchnorm_backward(dout.numpy(force=True), cache)
+        x: Array = _to_array(input)
+        cache = Cache(x, _parameter(weight, x, 1), ctx.stats, 1, ctx.eps, ctx.frozen)
+        gradients = batchnorm_backward(_to_array(dout), cache)
         needed = zip(gradients, ctx.needs_input_grad)
-        return (*(torch.from_numpy(g) if needs else None for g, needs in needed), *[None] * 5)
+        tensors = (_to_tensor(g, input.dtype) if needs else None for g, needs in needed)
+        return (*tensors, *[None] * 5)

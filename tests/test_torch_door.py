@@ -47,8 +47,11 @@ def run(function, x, mean, var, weight, bias, dout, training, **settings):
     return [y.detach(), *(a if a is None else a.grad for a in leaves), mean, var]
 
 
+NAMES = ["y", "dx", "dweight", "dbias", "mean", "var"]
+
+
 def assert_all_close(got, expected, eps):
-    for name, a, b in zip(["y", "dx", "dweight", "dbias", "mean", "var"], got, expected):
+    for name, a, b in zip(NAMES, got, expected):
         assert (a is None) == (b is None)
         if a is not None:
             assert a.dtype == b.dtype
@@ -84,6 +87,24 @@ def test_float32_is_right_to_roundings(training, memory_format):
     check_gradients([a.numpy() for a in got[1:4]], expected, arrays[0])
     assert got[0].is_contiguous(memory_format=memory_format)
     assert got[1].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_half_is_storage(dtype, training, parameters):
+    """The float32 call, rounded once; parameters of 32 bits or of the input's."""
+    if dtype is torch.bfloat16:
+        pytest.importorskip("ml_dtypes")
+    given = [a.to(dtype) for a in tensors((40, 6, 7), torch.float32)]
+    given[1:-1] = [a.to(parameters or dtype) for a in given[1:-1]]
+    got = run(batch_norm, *given, training)
+    expected = run(batch_norm, *(a.float() for a in given), training)
+    for name, a, b, like in zip(
+        NAMES, got, expected, (given[0], *given[:1], *given[3:5], *given[1:3])
+    ):
+        assert a.dtype == like.dtype, name
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -277,7 +298,7 @@ BAD = {
     "ndarray": (TypeError, "weight must be a torch.Tensor", {"weight": np.ones(3)}),
     "meta": (TypeError, "on the CPU, got one on meta", {"input": torch.ones(4, 3, device="meta")}),
     "sparse": (TypeError, "dense tensor", {"input": torch.ones(4, 3).to_sparse()}),
-    "half": (TypeError, "float16", {"input": torch.ones(4, 3).half()}),
+    "8 bits": (TypeError, "float8", {"input": torch.ones(4, 3).to(torch.float8_e4m3fn)}),
     "integers": (TypeError, "int64", {"input": torch.ones(4, 3).long()}),
     "complex": (TypeError, "complex64", {"bias": ONES.cfloat()}),
     "one dimension": (ValueError, r"2 or more .* got shape \(3,\)", {"input": ONES}),

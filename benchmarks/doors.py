@@ -1,0 +1,140 @@
+"""Time the doors to other libraries against what their users have today.
+
+    torch      torch.nn.functional.batch_norm in eager mode; forward and backward, float32
+    autograd   the NumPy expression that autograd differentiates; value and gradients, float64
+
+Both sides are called in turn in one process, and must agree before they are timed. Libraries that
+are missing are left out. The exit status is 1 if two results differ.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+from results import milliseconds, ratio
+from timing import measure
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("doors.py needs rich: pip install -e '.[bench]'")
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class Contest(NamedTuple):
+    """One row of the table. Both calls return the same arrays."""
+
+    what: str
+    theirs: Callable[[], Arrays]
+    ours: Callable[[], Arrays]
+    tolerance: float  # of the results, as a fraction of their largest value
+
+
+def through_torch(shape: tuple[int, ...]) -> Contest:
+    import torch
+
+    from bn_fast.torch import batch_norm
+
+    rng = np.random.default_rng(0)
+    x, dout = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for _ in range(2))
+    weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
+    leaves = [a.requires_grad_() for a in (x, weight, bias)]
+
+    def run(function: Callable[..., Any]) -> Callable[[], Arrays]:
+        running = torch.zeros(shape[1]), torch.ones(shape[1])
+
+        def call() -> Arrays:
+            y = function(x, *running, weight, bias, True)
+            gradients = torch.autograd.grad(y, leaves, dout)
+            return tuple(a.detach().numpy() for a in (y, *gradients))
+
+        return call
+
+    return Contest("torch", run(torch.nn.functional.batch_norm), run(batch_norm), 1e-4)
+
+
+def through_autograd(shape: tuple[int, ...]) -> Contest:
+    import autograd.numpy as anp
+    from autograd import value_and_grad
+
+    from bn_fast.autograd import batch_norm
+
+    rng = np.random.default_rng(0)
+    x, dout = (rng.standard_normal(shape) for _ in range(2))
+    parameters = np.ones(shape[1]), np.zeros(shape[1])
+    others = tuple(d for d in range(x.ndim) if d != 1)
+    columns = (-1,) + (1,) * (x.ndim - 2)
+
+    def expression(x: Any, gamma: Any, beta: Any) -> Any:
+        mean = anp.mean(x, axis=others, keepdims=True)
+        var = anp.var(x, axis=others, keepdims=True)
+        x_hat = (x - mean) / anp.sqrt(var + 1e-5)
+        return gamma.reshape(columns) * x_hat + beta.reshape(columns)
+
+    def run(function: Callable[..., Any]) -> Callable[[], Arrays]:
+        loss = value_and_grad(lambda *given: anp.sum(function(*given) * dout), (0, 1, 2))
+
+        def call() -> Arrays:
+            value, gradients = loss(x, *parameters)
+            return np.asarray(value), *gradients
+
+        return call
+
+    return Contest("autograd", run(expression), run(batch_norm), 1e-9)
+
+
+SHAPES = [(32, 64), (256, 512), (65536, 128), (32, 64, 56, 56)]
+QUICK_SHAPES = [(32, 64), (4, 3, 14, 14)]
+
+
+def contests(quick: bool) -> Iterator[tuple[tuple[int, ...], Contest]]:
+    for library, prepare in {"torch": through_torch, "autograd": through_autograd}.items():
+        if find_spec(library):
+            for shape in QUICK_SHAPES if quick else SHAPES:
+                yield shape, prepare(shape)
+
+
+def agree(contest: Contest) -> bool:
+    return all(
+        a.shape == b.shape and np.abs(a - b).max() <= contest.tolerance * max(1, np.abs(b).max())
+        for a, b in zip(contest.ours(), contest.theirs(), strict=True)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+
+    table = Table(title="median ms of a call", title_justify="left", title_style="bold")
+    for heading in ("door", "shape", "theirs", "bn_fast", "ratio"):
+        table.add_column(heading, justify="left" if heading == "door" else "right")
+    wrong = False
+    console = Console()
+    with console.status("") as status:
+        for shape, contest in contests(options.quick):
+            name = " x ".join(map(str, shape))
+            status.update(f"{contest.what}, {name}")
+            if not agree(contest):
+                wrong = True
+                table.add_row(contest.what, name, "", "WRONG", "")
+                continue
+            calls = {"theirs": contest.theirs, "ours": contest.ours}
+            times = measure(calls, options.rounds, lambda: None)
+            theirs, ours = (times[side]["median"] for side in calls)
+            cells = milliseconds(theirs), milliseconds(ours), ratio(theirs / ours)
+            table.add_row(contest.what, name, *cells)
+    console.print(table)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
