@@ -7,12 +7,12 @@ those two and nothing else.
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import _checks, _layer_checks
+from . import _checks, _interchange, _layer_checks
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_forward
 
@@ -444,6 +444,102 @@ class BatchNorm:
         folded = weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
         offset = scale * (offset - self._running_mean) + self._beta
         return folded.astype(weight.dtype), offset.astype(weight.dtype)
+
+    @classmethod
+    def from_torch(cls, module: Any, **settings: Any) -> Self:
+        """A layer like a ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            It is read; nothing is shared with it.
+        **settings
+            Arguments of the constructor that shall differ, for instance ``axis=-1``.
+
+        Returns
+        -------
+        BatchNorm
+            It evaluates as the module does and goes on as the module would: with one minus its
+            momentum, ``ddof=1`` and its number of batches. float64 for float64, else float32.
+
+        Raises
+        ------
+        TypeError
+            If `module` is none of them.
+        ValueError
+            If it has ``track_running_stats=False``.
+
+        Notes
+        -----
+        gamma is PyTorch's weight, beta its bias, num_batches its num_batches_tracked.
+        """
+        return cls._from(*_interchange.from_torch(module), settings)
+
+    def to_torch(self, module: Any) -> None:
+        """Write parameters, statistics, eps and momentum into a ``torch.nn.BatchNorm`` module.
+
+        It then evaluates as this layer does, but goes on with the unbiased variance, whatever
+        `ddof` is here: PyTorch has no other. With nothing but 1 in gamma, 0 in beta, the module
+        may be without weight and bias.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `module` is no such module, cannot keep gamma or beta, has another number of features
+            or ``track_running_stats=False``. It is then as it was.
+        """
+        _interchange.to_torch(module, self.state_dict(), self.eps, self.momentum)
+
+    @classmethod
+    def from_keras(cls, layer: Any, **settings: Any) -> Self:
+        """A layer like a built ``keras.layers.BatchNormalization``.
+
+        Parameters
+        ----------
+        layer : keras.layers.BatchNormalization
+            It is read; nothing is shared with it.
+        **settings
+            Arguments of the constructor that shall differ.
+
+        Returns
+        -------
+        BatchNorm
+            It evaluates as the layer does and goes on as the layer would, with its axis and
+            momentum, and ``ddof=0``. float64 for float64, else float32.
+
+        Raises
+        ------
+        TypeError
+            If `layer` is none.
+        ValueError
+            If it is not built, or was made with ``renorm=True``.
+
+        Notes
+        -----
+        running_mean and running_var are Keras' moving_mean and moving_variance. Keras counts no
+        batches, so num_batches begins at 0.
+        """
+        return cls._from(*_interchange.from_keras(layer), settings)
+
+    def to_keras(self, layer: Any) -> None:
+        """Write parameters, statistics, eps and momentum into a ``keras`` BatchNormalization.
+
+        It then evaluates as this layer does, if its axis, which stays, is the same; it goes on with
+        the biased variance, whatever `ddof` is here: Keras has no other.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `layer` is no such layer, is not built, cannot keep gamma or beta, has another number
+            of features, or `momentum` is None here. It is then as it was.
+        """
+        _interchange.to_keras(layer, self.state_dict(), self.eps, self.momentum)
+
+    @classmethod
+    def _from(cls, found: dict[str, Any], state: _interchange.State, settings: Any) -> Self:
+        made = cls(**(found | settings))
+        made.load_state_dict(state)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -1,0 +1,224 @@
+"""Layers of PyTorch and Keras become BatchNorm and back: same evaluation, same next steps."""
+
+import os
+
+import numpy as np
+import pytest
+
+from bn_fast import BatchNorm
+
+from .arrays import normal
+from .judge import assert_same_bits
+
+# Keras computes in float32, whatever its dtype, and E[x^2] - E[x]^2.
+KERAS = {"rtol": 1e-5, "atol": 1e-5}
+
+# Keras' own, with NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # what is here anyway; a user's choice stands
+
+
+def batches(shape=(30, 4), dtype=np.float64):
+    return [3 + 2 * normal(shape, dtype, seed) for seed in range(6)]
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def state_bits(layer):
+    return list(layer.state_dict().values())
+
+
+def evaluated(keras, layer, x, training):
+    """Keras' layer on a float64 array: an ndarray it would take as float32."""
+    return keras.ops.convert_to_numpy(
+        layer(keras.ops.convert_to_tensor(x, x.dtype), training=training)
+    )
+
+
+class TestTorch:
+    @pytest.fixture
+    def torch(self):
+        return pytest.importorskip("torch")
+
+    def trained(self, torch, **settings):
+        """In float64, with no number that is there by default."""
+        module = torch.nn.BatchNorm1d(4, dtype=torch.float64, **settings)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.tensor(normal(4, np.float64, 9)))
+        for x in batches()[:3]:
+            module(torch.tensor(x))
+        return module
+
+    @pytest.mark.parametrize("settings", [{}, {"momentum": None}, {"affine": False}, {"eps": 0.5}])
+    def test_from_torch(self, torch, settings):
+        module = self.trained(torch, **settings)
+        layer = BatchNorm.from_torch(module)
+        assert layer.dtype == np.float64
+        assert layer.momentum == (None if "momentum" in settings else 0.9)
+        for x in batches()[3:]:
+            for training in (False, True, False):
+                module.train(training)
+                close(layer.forward(x, training), module(torch.tensor(x)).detach().numpy())
+            close(layer.running_mean, module.running_mean.numpy())
+            close(layer.running_var, module.running_var.numpy())
+        assert layer.num_batches == int(module.num_batches_tracked) == 6
+
+    def test_nothing_is_shared(self, torch):
+        module = self.trained(torch)
+        layer = BatchNorm.from_torch(module)
+        before = [t.clone() for t in module.state_dict().values()]
+        layer.forward(batches()[0])
+        layer.gamma -= 1
+        layer.running_mean[...] = 7
+        assert all(map(torch.equal, before, module.state_dict().values()))
+
+    @pytest.mark.parametrize("momentum", [0.1, 0.01, 0.3, 0.9, None, 0.0, 1.0])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_round_trip(self, torch, dtype, momentum):
+        dtype = getattr(torch, dtype)
+        module = self.trained(torch, momentum=momentum, eps=1e-3).to(dtype)
+        layer = BatchNorm.from_torch(module)
+        other = torch.nn.BatchNorm2d(4, dtype=dtype)
+        layer.to_torch(other)
+        assert other.momentum == momentum
+        assert other.eps == 1e-3
+        assert all(map(torch.equal, module.state_dict().values(), other.state_dict().values()))
+        assert_same_bits(state_bits(BatchNorm.from_torch(other)), state_bits(layer))
+
+    def test_settings_may_differ(self, torch):
+        layer = BatchNorm.from_torch(self.trained(torch), axis=-1, bad_batch="raise")
+        assert layer.axis == -1
+        assert layer.bad_batch == "raise"
+        assert layer.ddof == 1
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_other_dtypes_become_float32(self, torch, dtype):
+        module = self.trained(torch).to(getattr(torch, dtype))
+        layer = BatchNorm.from_torch(module)
+        assert layer.dtype == np.float32
+        np.testing.assert_array_equal(layer.running_var, module.running_var.double().numpy())
+        np.testing.assert_array_equal(layer.gamma, module.weight.detach().double().numpy())
+
+    def test_affine_or_not(self, torch):
+        plain = BatchNorm(4, affine=False)
+        plain.forward(batches()[0])
+        for affine in (True, False):
+            module = torch.nn.BatchNorm1d(4, affine=affine).double()
+            plain.to_torch(module)
+            x = batches()[1]
+            got = module.eval()(torch.tensor(x)).detach().numpy()
+            close(got, plain.forward(x, training=False))
+        layer = BatchNorm(4)
+        layer.to_torch(module)  # gamma 1 and beta 0 are as good as none
+        layer.beta += 1
+        with pytest.raises(ValueError, match="module must have a shift, or beta"):
+            layer.to_torch(module)
+        layer.gamma += 1
+        with pytest.raises(ValueError, match="module must have a scale, or gamma"):
+            layer.to_torch(module)
+
+    def test_what_does_not_fit_is_refused_and_stays(self, torch):
+        untracked = torch.nn.BatchNorm1d(4, track_running_stats=False)
+        with pytest.raises(ValueError, match=r"track_running_stats=False.*training=True"):
+            BatchNorm.from_torch(untracked)
+        with pytest.raises(ValueError, match="track_running_stats=False"):
+            BatchNorm(4).to_torch(untracked)
+        with pytest.raises(TypeError, match=r"module must be a torch.nn.BatchNorm1d.*got Linear"):
+            BatchNorm.from_torch(torch.nn.Linear(3, 4))
+        module = self.trained(torch)
+        before = [t.clone() for t in module.state_dict().values()]
+        with pytest.raises(ValueError, match="module must have 3 features, got 4"):
+            BatchNorm(3).to_torch(module)
+        assert all(map(torch.equal, before, module.state_dict().values()))
+
+
+class TestKeras:
+    @pytest.fixture
+    def keras(self):
+        if os.environ["KERAS_BACKEND"] == "torch":
+            pytest.importorskip("torch")
+        return pytest.importorskip("keras")
+
+    def trained(self, keras, shape=(30, 4), **settings):
+        layer = keras.layers.BatchNormalization(dtype="float64", **settings)
+        layer.build(shape)
+        weights = layer.get_weights()
+        layer.set_weights([normal(4, np.float64, 9) for _ in weights[:-2]] + weights[-2:])
+        for x in batches(shape)[:3]:
+            evaluated(keras, layer, x, True)
+        return layer
+
+    @pytest.mark.parametrize(
+        ("shape", "settings"),
+        [
+            ((30, 4), {}),
+            ((5, 3, 6, 4), {"momentum": 0.7}),
+            ((5, 4, 3, 2), {"axis": 1, "epsilon": 0.5}),
+            ((30, 4), {"scale": False}),
+            ((30, 4), {"center": False}),
+            ((30, 4), {"scale": False, "center": False}),
+        ],
+    )
+    def test_from_keras(self, keras, shape, settings):
+        theirs = self.trained(keras, shape, **settings)
+        layer = BatchNorm.from_keras(theirs)
+        assert layer.affine == (settings.get("scale", True) or settings.get("center", True))
+        for x in batches(shape)[3:]:
+            for training in (False, True, False):
+                expected = evaluated(keras, theirs, x, training)
+                np.testing.assert_allclose(layer.forward(x, training), expected, **KERAS)
+            mean, var = theirs.get_weights()[-2:]
+            np.testing.assert_allclose(layer.running_mean, mean, **KERAS)
+            np.testing.assert_allclose(layer.running_var, var, **KERAS)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_round_trip(self, keras, dtype):
+        theirs = keras.layers.BatchNormalization(momentum=0.7, epsilon=0.25, dtype=dtype)
+        evaluated(keras, theirs, batches()[0].astype(dtype), True)
+        layer = BatchNorm.from_keras(theirs)
+        assert layer.dtype == dtype
+        other = keras.layers.BatchNormalization(dtype=dtype)
+        other.build((None, 4))
+        layer.to_keras(other)
+        assert (other.momentum, other.epsilon) == (0.7, 0.25)
+        assert_same_bits(other.get_weights(), theirs.get_weights())
+        assert_same_bits(state_bits(BatchNorm.from_keras(other)), state_bits(layer))
+
+    def test_what_does_not_fit_is_refused_and_stays(self, keras):
+        theirs = keras.layers.BatchNormalization(scale=False)
+        with pytest.raises(ValueError, match="layer must be built"):
+            BatchNorm.from_keras(theirs)
+        theirs.build((None, 4))
+        before = theirs.get_weights()
+        layer = BatchNorm(4)
+        layer.gamma += 1
+        with pytest.raises(ValueError, match="layer must have a scale, or gamma"):
+            layer.to_keras(theirs)
+        with pytest.raises(ValueError, match="layer must have 3 features, got 4"):
+            BatchNorm(3).to_keras(theirs)
+        with pytest.raises(ValueError, match=r"cumulative average \(momentum=None\)"):
+            BatchNorm(4, momentum=None).to_keras(theirs)
+        assert_same_bits(theirs.get_weights(), before)
+        renorm = keras.layers.BatchNormalization(renorm=True)
+        renorm.build((None, 4))
+        with pytest.raises(ValueError, match="renorm=True"):
+            BatchNorm.from_keras(renorm)
+        with pytest.raises(TypeError, match=r"layer must be a keras.layers.BatchNorm.*got Dense"):
+            BatchNorm.from_keras(keras.layers.Dense(3))
+
+
+def test_from_torch_to_keras():
+    """The two conventions meet: one minus the momentum, names, eps."""
+    torch, keras = pytest.importorskip("torch"), pytest.importorskip("keras")
+    module = TestTorch().trained(torch, momentum=0.2)
+    theirs = keras.layers.BatchNormalization(axis=1, dtype="float64")
+    theirs.build((None, 4))
+    BatchNorm.from_torch(module).to_keras(theirs)
+    assert theirs.momentum == 0.8
+    x = batches()[5]
+    expected = module.eval()(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(evaluated(keras, theirs, x, False), expected, **KERAS)
