@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # Smaller calls stay on one thread: a second one would cost more to wake than it saves.
-_SERIAL_SIZE = 1 << 16
+_SERIAL_SIZE = 1 << 17
 
 
 def batchnorm_forward(
