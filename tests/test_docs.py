@@ -1,4 +1,4 @@
-"""Every example in a docstring of the package, and every Python block of the README, runs."""
+"""Every example in a docstring of the package, and every Python block of a page, runs."""
 
 import doctest
 import importlib
@@ -12,7 +12,8 @@ import pytest
 
 import bn_fast
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "docs/cs231n.md"]
 MODULES = ["bn_fast"] + [
     f"bn_fast.{module.name}"
     for module in pkgutil.iter_modules(bn_fast.__path__)
@@ -54,15 +55,22 @@ def test_public_function_has_an_example(name):
     assert ">>> " in getattr(bn_fast, name).__doc__
 
 
-def test_readme_examples():
+@pytest.mark.parametrize("page", PAGES)
+def test_page_examples(page):
     """The blocks in their order, in one namespace, as a reader would type them."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    path = ROOT / page
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     names = {}
     for block in blocks:
         if block.startswith(">>> "):
-            test = doctest.DocTestParser().get_doctest(block, names, "README", str(README), 0)
+            test = doctest.DocTestParser().get_doctest(block, names, page, str(path), 0)
             assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
             names.update(test.globs)
         else:
             exec(block, names)
+
+
+def test_every_page_with_python_is_run():
+    pages = [p for p in ROOT.glob("docs/*.md") if "```python" in p.read_text()]
+    assert {p.relative_to(ROOT).as_posix() for p in pages} <= set(PAGES)
