@@ -110,7 +110,7 @@ cdef void start_tile(
     # by up to 100 roundings (M = 8e5).  Adding and taking away 2^52 steps rounds to a step.  A
     # constant feature keeps its value, for dgamma = 0, and so does a mean that was given.
     for f in range(first, first + n_features):
-        step = 1.5 * 2.0 ** 49 / job.inv_std[f] if coarse and job.var[f] > 0 else 0.0
+        step = 1.5 * 2.0 ** 49 * sqrt(job.var[f]) if coarse and job.var[f] > 0 else 0.0
         shift = (job.mean[f] + step) - step
         job.shift_x[f] = <double> (<real> (shift if fabs(shift) < INFINITY else job.mean[f]))
         job.shift_g[f] = 0

@@ -119,6 +119,17 @@ def test_dgamma_of_many_rows(dtype, seed):
     assert roundings(dgamma, expected, np.sqrt(n_rows)) <= 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 7), (40, 9), (5, 3, 7, 7)], ids=str)
+def test_deviation_far_below_that_of_eps(dtype, shape):
+    """A thousandth of the mean, which itself is far below sqrt(eps): dgamma keeps its digits."""
+    x = dtype(1e-10) + dtype(1e-13) * normal(shape, dtype)
+    gamma, beta = np.ones(shape[1], dtype), np.zeros(shape[1], dtype)
+    for dout in (x, normal(shape, dtype, 1)):
+        _, cache = batchnorm_forward(x, gamma, beta)
+        check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
+
+
 SCALES = [
     (np.float32, 1e25),
     (np.float32, 1e30),
