@@ -70,6 +70,29 @@ static inline int bn_pause(void) {
 static inline int bn_pause(void) { return !BN_OPENMP; }
 #endif
 
+/* How many of n threads can be started, n or 1. libgomp ends the process where it cannot start one, as
+ * under a limit on the address space ("ulimit -v", batch systems): so where there is a limit, ask
+ * for the room that the stacks would take. Running threads need none, so this may say 1 in vain. */
+#if defined(_OPENMP) && !defined(_WIN32)
+#include <sys/mman.h>
+#include <sys/resource.h>
+static inline int bn_startable(int n) {
+    struct rlimit limit, stack;
+    void *room;
+    size_t bytes = (size_t)8 << 20;
+    if (n <= 1 || getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return n;
+    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur != RLIM_INFINITY)
+        bytes = (size_t)stack.rlim_cur;
+    bytes = (size_t)(n - 1) * (bytes + ((size_t)1 << 20));
+    room = mmap(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (room == MAP_FAILED) return 1;
+    munmap(room, bytes);
+    return n;
+}
+#else
+static inline int bn_startable(int n) { return n; }
+#endif
+
 /* Ask for n bytes before they are needed: the hardware does not follow a tile's rows, which lie a page
  * or more apart. A hint: any address is allowed. */
 #if defined(__GNUC__) || defined(__clang__)

@@ -26,6 +26,9 @@ import numpy as np
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
 
+cdef extern from "_native.h" nogil:
+    int bn_startable(int n_threads)
+
 cnp.import_array()
 
 include "kernels.pxi"
@@ -318,6 +321,7 @@ cdef int execute(
         values = <double*> ((<size_t> memory + 63) // 64 * 64)
         lay_out(job, values, n, 0)
         job.scratch = <char*> (values + n_values)
+        n_threads = bn_startable(n_threads)
         with nogil:
             if single:
                 run_job[float](job, sweep, n_threads, <const float*> NULL)
@@ -426,27 +430,17 @@ def are_plain_statistics(mean, var, Py_ssize_t n_features):
     return True
 
 
-def running_average(cnp.ndarray old not None, cnp.ndarray stats not None, int row, momentum, x):
-    """A new array, momentum * old + (1 - momentum) * stats[row]; momentum None: a copy of old.
-
-    float32 only where both old and the parameters of x are.
-    """
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(old)[0]
-    cdef cnp.npy_intp length = n
-    cdef double* batch = <double*> cnp.PyArray_DATA(stats) + row * n
-    cdef double weight
-    cdef double* values
-    cdef cnp.ndarray new = cnp.PyArray_EMPTY(1, &length, cnp.NPY_FLOAT64, 0), narrow
-    values = <double*> cnp.PyArray_DATA(new)
-    load_parameter(old, values)
-    if momentum is not None:
-        weight = momentum
-        for f in range(n):
-            values[f] = weight * values[f] + (1 - weight) * batch[f]
-    if cnp.PyArray_TYPE(old) == cnp.NPY_FLOAT32 and parameter_type(x) == cnp.NPY_FLOAT32:
-        narrow = cnp.PyArray_EMPTY(1, &length, cnp.NPY_FLOAT32, 0)
-        store_parameter(values, narrow)
-        return narrow
+def running_average(cnp.ndarray old not None, x):
+    """A new array for an average, with the old values: float32 only where both old and the
+    parameters of x are."""
+    cdef cnp.npy_intp length = cnp.PyArray_DIMS(old)[0]
+    cdef bint narrow = (
+        cnp.PyArray_TYPE(old) == cnp.NPY_FLOAT32 and parameter_type(x) == cnp.NPY_FLOAT32
+    )
+    cdef cnp.ndarray new = cnp.PyArray_EMPTY(
+        1, &length, cnp.NPY_FLOAT32 if narrow else cnp.NPY_FLOAT64, 0
+    )
+    cnp.PyArray_CopyInto(new, old)
     return new
 
 
@@ -458,6 +452,21 @@ cdef void set_statistics(Job* job, cnp.ndarray stats) noexcept:
     job.inv_std = job.mean + 2 * n
     job.var = job.mean + 3 * n
     job.multiplier = job.inv_std
+
+
+def update_average(
+    cnp.ndarray average not None, cnp.ndarray stats not None, int row, double weight,
+):
+    """average = weight * average + (1 - weight) * stats[row], in double."""
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(average)[0]
+    cdef double* batch = <double*> cnp.PyArray_DATA(stats) + row * n
+    cdef float* narrow = <float*> cnp.PyArray_DATA(average)
+    cdef double* values = <double*> cnp.PyArray_DATA(average)
+    for f in range(n):
+        if cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT32:
+            narrow[f] = <float> (weight * narrow[f] + (1 - weight) * batch[f])
+        else:
+            values[f] = weight * values[f] + (1 - weight) * batch[f]
 
 
 def forward(
@@ -521,6 +530,9 @@ def backward(
     shape[0] = 2
     shape[1] = n
     sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
+    # Whatever may fail for want of memory comes before anything is written to out.
+    dgamma = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
+    dbeta = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
     job.kind = BACKWARD_FROZEN if frozen else BACKWARD
     job.reduces = job.applies = True
     job.exact_mean = exact_mean
@@ -530,8 +542,6 @@ def backward(
     job.dbeta = job.dgamma + n
     if cnp.PyArray_SIZE(x) > 0:
         execute(&job, x, dout, out, axis, n_threads, gamma, None)
-    dgamma = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
-    dbeta = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
     store_parameter(job.dgamma, dgamma)
     store_parameter(job.dbeta, dbeta)
     return out, dgamma, dbeta

@@ -118,13 +118,16 @@ def batchnorm_forward(
         param = _checks.settings(bn_param, x, axis)
         train, mean, var = param.train, param.running_mean, param.running_var
         eps = param.eps
+        # Made before anything is written to out: there may be no memory, and out may lie over them.
+        running_mean, running_var = core.running_average(mean, x), core.running_average(var, x)
         if train:
             y, stats = core.forward(x, gamma, beta, axis, eps, out, None, None, n_threads)
         else:
             y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads)
-        momentum = param.momentum if train and x.size else None
-        bn_param["running_mean"] = core.running_average(mean, stats, 0, momentum, x)
-        bn_param["running_var"] = core.running_average(var, stats, 3, momentum, x)
+        if train and x.size:
+            core.update_average(running_mean, stats, 0, param.momentum)
+            core.update_average(running_var, stats, 3, param.momentum)
+        bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
     overwritten = "" if out is None or not core.is_same(out, x) else "batchnorm_forward"
     return y, Cache(x, gamma, stats, axis, eps, not train, True, overwritten)
 

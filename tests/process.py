@@ -1,0 +1,23 @@
+"""Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+def run(code, prefix=(), args=(), timeout=60, **env):
+    """What `code` (or a script, a Path) prints; it must end well, and in time."""
+    keep = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # -P: the installed package, never the folder that the tests were started in.
+    code = ["-c", textwrap.dedent(code)] if isinstance(code, str) else [os.fspath(code)]
+    done = subprocess.run(
+        [*prefix, sys.executable, "-P", *code, *args],
+        env=keep | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
