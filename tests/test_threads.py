@@ -1,31 +1,20 @@
 """Threads: the rules of set_num_threads, the default, the neighbors who share OpenMP, and fork."""
 
 import os
-import subprocess
-import sys
-import textwrap
 import threading
+import time
 
 import numpy as np
 import pytest
 
 import bn_fast
+import bn_fast.functional
 from bn_fast import _threads
+
+from .process import run
 
 OPENMP = bn_fast.build_info()["openmp"]
 needs_openmp = pytest.mark.skipif(not OPENMP, reason="built without OpenMP: always one thread")
-
-
-def run(code, prefix=(), **env):
-    """What Python prints for `code` in a process of its own."""
-    keep = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    # -P: the installed package, never the folder that the tests were started in.
-    command = [*prefix, sys.executable, "-P", "-c", textwrap.dedent(code)]
-    done = subprocess.run(
-        command, env=keep | env, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.fixture(autouse=True)
@@ -194,20 +183,43 @@ def test_forked_child_is_serial_where_the_workers_cannot_be_ended():
     assert run(FORK.format(change=change, threads=1)) == "0 True"
 
 
-def test_python_threads_may_call_at_once():
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((1 << 14, 48))
-    expected = bn_fast.batchnorm_forward(x, np.ones(48), np.zeros(48))[0]
-    same = []
+@pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.long)])
+def test_16_python_threads_call_at_once(monkeypatch, seconds):
+    """On one input and on their own, small and large, while the number of threads changes."""
+    shared = np.random.default_rng(1).standard_normal((1 << 12, 48))
+    own = [np.random.default_rng(k).standard_normal((40 * k + 9, 7), np.float32) for k in range(16)]
+    param = {"mode": "train", "running_mean": np.zeros(48), "running_var": np.ones(48)}
 
-    def work():
-        for _ in range(5):
-            out = bn_fast.batchnorm_forward(x, np.ones(48), np.zeros(48))[0]
-            same.append(np.array_equal(out, expected))
+    def job(k):
+        results = []
+        for x in (shared, own[k]):
+            ones = np.ones(x.shape[1])
+            given = dict(param) if x is shared else None
+            out, cache = bn_fast.batchnorm_forward(x, ones, ones, given)
+            results += [out, *bn_fast.batchnorm_backward(x, cache)]
+            results += [given["running_var"]] if given else []
+        return [a.tobytes() for a in results]
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
+    expected = [job(k) for k in range(16)]
+    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 1000)
+    end = time.monotonic() + seconds
+    done, wrong = [0] * 16, []
+
+    def work(k):
+        while time.monotonic() < end:
+            if job(k) != expected[k]:
+                wrong.append(k)
+            done[k] += 1
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(16)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
-    assert same == [True] * 20
+    turn = 0
+    while any(worker.is_alive() for worker in workers):
+        turn += 1
+        bn_fast.set_num_threads([1, 2, 3, None, 7][turn % 5])
+        time.sleep(0.002)
+    assert not wrong
+    assert min(done) > 0
+    assert turn > 50 * seconds
+    assert [job(k) for k in range(16)] == expected
