@@ -1,10 +1,17 @@
 """Any shape, axis, strides, dtype and parameters, against the oracle; and finite differences."""
 
+import os
+import tempfile
+import time
+from unittest import mock
+
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bn_fast
 from bn_fast import batchnorm_backward, batchnorm_forward
 
 from . import oracle
@@ -15,29 +22,56 @@ from .judge import assert_same_bits, check, check_gradients
 few = settings(max_examples=250, deadline=None, database=None, derandomize=True)
 
 
+def memory_mapped(a):
+    """The array in a file, its strides kept."""
+    low = np.lib.array_utils.byte_bounds(a)[0]
+    memory = np.lib.array_utils.byte_bounds(a)[1] - low
+    with tempfile.TemporaryFile() as file:
+        file.truncate(memory)
+        array = np.ndarray(
+            a.shape, a.dtype, np.memmap(file, np.uint8), a.ctypes.data - low, a.strides
+        )
+    array[...] = a
+    array.flags.writeable = False
+    return array
+
+
 @st.composite
-def arrays(draw, shape):
+def arrays(draw, shape, wild=False):
     """An array of this shape in any order and direction, with gaps, repeats and odd addresses."""
     ndim = len(shape)
     seed = draw(st.integers(0, 2**16))
-    values = normal(shape, draw(st.sampled_from(DTYPES)), seed) + draw(st.sampled_from([0, 100]))
+    dtype = draw(st.sampled_from(DTYPES))
+    values = normal(shape, dtype, seed) + dtype(draw(st.sampled_from([0, 100])))
+    if wild:
+        values += dtype(draw(st.sampled_from([0, 0, 1e4, -3e5])))
+        values *= dtype(draw(st.sampled_from([1, 1, 1, 1e-3, 1e5, 1e12, 1e-12])))
+        if draw(st.integers(0, 4)) == 0:  # constant along some axis, or everywhere
+            which = draw(st.integers(0, 2**ndim - 1))
+            values[...] = values[
+                tuple(slice(0, 1 if which >> d & 1 else None) for d in range(ndim))
+            ]
     repeated = tuple(slice(0, 1) if draw(st.integers(0, 9)) == 0 else slice(None) for _ in shape)
     values = values[repeated]
     steps = draw(st.tuples(*[st.sampled_from([1, 1, 1, -1, 2, -3])] * ndim))
     array = strided(values, draw(st.permutations(range(ndim))), steps)
-    form = draw(st.sampled_from(["", "", "", "byte-swapped", "unaligned", "integers"]))
+    form = draw(
+        st.sampled_from(["", "", "", "byte-swapped", "unaligned", "integers", "memory map"])
+    )
     if form == "byte-swapped":
         array = array.astype(array.dtype.newbyteorder())
     elif form == "unaligned":
         array = unaligned(array)
     elif form == "integers":
-        array = (4 * array).astype(np.int16)
+        array = (4 * array % 30000).astype(np.int16)
+    elif form == "memory map":
+        array = memory_mapped(array)
     array = np.broadcast_to(array, shape)
     return array
 
 
 @st.composite
-def problems(draw):
+def problems(draw, wild=False):
     shape = draw(st.lists(st.integers(1, 12), min_size=2, max_size=5))
     if draw(st.booleans()):
         long = draw(st.integers(0, len(shape) - 1))
@@ -45,40 +79,91 @@ def problems(draw):
         shape[long] = draw(st.integers(1, 600))
     shape = tuple(shape)
     axis = draw(st.integers(-len(shape), len(shape) - 1))
-    x, dout = draw(arrays(shape)), draw(arrays(shape))
-    parameters = st.lists(
+    x, dout = draw(arrays(shape, wild)), draw(arrays(shape, wild))
+    shares = draw(st.integers(0, 9))
+    if shares == 0:
+        dout = x
+    elif shares == 1:
+        dout = x[::-1]  # shares memory with x, at other places
+    values = st.lists(
         st.floats(-4, 4, width=16).filter(lambda v: v == 0 or abs(v) > 0.1),
         min_size=shape[axis],
         max_size=shape[axis],
     )
-    return x, dout, draw(parameters), draw(parameters), axis
+    gamma, beta = np.array(draw(values)), np.array(draw(values))
+    return x, dout, gamma, beta, axis
 
 
-@few
-@given(problems(), st.sampled_from(["train", "test"]), st.sampled_from([1e-5, 1e-3, 0.5]))
-def test_any_problem(problem, mode, eps):
+def check_problem(problem, mode, eps):
+    """Against the oracle: new arrays, two threads, arrays of the caller and in place."""
     x, dout, gamma, beta, axis = problem
-    before = x.tobytes(), dout.tobytes()
-    param = {"mode": mode, "eps": eps}
+    before = x.tobytes(), dout.tobytes(), gamma.tobytes(), beta.tobytes()
+    settings = {"mode": mode, "eps": eps}
     mean = var = None
     if mode == "test":
-        mean = param["running_mean"] = normal(x.shape[axis], np.float32)
-        var = param["running_var"] = 1 + normal(x.shape[axis], np.float64) ** 2
-    out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
-    gradients = batchnorm_backward(dout, cache)
+        mean = settings["running_mean"] = normal(x.shape[axis], np.float32)
+        var = settings["running_var"] = 1 + normal(x.shape[axis], np.float64) ** 2
 
+    def run(x, dout, out=None, dx=None):
+        y, cache = batchnorm_forward(x, gamma, beta, {**settings}, axis=axis, out=out)
+        return y, *batchnorm_backward(dout, cache, out=dx)
+
+    out, *gradients = run(x, dout)
     dtype = np.float64 if x.dtype.kind == "i" else x.dtype.newbyteorder("=")
     like = np.broadcast_to(np.zeros((), dtype), x.shape)
-    converted = dout.astype(dtype)
+    with np.errstate(over="ignore"):
+        converted = dout.astype(dtype)
     terms = np.abs(gamma).max() + np.abs(beta).max()
     check("out", out, oracle.forward(x, gamma, beta, axis, eps, mean, var), like, 6, terms)
     expected = oracle.backward(converted, x, gamma, axis, eps, mean, var)
     check_gradients(gradients, expected, like, 6, cancels=True)
-    assert before == (x.tobytes(), dout.tobytes())
+
+    apart = np.full((2, *x.shape), np.nan, dtype)
+    results = [out, *gradients]
+    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
+        bn_fast.set_num_threads(3)
+        assert_same_bits(run(x, dout, *apart), results)
+        bn_fast.set_num_threads(None)
+    assert before == (x.tobytes(), dout.tobytes(), gamma.tobytes(), beta.tobytes())
 
     view = x.astype(dtype)
-    batchnorm_forward(view, gamma, beta, {**param}, axis=axis, out=view)
+    batchnorm_forward(view, gamma, beta, {**settings}, axis=axis, out=view)
     check("in place", view, oracle.forward(x, gamma, beta, axis, eps, mean, var), like, 6, terms)
+
+
+OPTIONS = st.sampled_from(["train", "test"]), st.sampled_from([1e-5, 1e-3, 0.5])
+
+
+@few
+@given(problems(), *OPTIONS)
+def test_any_problem(problem, mode, eps):
+    check_problem(problem, mode, eps)
+
+
+@pytest.mark.long
+def test_fuzz():
+    """Wilder ones for FUZZ_MINUTES, from FUZZ_SEED on; hypothesis shows the smallest that fails."""
+    end = time.monotonic() + 60 * float(os.environ.get("FUZZ_MINUTES", "30"))
+    first = seed = int(os.environ.get("FUZZ_SEED", "1"))
+    n = 0
+    while time.monotonic() < end:
+
+        @hypothesis.seed(seed)
+        @settings(
+            few,
+            max_examples=200,
+            derandomize=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @given(problems(wild=True), *OPTIONS)
+        def example(problem, mode, eps):
+            nonlocal n
+            n += 1
+            check_problem(problem, mode, eps)
+
+        example()
+        seed += 1
+    print(f"fuzz: {n} problems without a finding, seeds {first} to {seed - 1}")
 
 
 @pytest.mark.parametrize("mode", ["train", "test"])
