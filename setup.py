@@ -7,6 +7,9 @@ _core_v4; bn_fast/_core.py chooses among them at import. Switches, read from the
     BN_FAST_OPENMP=0    build without OpenMP
     BN_FAST_NATIVE=1    one kernel module, for exactly this CPU (-march=native)
     BN_FAST_DEBUG=1     -O0 -g, bounds checks
+    BN_FAST_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer; Python must be started with
+                        their libraries preloaded, as .ci/long shows
+    BN_FAST_COVERAGE=1  -O0, count how often each line of the Cython sources runs, for gcov
 """
 
 import os
@@ -41,6 +44,9 @@ FLAGS = {
 # makes sums 5 times slower. Other compilers do not know the flag.
 GCC_FLAGS = ["-fno-loop-unroll-and-jam"]
 DEBUG_FLAGS = {"unix": ["-O0", "-g"], "msvc": ["/Od", "/Zi"]}
+# Undefined behavior ends the process, as a bad address does; a test that goes on would pass.
+SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+COVERAGE_FLAGS = ["-O0", "--coverage"]
 
 # (compile, link); the second way is Apple's clang with Homebrew's libomp.
 OPENMP_FLAGS = {
@@ -77,6 +83,16 @@ class BuildExt(build_ext):
         flags = FLAGS[family] + (DEBUG_FLAGS[family] if debug else [])
         if family == "unix" and self.works("int main(void) { return 0; }\n", GCC_FLAGS):
             flags = flags + GCC_FLAGS
+        instruments = []
+        if switch("BN_FAST_SANITIZE"):
+            instruments += SANITIZE_FLAGS
+        if counted := bool(switch("BN_FAST_COVERAGE")):
+            instruments += COVERAGE_FLAGS
+        if instruments and not self.works(
+            "int main(void) { return 0; }\n", instruments, instruments
+        ):
+            raise SetupError(f"this compiler or its libraries lack {' '.join(instruments)}")
+        flags = flags + instruments
         native = ["-march=native"] if switch("BN_FAST_NATIVE") else []
         if native and not self.works("int main(void) { return 0; }\n", native):
             raise SetupError("BN_FAST_NATIVE=1, but this compiler refuses -march=native")
@@ -85,7 +101,7 @@ class BuildExt(build_ext):
         self.extensions = [ext for ext in self.extensions if ext.isa is None or ext.isa in isas]
         for ext in self.extensions:
             ext.extra_compile_args = flags + openmp_compile
-            ext.extra_link_args = openmp_link
+            ext.extra_link_args = openmp_link + instruments
             if ext.isa is not None:
                 ext.extra_compile_args = ext.extra_compile_args + native + ISA_FLAGS[ext.isa][0]
             else:
@@ -103,6 +119,9 @@ class BuildExt(build_ext):
             "wraparound": False,
             "initializedcheck": debug,
             "cdivision": True,
+            # No module writes to a global after its import: a call's state is its Job, on its own
+            # stack, and its scratch, which only its own threads see. (_threads.py's two settings
+            # are single references, read once a call, and no result depends on them.)
             "freethreading_compatible": True,
             "autotestdict": False,  # Cython's __test__ is no doctest and stands in no stub
         }
@@ -111,6 +130,7 @@ class BuildExt(build_ext):
             self.extensions,
             build_dir=self.build_temp,
             compiler_directives=directives,
+            emit_linenums=counted,
             force=True,
         )
         sources = {ext.name: ext.sources for ext in translated}
@@ -164,7 +184,7 @@ class Sdist(sdist):
     """Add the files that setuptools does not find by itself (a MANIFEST.in in four lines)."""
 
     def make_distribution(self):
-        patterns = ["CHANGELOG.md", ".ci/run", "bn_fast/*.p*", "bn_fast/*.h", "docs/**/*.md",
+        patterns = ["CHANGELOG.md", ".ci/*", "bn_fast/*.p*", "bn_fast/*.h", "docs/**/*.md",
                     "docs/**/*.png", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
         found = {path.as_posix() for pattern in patterns for path in Path().glob(pattern)}
         self.filelist.extend(sorted(found))
