@@ -67,3 +67,9 @@ def test_doors(tmp_path):
     pytest.importorskip("rich")
     shown = run("doors.py", "--quick", "--rounds", 1, cwd=tmp_path)
     assert "WRONG" not in shown
+
+
+def test_behaviour(tmp_path):
+    pytest.importorskip("rich")
+    shown = run("behaviour.py", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
+    assert "every other column" in shown
