@@ -13,7 +13,7 @@ import pytest
 import bn_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/cs231n.md"]
+PAGES = ["README.md", "docs/conventions.md", "docs/cs231n.md"]
 MODULES = ["bn_fast"] + [
     f"bn_fast.{module.name}"
     for module in pkgutil.iter_modules(bn_fast.__path__)
