@@ -8,6 +8,7 @@ from ._threads import get_num_threads, set_num_threads
 from .functional import (
     batchnorm_backward,
     batchnorm_backward_alt,
+    batchnorm_double_backward,
     batchnorm_forward,
     spatial_batchnorm_backward,
     spatial_batchnorm_forward,
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "batchnorm_backward",
     "batchnorm_backward_alt",
+    "batchnorm_double_backward",
     "batchnorm_forward",
     "build_info",
     "get_num_threads",

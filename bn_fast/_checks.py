@@ -208,6 +208,25 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
     return dout, cache, _output(out, {"dout": dout, "x": x})
 
 
+def second_order_arrays(
+    ddx: Any, ddgamma: Any, ddbeta: Any, dout: Any, cache: Any
+) -> tuple[Array | None, Array, Array, Array, Cache]:
+    dout, cache, _ = backward_arrays(dout, cache, None)
+    x, axis = cache.x, cache.axis
+    if ddx is not None:
+        ddx = _input(ddx, "ddx")
+        if ddx.shape != x.shape:
+            raise ValueError(f"ddx must have the shape of x, {x.shape}, got {ddx.shape}")
+        ddx = ddx.astype(x.dtype, order="K", copy=False)
+    ddgamma, ddbeta = (
+        np.zeros(x.shape[axis])
+        if value is None
+        else np.ascontiguousarray(_parameter(value, name, x.shape[axis], axis), np.float64)
+        for name, value in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
+    )
+    return ddx, ddgamma, ddbeta, dout, cache
+
+
 def _foreign_cache(cache: Any) -> Cache:
     """A five-tuple (mean, inv_var, x, x_hat, gamma) that NumPy code made.
 

@@ -25,6 +25,20 @@ def backward_dx(
     n_threads: int,
 ) -> Array: ...
 def backward_sums(dout: Array, x: Array, stats: Array, axis: int, n_threads: int) -> Array: ...
+def double_backward(
+    ddx: Array | None,
+    ddgamma: Array,
+    ddbeta: Array,
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    stats: Array,
+    axis: int,
+    eps: float,
+    frozen: bool,
+    exact_mean: bool,
+    n_threads: int,
+) -> tuple[Array, Array, Array]: ...
 def forward(
     x: Array,
     gamma: Array,

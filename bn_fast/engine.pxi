@@ -103,13 +103,25 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     s.bias = memory + 5 * columns
     s.sum_1 = <double*> (memory + 6 * columns)
     s.sum_2 = <double*> (memory + 7 * columns)
-    for r in range(N_ROLES):
-        s.offset[r] = <Py_ssize_t*> (memory + (8 + r) * columns)
+    s.offset[X] = <Py_ssize_t*> (memory + 8 * columns)
+    s.offset[G] = <Py_ssize_t*> (memory + 9 * columns)
+    s.offset[Y] = <Py_ssize_t*> (memory + 10 * columns)
     s.dummy = memory + 11 * columns
     memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
     for r in range(N_ROLES):
-        s.buffer[r] = memory + r * job.buffer_elements * sizeof(double)
-    s.values = <double*> (memory + N_ROLES * job.buffer_elements * sizeof(double))
+        if r == X or r == G or r == Y or job.kind == SECOND:
+            s.buffer[r] = memory
+            memory += job.buffer_elements * sizeof(double)
+    if job.kind == SECOND:
+        s.offset[R] = <Py_ssize_t*> memory
+        s.offset[D] = <Py_ssize_t*> (memory + columns)
+        s.shift_r = memory + 2 * columns
+        s.mix_g = memory + 3 * columns
+        s.mix_r = memory + 4 * columns
+        s.mix_x = memory + 5 * columns
+        s.mix_bias = memory + 6 * columns
+        memory += N_SECOND_COLUMNS * columns
+    s.values = <double*> memory
 
 
 cdef void run_phase(
@@ -211,13 +223,13 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
     cdef Plan* plan = &job.apply
-    job.stream = (
-        BN_STREAMS and plan.used[Y] and plan.access[Y] != GATHERED and bytes >= STREAM_BYTES
-    )
+    cdef int r
+    job.stream = BN_STREAMS and bytes >= STREAM_BYTES
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
-    if job.stream:
-        plan.access[Y] = STREAMED
+    for r in range(Y, N_ROLES):
+        if job.stream and plan.used[r] and plan.access[r] != GATHERED:
+            plan.access[r] = STREAMED
 
 
 cdef Py_ssize_t widest(const Plan* plan, Py_ssize_t tile) noexcept:
@@ -265,9 +277,10 @@ cdef void load_parameter(cnp.ndarray values, double* target) noexcept:
 
 cdef int execute(
     Job* job, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, int n_threads,
-    cnp.ndarray gamma, cnp.ndarray beta,
+    cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray ddx=None, cnp.ndarray ddout=None,
 ) except -1:
     """Plan, allocate, run.  x has at least one element."""
+    cdef int r
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis], per_feature, n_values, n_own
     cdef bint sweep, single = itemsize <= 4
@@ -279,18 +292,31 @@ cdef int execute(
     job.count = cnp.PyArray_SIZE(x) // n
     if job.reduces:
         job.total = <double> job.count
-    make_plan(&job.reduce, x, x, dout, None, axis, itemsize)
+    for r in range(N_ROLES):
+        set_role(&job.reduce, r, None)
+        set_role(&job.apply, r, None)
+    set_role(&job.reduce, X, x)
+    set_role(&job.reduce, G, dout)
     if job.kind == BACKWARD_FROZEN:
-        make_plan(&job.apply, x, dout, None, out, axis, itemsize)
+        set_role(&job.apply, X, dout)
     else:
-        make_plan(&job.apply, x, x, dout, out, axis, itemsize)
+        set_role(&job.apply, X, x)
+        set_role(&job.apply, G, dout)
+    set_role(&job.apply, R, ddx)
+    set_role(&job.apply, Y, out)
+    set_role(&job.apply, D, ddout)
+    make_plan(&job.reduce, x, axis, itemsize)
+    make_plan(&job.apply, x, axis, itemsize)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
-    if job.applies and job.apply.access[X] == DIRECT and overlap(
+    if out is not None and job.apply.access[X] == DIRECT and overlap(
         dout if job.kind == BACKWARD_FROZEN else x, out
     ):
         job.apply.access[X] = COPIED
-    if job.applies and job.apply.used[G] and job.apply.access[G] == DIRECT and overlap(dout, out):
+    if (
+        out is not None and job.apply.used[G] and job.apply.access[G] == DIRECT
+        and overlap(dout, out)
+    ):
         job.apply.access[G] = COPIED
     choose_tile(job, itemsize, n_threads, &sweep)
     job.width = max(
@@ -314,6 +340,10 @@ cdef int execute(
     job.scratch_bytes = (
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
+    if job.kind == SECOND:
+        job.scratch_bytes += (
+            N_SECOND_COLUMNS * job.width + 2 * job.buffer_elements
+        ) * sizeof(double)
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)
     if memory == NULL:
         raise MemoryError("bn_fast: no memory for the scratch of this call")
@@ -452,6 +482,7 @@ cdef void set_statistics(Job* job, cnp.ndarray stats) noexcept:
     job.inv_std = job.mean + 2 * n
     job.var = job.mean + 3 * n
     job.multiplier = job.inv_std
+    job.mean_kept = NULL
 
 
 def update_average(
@@ -557,3 +588,4 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
 
 
 include "pieces.pxi"
+include "second.pxi"

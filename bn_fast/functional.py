@@ -15,6 +15,7 @@ from ._types import Array
 __all__ = [
     "batchnorm_backward",
     "batchnorm_backward_alt",
+    "batchnorm_double_backward",
     "batchnorm_forward",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
@@ -215,6 +216,120 @@ def batchnorm_backward(
 
 
 batchnorm_backward_alt = batchnorm_backward
+
+
+def batchnorm_double_backward(
+    ddx: ArrayLike | None,
+    ddgamma: ArrayLike | None,
+    ddbeta: ArrayLike | None,
+    dout: ArrayLike,
+    cache: Cache | Sequence[ArrayLike],
+) -> tuple[Array, Array, Array]:
+    r"""Gradients of batch normalization's gradients: the second order, for gradient penalties.
+
+    With ``dx, dgamma, dbeta = batchnorm_backward(dout, cache)`` and a loss that depends on these
+    three, this is that loss's gradient with respect to what they were computed from.
+
+    Parameters
+    ----------
+    ddx : array_like, shape of x, or None
+        The loss's gradient with respect to dx. None, here and below: zeros, and less work.
+    ddgamma, ddbeta : array_like, shape (C,), or None
+        The loss's gradients with respect to dgamma and dbeta.
+    dout : array_like, shape of x
+        What `batchnorm_backward` was given.
+    cache : Cache or sequence of five arrays
+        The same; see there.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+        Gradient with respect to x, in train mode through the statistics too.
+    dgamma : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+        Gradient with respect to gamma.
+    ddout : ndarray, shape and dtype of x
+        Gradient with respect to dout.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If a shape is wrong, or x has been overwritten.
+    MemoryError
+        If the results or the scratch memory cannot be had.
+
+    See Also
+    --------
+    batchnorm_backward
+
+    Notes
+    -----
+    For each feature let :math:`u, a, b` be ddx, ddgamma, ddbeta, :math:`g` dout, :math:`r` the
+    inverse deviation, and :math:`\langle\cdot\rangle` the mean over the M values. With
+    :math:`A = \langle u\rangle,\ B = \langle u\hat{x}\rangle,\ C = \langle g\rangle,\
+    D = \langle g\hat{x}\rangle,\ E = \langle (u - A)(g - C)\rangle`, what the loss has from the
+    first order is
+
+    .. math:: L = \sum u\,dx + a\,d\gamma + b\,d\beta
+                = M \left(\gamma r (E - B D) + a D + b C\right)
+
+    since :math:`dx = \gamma r (g - C - \hat{x} D)`. Its derivatives follow from
+
+    .. math:: \frac{\partial r}{\partial x_i} = -\frac{r^2 \hat{x}_i}{M} \qquad
+              \frac{\partial}{\partial x_i} \sum_k w_k \hat{x}_k
+              = r (w_i - \langle w\rangle - \hat{x}_i \langle w\hat{x}\rangle)
+
+    (the element-wise derivation in `bn_fast.reference`), for w = u and w = g. With
+    :math:`w = a - \gamma r B`,
+
+    .. math:: dx &= r w\,(g - C) - \gamma r^2 D\,(u - A)
+                    - r \hat{x} \left(\gamma r (E - 3 B D) + a D\right) \
+              d\gamma &= r M (E - B D) \
+              ddout &= \gamma r\,(u - A) + w \hat{x} + b
+
+    Nothing is divided by gamma, so gamma = 0 is no special case. After a forward pass in test mode
+    r and the mean are constants: :math:`dx = a r g,\ d\gamma = r \sum u g,\
+    ddout = \gamma r u + a \hat{x} + b`.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167: the first
+       order, which is differentiated here once more.
+
+    Examples
+    --------
+    The gradient of a penalty, half the square of dx:
+
+    >>> import numpy as np
+    >>> from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
+    >>> x, dout = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> out, cache = batchnorm_forward(x, np.ones(1), np.zeros(1))
+    >>> dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    >>> penalty_dx, penalty_dgamma, penalty_ddout = batchnorm_double_backward(
+    ...     dx, None, None, dout, cache
+    ... )
+    >>> penalty_dgamma.round(4)  # dx is proportional to gamma: the sum of squares
+    array([0.0816])
+    """
+    ddx, ddgamma, ddbeta, dout, kept = _checks.second_order_arrays(
+        ddx, ddgamma, ddbeta, dout, cache
+    )
+    n_threads = 1 if kept.x.size < _SERIAL_SIZE else get_num_threads()
+    return core.double_backward(
+        ddx,
+        ddgamma,
+        ddbeta,
+        dout,
+        kept.x,
+        kept.gamma,
+        kept.stats,
+        kept.axis,
+        kept.eps,
+        kept.frozen,
+        kept.exact_mean,
+        n_threads,
+    )
 
 
 def spatial_batchnorm_forward(

@@ -16,8 +16,10 @@
 cdef enum:
     X = 0                     # roles of the arrays: x (or the only input), dout, the output
     G = 1
-    Y = 2
-    N_ROLES = 3
+    R = 2                     # a third input: the gradient of dx, in second order
+    Y = 3
+    D = 4                     # a second output: the gradient of dout, in second order
+    N_ROLES = 5
     MAX_DIMS = 64             # NumPy's own limit
     BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
@@ -67,6 +69,7 @@ cdef struct Plan:
     Py_ssize_t n_features
     Py_ssize_t feature_stride[N_ROLES]
     char* base[N_ROLES]
+    cnp.npy_intp* stride[N_ROLES]  # as the arrays have them
     bint used[N_ROLES]
     Access access[N_ROLES]
     Storage storage
@@ -86,43 +89,35 @@ cdef inline Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
     return (stride if stride > 0 else -stride) if stride else INTPTR_MAX
 
 
-cdef inline void set_role(
-    Plan* plan, int role, cnp.ndarray array, cnp.npy_intp** stride,
-) noexcept:
+cdef inline void set_role(Plan* plan, int role, cnp.ndarray array) noexcept:
+    """Give an array (None: no array) its role.  All have the same shape."""
     plan.used[role] = array is not None
     plan.base[role] = <char*> cnp.PyArray_DATA(array) if plan.used[role] else NULL
-    stride[0] = cnp.PyArray_STRIDES(array) if plan.used[role] else NULL
+    plan.stride[role] = cnp.PyArray_STRIDES(array) if plan.used[role] else NULL
 
 
-cdef void make_plan(
-    Plan* plan, cnp.ndarray key, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis,
-    Py_ssize_t itemsize,
-) noexcept:
-    """Collapse the arrays (None where a role is not used; all of x's shape) into segments.
+cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) noexcept:
+    """Collapse the arrays of all roles into segments.
 
     The key's strides alone sort the axes and choose between runs and features, so that all plans
     of a call choose alike and can share tiles.
     """
-    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
-    cdef cnp.npy_intp* stride[N_ROLES]
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(key)
     cdef cnp.npy_intp* key_stride = cnp.PyArray_STRIDES(key)
     cdef Py_ssize_t key_step[MAX_DIMS]
     cdef Py_ssize_t size[MAX_DIMS]
     cdef Py_ssize_t step[N_ROLES][MAX_DIMS]
-    cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(x)
+    cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(key)
     cdef Py_ssize_t length, join, unit
     cdef Py_ssize_t n_features = shape[axis]
     cdef bint merge, side_by_side, stacked
     cdef Segment* main = &plan.segment[0]
     cdef Segment* rest = &plan.segment[1]
     plan.n_features = n_features
-    plan.storage = storage_of(x)
+    plan.storage = storage_of(key)
     plan.itemsize = itemsize
-    set_role(plan, X, x, &stride[X])
-    set_role(plan, G, dout, &stride[G])
-    set_role(plan, Y, out, &stride[Y])
     for r in range(N_ROLES):
-        plan.feature_stride[r] = stride[r][axis] if plan.used[r] and n_features > 1 else 0
+        plan.feature_stride[r] = plan.stride[r][axis] if plan.used[r] and n_features > 1 else 0
     # Sample axes, the farthest apart in x first (insertion sort: axes are few).
     for d in range(ndim):
         if d == axis or shape[d] == 1:
@@ -137,7 +132,7 @@ cdef void make_plan(
         size[k] = shape[d]
         key_step[k] = key_stride[d]
         for r in range(N_ROLES):
-            step[r][k] = stride[r][d] if plan.used[r] else 0
+            step[r][k] = plan.stride[r][d] if plan.used[r] else 0
         n += 1
     # Merge an axis with the next where that is one longer axis in every array.
     k = 0

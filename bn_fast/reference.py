@@ -41,8 +41,10 @@ __all__ = [
     "batchnorm_backward_column_wise",
     "batchnorm_backward_element_wise",
     "batchnorm_backward_three_pathways",
+    "batchnorm_double_backward",
     "batchnorm_forward",
     "oracle_backward",
+    "oracle_double_backward",
     "oracle_forward",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
@@ -576,6 +578,104 @@ def batchnorm_backward(
 batchnorm_backward_alt = batchnorm_backward
 
 
+def batchnorm_double_backward(
+    ddx: ArrayLike | None,
+    ddgamma: ArrayLike | None,
+    ddbeta: ArrayLike | None,
+    dout: ArrayLike,
+    cache: Sequence[ArrayLike],
+) -> Gradients:
+    """Twin of `bn_fast.batchnorm_double_backward`: gradients of the gradients.
+
+    Parameters
+    ----------
+    ddx : array_like, shape of x, or None
+        A loss's gradient with respect to the dx of `batchnorm_backward`. None: zeros.
+    ddgamma, ddbeta : array_like, shape (C,), or None
+        The same for its dgamma and dbeta.
+    dout : array_like, shape of x
+    cache : Cache or sequence of five arrays
+        What `batchnorm_backward` was given.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+    dgamma : ndarray, shape (C,), dtype of x (float32 for half types)
+    ddout : ndarray, shape and dtype of x
+
+    Raises
+    ------
+    TypeError
+        If an array is not of a dtype that `batchnorm_forward` takes.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    With < > for the mean over a feature's values, A = <ddx>, B = <ddx*x_hat>, C = <dout>,
+    D = <dout*x_hat>, E = <(ddx - A)*(dout - C)>, and w = ddgamma - gamma*r*B::
+
+        dx = r*w*(dout - C) - gamma*r**2*D*(ddx - A)
+             - r*x_hat*(gamma*r*(E - 3*B*D) + ddgamma*D)
+        dgamma = r*M*(E - B*D)
+        ddout = gamma*r*(ddx - A) + w*x_hat + ddbeta
+
+    `bn_fast.batchnorm_double_backward` has the derivation. After a forward pass in test mode::
+
+        dx = ddgamma*r*dout     dgamma = r*sum ddx*dout
+        ddout = gamma*r*ddx + ddgamma*x_hat + ddbeta
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import reference
+    >>> x, dout = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> out, cache = reference.batchnorm_forward(x, [1], [0])
+    >>> dx, dgamma, dbeta = reference.batchnorm_backward(dout, cache)
+    >>> reference.batchnorm_double_backward(dx, None, None, dout, cache)[1].round(4)
+    array([0.0816])
+    """
+    mean, inv_std, x, x_hat, gamma = cache
+    stored = _float_array(x, "cache's x")
+    dtype = _computable(stored).dtype
+    mean = np.asarray(mean, dtype)
+    r, gamma = (np.asarray(values, dtype).reshape(mean.shape) for values in (inv_std, gamma))
+    x_hat = np.asarray(x_hat, dtype)
+    given = []
+    for name, array in (("dout", dout), ("ddx", np.zeros_like(stored) if ddx is None else ddx)):
+        array = _computable(_float_array(array, name).astype(stored.dtype, copy=False))
+        if array.shape != stored.shape:
+            raise ValueError(f"{name} must have shape {stored.shape}, got {array.shape}")
+        given.append(array)
+    g, u = given
+    a, b = (
+        np.zeros_like(mean)
+        if values is None
+        else _parameter(values, name, mean.size).astype(dtype).reshape(mean.shape)
+        for name, values in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
+    )
+    dx: Array
+    if getattr(cache, "frozen", False):
+        dx = a * r * g
+        dgamma = r * _sum(u * g, mean)
+        ddout = gamma * r * u + a * x_hat + b
+    else:
+        u_mean_free, g_mean_free = u - _mean(u, mean), g - _mean(g, mean)
+        along_u, along_g = _mean(u * x_hat, mean), _mean(g * x_hat, mean)
+        product = _mean(u_mean_free * g_mean_free, mean)
+        w = a - gamma * r * along_u
+        slope = gamma * r * (product - 3 * along_u * along_g) + a * along_g
+        dx = r * w * g_mean_free - gamma * r**2 * along_g * u_mean_free - r * x_hat * slope
+        dgamma = r * _count(stored, mean) * (product - along_u * along_g)
+        ddout = gamma * r * u_mean_free + w * x_hat + b
+    dx, ddout = (result.astype(stored.dtype, copy=False) for result in (dx, ddout))
+    return dx, dgamma.reshape(-1), ddout
+
+
 def spatial_batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
@@ -749,6 +849,76 @@ def oracle_backward(
         g -= x_hat
     g *= inv_std * _as_column(gamma, g)
     return _from_rows(g, x, axis), dgamma.reshape(-1), dbeta
+
+
+def oracle_double_backward(
+    ddx: ArrayLike,
+    ddgamma: ArrayLike,
+    ddbeta: ArrayLike,
+    dout: ArrayLike,
+    x: ArrayLike,
+    gamma: ArrayLike,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    mean: ArrayLike | None = None,
+    var: ArrayLike | None = None,
+) -> Gradients:
+    """Gradients of the gradients of batch normalization in long double, to judge others by.
+
+    Parameters
+    ----------
+    ddx, dout, x : array_like, of the same shape, 1 or more dimensions
+    ddgamma, ddbeta, gamma : array_like, shape (C,)
+    eps, axis, mean, var
+        As for `oracle_backward`.
+
+    Returns
+    -------
+    dx : ndarray of longdouble, shape of x
+    dgamma : ndarray of longdouble, shape (C,)
+    ddout : ndarray of longdouble, shape of x
+
+    Notes
+    -----
+    The formulas of `batchnorm_double_backward`, on statistics as exact as those of
+    `oracle_forward`.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import reference
+    >>> x, dout = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> dx = reference.oracle_backward(dout, x, [1])[0]
+    >>> dgamma = reference.oracle_double_backward(dx, [0], [0], dout, x, [1])[1]
+    >>> dgamma.astype(float).round(4)
+    array([0.0816])
+    """
+    x_hat, _, _, r = _oracle_statistics(x, eps, axis, mean, var)
+    x_hat *= r
+    u, g = _as_rows(ddx, axis), _as_rows(dout, axis)
+    a, b, gamma = (_as_column(values, x_hat) for values in (ddgamma, ddbeta, gamma))
+    m = max(x_hat.shape[1], 1)
+    if mean is not None:
+        dgamma = r * (u * g).sum(axis=1, keepdims=True)
+        results = a * r * g, gamma * r * u + a * x_hat + b
+    else:
+        _center(u)
+        _center(g)
+        along_u, along_g, product = (
+            pair.sum(axis=1, keepdims=True) / m for pair in (u * x_hat, g * x_hat, u * g)
+        )
+        dgamma = r * m * (product - along_u * along_g)
+        w = a - gamma * r * along_u
+        slope = gamma * r * (product - 3 * along_u * along_g) + a * along_g
+        dx = r * w * g - gamma * r**2 * along_g * u - r * x_hat * slope
+        results = dx, gamma * r * u + w * x_hat + b
+    dx, ddout = (_from_rows(rows, x, axis) for rows in results)
+    return dx, dgamma.reshape(-1), ddout
 
 
 def _oracle_statistics(

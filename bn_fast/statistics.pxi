@@ -102,8 +102,11 @@ cdef void start_tile(
     cdef bint coarse = job.kind == BACKWARD
     for f in range(first, first + n_features):
         job.factor[f] = 1
-    if job.kind == FORWARD:
+    if job.kind == FORWARD or job.kind == PRODUCT:
         sample_shift[real](&job.reduce, X, first, n_features, job.shift_x, real_tag)
+    if job.kind == PRODUCT:
+        sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, real_tag)
+    if job.kind == FORWARD or job.kind == PRODUCT:
         return
     # Any shift near the mean will do for sums.  One with no digits below an eighth of the deviation
     # leaves x - shift exact or its rounding unbiased; with the digits of the mean, dgamma was off
@@ -358,6 +361,8 @@ cdef void set_constants(
             job.bias + f, job.wide + f,
             n, job.total, job.eps, low, wide, real_tag,
         )
+    elif job.kind == SECOND:
+        second_constants[real](job, f, n, wide, real_tag)
     elif job.kind == BACKWARD_FROZEN:
         # dx = gamma inv_std dout: the affine kernel on dout.
         for k in range(f, f + n):
@@ -400,6 +405,9 @@ cdef void finish_tile(
             for f in range(first, first + n_features):
                 if job.retry[f] != 0:
                     unsettled += settle(job, f, 1, False, real_tag)
+    if job.mean_kept != NULL:
+        memcpy(job.mean_kept + first, job.mean_g + first, n_features * sizeof(double))
+        memcpy(job.mean_kept_low + first, job.mean_g_low + first, n_features * sizeof(double))
     if not job.applies:
         return
     if job.kind == BACKWARD and not job.reduces:

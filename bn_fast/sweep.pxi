@@ -5,6 +5,8 @@ cdef enum Kind:
     FORWARD_FROZEN            # apply with the statistics that are given
     BACKWARD                  # sums of dout, then dx through the batch statistics
     BACKWARD_FROZEN           # sums of dout; dx = gamma inv_std dout
+    PRODUCT                   # sum of the product of two arrays, their means taken off
+    SECOND                    # gradients of the gradients: see second.pxi
 
 cdef enum Phase:
     SWEEP                     # a task is a tile: start, reduce, finish, apply
@@ -20,6 +22,22 @@ cdef struct Parameter:        # gamma or beta as the caller gave it; data is NUL
     const char* data
     Py_ssize_t stride
     bint single
+
+cdef struct Second:           # what the second order needs besides, all with one value per feature
+    double* mean_r            # of ddx
+    double* mean_r_low
+    double* mean_g
+    double* mean_g_low
+    double* product           # mean (ddx - its mean) (dout - its mean)
+    double* along_r           # mean ddx x_hat
+    double* along_g           # mean dout x_hat
+    double* ddgamma
+    double* ddbeta
+    double* shift_r           # constants, see second_constants
+    double* mix_g
+    double* mix_r
+    double* mix_x
+    double* mix_bias
 
 cdef struct Job:
     Kind kind
@@ -44,6 +62,9 @@ cdef struct Job:
     double* dgamma
     double* dbeta
     const double* multiplier  # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
+    double* mean_kept         # where the mean of dout and its low part are wanted, or NULL
+    double* mean_kept_low
+    Second second
     Py_ssize_t stride         # of the arrays below, from one to the next: see lay_out
     double* gamma
     double* beta
@@ -80,6 +101,11 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
+    char* shift_r
+    char* mix_g
+    char* mix_r
+    char* mix_x
+    char* mix_bias
     double* values            # the tile's own arrays, if tiles are swept
 
 
@@ -130,7 +156,11 @@ cdef Py_ssize_t group_rows(
     const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step,
 ) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
-    if access[X] == DIRECT and access[G] == DIRECT and access[Y] == DIRECT:
+    cdef bint direct = True
+    cdef int r
+    for r in range(N_ROLES):
+        direct = direct and access[r] == DIRECT
+    if direct:
         return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
     if plan.along:
         step = 1
@@ -183,29 +213,29 @@ cdef void fetch_rows(
 
 
 cdef void store_rows(
-    const Plan* plan, const Segment* segment, Access access, Py_ssize_t tile_first,
+    const Plan* plan, const Segment* segment, int role, Access access, Py_ssize_t tile_first,
     Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Scratch* s,
     const real* real_tag, const lane* lane_tag,
 ) noexcept nogil:
-    """Bring n rows from the output's buffer to where they belong."""
+    """Bring n rows from an output's buffer to where they belong."""
     cdef Py_ssize_t i = 0, run, n_bytes = width * plan.itemsize
-    cdef char* start = plan.base[Y] + tile_first * plan.feature_stride[Y]
-    cdef char** rows = s.rows[Y]
-    cdef lane* buffer = <lane*> s.buffer[Y]
+    cdef char* start = plan.base[role] + tile_first * plan.feature_stride[role]
+    cdef char** rows = s.rows[role]
+    cdef lane* buffer = <lane*> s.buffer[role]
     cdef char* packed = <char*> buffer
     if access == GATHERED:
-        row_pointers(segment, Y, start, row, n, rows)
+        row_pointers(segment, role, start, row, n, rows)
         for i in range(n):
             if plan.storage != NATIVE:
                 scatter_half_row[lane](
-                    plan.storage, rows[i], s.offset[Y] + j0, width, buffer + i * width
+                    plan.storage, rows[i], s.offset[role] + j0, width, buffer + i * width
                 )
             else:
                 scatter_row[real, lane](
-                    real_tag, rows[i], s.offset[Y] + j0, width, buffer + i * width
+                    real_tag, rows[i], s.offset[role] + j0, width, buffer + i * width
                 )
         return
-    row_pointers(segment, Y, start + j0 * plan.itemsize, row, n, rows)
+    row_pointers(segment, role, start + j0 * plan.itemsize, row, n, rows)
     if access == STREAMED and plan.storage != NATIVE:
         packed = <char*> (buffer + n * width)  # float's half of the buffer, and half as much again
         narrow(plan.storage, <float*> buffer, n * width, packed)
@@ -346,28 +376,34 @@ cdef void apply_columns(
     kernel_ahead = ahead if plan.storage == NATIVE else 0
     while row < row_end:
         n = min(group, row_end - row)
-        for r in range(2):
+        for r in range(Y):
             if plan.used[r]:
                 fetch_rows[real, lane](
                     plan, segment, r, access[r], tile_first, j0, width, row, n, ahead,
                     s, real_tag, lane_tag,
                 )
-        if access[Y] == DIRECT:
-            row_pointers(
-                segment, Y,
-                plan.base[Y] + tile_first * plan.feature_stride[Y] + j0 * sizeof(real),
-                row, n, s.rows[Y],
-            )
-        else:
-            for i in range(n):
-                s.rows[Y][i] = <char*> ((<lane*> s.buffer[Y]) + i * width)
+        for r in range(Y, N_ROLES):
+            if plan.used[r] and access[r] == DIRECT:
+                row_pointers(
+                    segment, r,
+                    plan.base[r] + tile_first * plan.feature_stride[r] + j0 * sizeof(real),
+                    row, n, s.rows[r],
+                )
+            elif plan.used[r]:
+                for i in range(n):
+                    s.rows[r][i] = <char*> ((<lane*> s.buffer[r]) + i * width)
         n_padded = n
         while n_padded % APPLY_ROWS and not plan.along:
             s.rows[X][n_padded] = <char*> (<lane*> s.shift_x + j0)
             s.rows[G][n_padded] = <char*> (<lane*> s.shift_g + j0)
             s.rows[Y][n_padded] = <char*> (dummy + (n_padded % APPLY_ROWS - 1) * width)
+            if job.kind == SECOND:
+                s.rows[R][n_padded] = <char*> (<lane*> s.shift_r + j0)
+                s.rows[D][n_padded] = s.rows[Y][n_padded]
             n_padded += 1
-        if plan.along and plan.used[G]:
+        if job.kind == SECOND:
+            second_rows[lane](plan, s, n_padded, width, j0, kernel_ahead, lane_tag)
+        elif plan.along and plan.used[G]:
             grad_apply_along[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
                 <lane*> s.scale, <lane*> s.slope, <lane*> s.bias,
@@ -389,10 +425,12 @@ cdef void apply_columns(
                 <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
                 kernel_ahead,
             )
-        if access[Y] != DIRECT:
-            store_rows[real, lane](
-                plan, segment, access[Y], tile_first, j0, width, row, n, s, real_tag, lane_tag
-            )
+        for r in range(Y, N_ROLES):
+            if plan.used[r] and access[r] != DIRECT:
+                store_rows[real, lane](
+                    plan, segment, r, access[r], tile_first, j0, width, row, n, s,
+                    real_tag, lane_tag,
+                )
         row += n
 
 
@@ -406,9 +444,13 @@ cdef void apply_chunk(
     cdef int index, r
     cdef Access access[N_ROLES]
     cdef Py_ssize_t row, row_end, width, q, f, f_end, j, wanted = 0
-    cdef const double** values = [job.scale, job.bias, job.slope, job.shift_g]
+    cdef const double** values = [
+        job.scale, job.bias, job.slope, job.shift_g, job.second.shift_r, job.second.mix_g,
+        job.second.mix_r, job.second.mix_x, job.second.mix_bias,
+    ]
     cdef lane** columns = [
-        <lane*> s.scale, <lane*> s.bias, <lane*> s.slope, <lane*> s.shift_g
+        <lane*> s.scale, <lane*> s.bias, <lane*> s.slope, <lane*> s.shift_g,
+        <lane*> s.shift_r, <lane*> s.mix_g, <lane*> s.mix_r, <lane*> s.mix_x, <lane*> s.mix_bias,
     ]
     for f in range(first, first + n_features):
         wanted += job.wide[f] == wide
@@ -421,7 +463,7 @@ cdef void apply_chunk(
         access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    if access[X] == GATHERED or access[G] == GATHERED:
+    if access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
         set_ones(<lane*> s.dummy, width)
         expand[lane](
             job.factor, NULL, first, n_features, segment.n_joined, segment.n_run, <lane*> s.factor
@@ -430,11 +472,10 @@ cdef void apply_chunk(
         job.shift_x, job.factor, first, n_features, segment.n_joined, segment.n_lanes,
         <lane*> s.shift_x,
     )
-    for r in range(4):
-        if r < 2 or plan.used[G]:
-            expand[lane](
-                values[r], NULL, first, n_features, segment.n_joined, segment.n_lanes, columns[r]
-            )
+    for r in range(9 if job.kind == SECOND else 4 if plan.used[G] else 2):
+        expand[lane](
+            values[r], NULL, first, n_features, segment.n_joined, segment.n_lanes, columns[r]
+        )
     if wanted == n_features:
         apply_columns[real, lane](
             job, segment, row, row_end, first, 0, width, access, s, real_tag, lane_tag

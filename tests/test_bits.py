@@ -12,7 +12,7 @@ import pytest
 
 import bn_fast
 import bn_fast.functional
-from bn_fast import batchnorm_backward, batchnorm_forward
+from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
 from .arrays import DTYPES, SHAPES, TALL, problem
 from .judge import assert_same_bits
@@ -45,7 +45,9 @@ def results(shape, axis, dtype, layout, mode):
     param = {"mode": "test" if mode == "test" else "train", "running_var": np.abs(gamma)}
     with np.errstate(all="ignore"):
         out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
-    return [out, *batchnorm_backward(dout, cache), param["running_mean"], param["running_var"]]
+        second = batchnorm_double_backward(dout, gamma, beta, dout, cache)
+    averages = param["running_mean"], param["running_var"]
+    return [out, *batchnorm_backward(dout, cache), *averages, *second]
 
 
 @pytest.fixture
