@@ -204,6 +204,29 @@ def test_states_handed_out_are_not_written_to():
     assert layer.running_mean is not mean
 
 
+def test_another_layer_replaces_the_two_hooks_and_no_more():
+    """As one does whose batch lies in several places: the state follows its statistics."""
+
+    class Elsewhere(BatchNorm):
+        def _forward_batch(self, x, out):
+            out, cache, *_ = super()._forward_batch(x, out)
+            return out, cache, 5, np.full(3, 2.0), np.full(3, 8.0)
+
+        def _backward_batch(self, dout, cache, out):
+            return np.full_like(dout, 7), np.full(3, 8), np.full(3, 9)
+
+    layer, plain = Elsewhere(3, momentum=None, ddof=1), BatchNorm(3)
+    assert_same_bits([layer.forward(batch())], [plain.forward(batch())])
+    assert (layer.running_mean == 2).all()
+    assert (layer.running_var == 8 * 5 / 4).all()
+    assert (layer.backward(batch()) == 7).all()
+    assert (layer.dgamma == 8).all()
+    assert (layer.dbeta == 9).all()
+    layer.load_state_dict(plain.state_dict())
+    layer.forward(batch(), training=False), plain.forward(batch(), training=False)
+    assert_same_bits([layer.backward(batch())], [plain.backward(batch())])
+
+
 # -- bad batches
 
 
