@@ -47,8 +47,8 @@ class BatchNorm:
         is. The output is the same under 'skip' and 'propagate': NaN spreads within its feature.
     reuse_buffers : bool, default False
         Write the output of `forward`, and dx of `backward`, into the array that the call before
-        returned if x has the same shape, strides and dtype. Then each call overwrites the last
-        result.
+        returned if x has the same shape, strides and dtype. Then each call, also one that raises
+        because of a bad batch, overwrites the last result.
 
     Attributes
     ----------
@@ -205,8 +205,9 @@ class BatchNorm:
         Parameters
         ----------
         x : array_like, 2 or more dimensions, C long along `axis`
-            float32 and float64 are computed as such, integers and bool as float64. Any strides;
-            never modified. Kept by reference for `backward`.
+            Any dtype that `batchnorm_forward` takes, computed as there: float16 and bfloat16 as
+            float32, integers and bool as float64. Any strides; never modified. Kept by reference
+            for `backward`.
         training : bool, default True
             Whether to use, and average into the running statistics, those of x.
 

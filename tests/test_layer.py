@@ -160,6 +160,19 @@ def test_integers_are_computed_in_double():
     assert layer.dgamma.dtype == layer.dbeta.dtype == np.float32  # those of gamma and beta
 
 
+def test_half_types_are_storage():
+    """The parameters and their gradients stay float32, as do the running statistics' digits."""
+    x, dout = batch().astype(np.float16), batch(seed=1).astype(np.float16)
+    layer, single = BatchNorm(3), BatchNorm(3)
+    for training in (True, False):
+        expected = single.forward(x.astype(np.float32), training).astype(np.float16)
+        assert_same_bits([layer.forward(x, training)], [expected])
+        expected = single.backward(dout.astype(np.float32)).astype(np.float16)
+        assert_same_bits([layer.backward(dout)], [expected])
+        assert_same_bits([layer.dgamma, layer.dbeta], [single.dgamma, single.dbeta])
+    assert_same_bits(snapshot(layer), snapshot(single))
+
+
 # -- the order of calls
 
 
