@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from ._cache import Cache
 from ._types import Array
-from .functional import batchnorm_backward, batchnorm_forward
+from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
 __all__ = ["batch_norm"]
 
@@ -54,12 +54,13 @@ def batch_norm(
     TypeError, ValueError
         As `bn_fast.batchnorm_forward`; also if only one of `mean` and `var` is given.
     NotImplementedError
-        By autograd, for derivatives of second order, of forward mode, and with respect to `mean`
-        and `var`.
+        By autograd, for derivatives of third order, of forward mode, and with respect to `mean` and
+        `var`.
 
     See Also
     --------
-    bn_fast.batchnorm_forward, bn_fast.batchnorm_backward : what is called, with the formulas
+    bn_fast.batchnorm_forward, bn_fast.batchnorm_backward, bn_fast.batchnorm_double_backward :
+        what is called, with the formulas
 
     References
     ----------
@@ -129,3 +130,33 @@ def _vjp(
 
 
 defvjp_argnums(_forward, _vjp)
+
+
+@primitive
+def _double_backward(
+    ddx: Array,
+    ddgamma: Array,
+    ddbeta: Array,
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    kept: list[Cache],
+) -> tuple[Array, Array, Array]:
+    """dx, dgamma, ddout. A third derivative is not defined, and autograd says so."""
+    return batchnorm_double_backward(ddx, ddgamma, ddbeta, dout, kept[0])
+
+
+def _second_vjp(
+    argnums: Sequence[int], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Any], tuple[Array, ...]]:
+    dout, x, gamma, kept = args
+
+    def gradients(second: Any) -> tuple[Array, ...]:
+        found = _double_backward(second[0], second[1], second[2], dout, x, gamma, kept)
+        in_order = found[2], found[0], found[1]
+        return tuple(in_order[i].astype(args[i].dtype, copy=False) for i in argnums)
+
+    return gradients
+
+
+defvjp_argnums(_backward, _second_vjp)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ._cache import Cache
 from ._types import Array
-from .functional import batchnorm_backward, batchnorm_forward
+from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
 __all__ = ["batch_norm"]
 
@@ -80,7 +80,8 @@ def batch_norm(
     in training, the parameters may be of another dtype than `input`, and a negative
     ``running_var`` is an error.
 
-    The gradient is differentiable once: a second derivative is an error. So are forward-mode
+    Second derivatives (``create_graph=True``, for gradient penalties) are computed by
+    `bn_fast.batchnorm_double_backward`. A third derivative is an error, and so are forward-mode
     differentiation and the transforms of torch.func.
 
     References
@@ -215,12 +216,57 @@ class _BatchNorm(torch.autograd.Function):
         return _to_tensor(y, input.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        x: Array = _to_array(input)
-        cache = Cache(x, _parameter(weight, x, 1), ctx.stats, 1, ctx.eps, ctx.frozen)
-        gradients = batchnorm_backward(_to_array(dout), cache)
+        given = (dout, *ctx.saved_tensors, ctx.stats, ctx.eps, ctx.frozen)
+        # Gradients are recorded here only under create_graph=True, for a second derivative.
+        function = _BatchNormBackward.apply if torch.is_grad_enabled() else _gradients
+        needed = zip(function(*given), ctx.needs_input_grad)
+        return (*(g if needs else None for g, needs in needed), *[None] * 5)
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dout: torch.Tensor,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        stats: Array,
+        eps: float,
+        frozen: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(dout, input, weight)
+        ctx.set_materialize_grads(False)  # None says that nothing depends on a gradient
+        ctx.stats, ctx.eps, ctx.frozen = stats, eps, frozen
+        return _gradients(dout, input, weight, stats, eps, frozen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *second: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        dout, input, weight = ctx.saved_tensors
+        cache = _cache(input, weight, ctx.stats, ctx.eps, ctx.frozen)
+        ddx, ddgamma, ddbeta = (None if t is None else _to_array(t) for t in second)
+        dx, dgamma, ddout = batchnorm_double_backward(ddx, ddgamma, ddbeta, _to_array(dout), cache)
+        gradients = (_to_tensor(a, input.dtype) for a in (ddout, dx, dgamma))
         needed = zip(gradients, ctx.needs_input_grad)
-        tensors = (_to_tensor(g, input.dtype) if needs else None for g, needs in needed)
-        return (*tensors, *[None] * 5)
+        return (*(g if needs else None for g, needs in needed), *[None] * 3)
+
+
+def _gradients(
+    dout: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: Array,
+    eps: float,
+    frozen: bool,
+) -> tuple[torch.Tensor, ...]:
+    cache = _cache(input, weight, stats, eps, frozen)
+    arrays = batchnorm_backward(_to_array(dout), cache)
+    return tuple(_to_tensor(a, input.dtype) for a in arrays)
+
+
+def _cache(
+    input: torch.Tensor, weight: torch.Tensor | None, stats: Array, eps: float, frozen: bool
+) -> Cache:
+    x = _to_array(input)
+    return Cache(x, _parameter(weight, x, 1), stats, 1, eps, frozen)

@@ -44,7 +44,7 @@ def test_check_grads(shape, axis, frozen):
     def function(x, gamma, beta):
         return batch_norm(x, gamma, beta, *statistics, axis=axis)
 
-    check_grads(function, (0, 1, 2), modes=["rev"], order=1)(x, gamma, beta)
+    check_grads(function, (0, 1, 2), modes=["rev"], order=2)(x, gamma, beta)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -60,6 +60,20 @@ def test_agrees_with_the_expression(shape, axis, frozen):
         gradient = grad(loss, argnums)
         for a, b in zip(*(gradient(norm, x, gamma, beta) for norm in (batch_norm, expression))):
             assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1, 2)])
+def test_gradient_penalty_agrees_with_the_expression(argnums):
+    """Second derivatives, also where only some of the arguments are differentiated."""
+    given = problem((6, 3, 2), 1)[:3]
+
+    def penalty(norm, *given):
+        gradients = grad(lambda *given: np.sum(np.sin(norm(*given))), argnums)(*given)
+        return sum(np.sum(g**2) for g in gradients)
+
+    wanted = tuple(i + 1 for i in range(3))
+    for a, b in zip(*(grad(penalty, wanted)(norm, *given) for norm in (batch_norm, expression))):
+        assert_allclose(a, b, rtol=0, atol=1e-12 * np.max(np.abs(b)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,5 +162,6 @@ def test_errors():
     with pytest.raises(NotImplementedError, match="not defined"):
         make_jvp(lambda x: batch_norm(x, gamma, beta))(x)(x)
     first = elementwise_grad(lambda x: batch_norm(x, gamma, beta) ** 2)
-    with pytest.raises(NotImplementedError, match="VJP of _backward"):
-        grad(lambda x: np.sum(first(x) ** 2))(x)
+    second = elementwise_grad(lambda x: first(x) ** 2)
+    with pytest.raises(NotImplementedError, match="VJP of _double_backward"):
+        grad(lambda x: np.sum(second(x) ** 2))(x)

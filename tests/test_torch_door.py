@@ -117,6 +117,36 @@ def test_gradcheck(shape, training):
         return batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
 
     assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_penalty_agrees_with_torch(training, affine, dtype):
+    x, mean, var, weight, bias, dout = tensors((9, 4, 3), dtype)
+    parameters = [weight, bias] if affine else []
+    leaves = [a.requires_grad_() for a in (x, *parameters, dout)]
+
+    def second_derivatives(function):
+        statistics = None if training else mean.clone(), None if training else var.clone()
+        y = function(x, *statistics, *parameters, training=training)
+        (dx,) = torch.autograd.grad(y, x, dout, create_graph=True)
+        return torch.autograd.grad((dx**2).sum() + y.sum(), leaves)
+
+    eps = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    expected = second_derivatives(F.batch_norm)
+    for a, b in zip(second_derivatives(batch_norm), expected):
+        assert (a - b).abs().max() <= eps * max(1, b.abs().max())
+
+
+def test_third_derivative_is_refused():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y = batch_norm(x, None, None, training=True).sin().sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second.sum().backward()
 
 
 @pytest.mark.parametrize("needed", range(8))
