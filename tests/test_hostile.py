@@ -294,3 +294,17 @@ def test_sums_that_cancel(dtype, shape, axis):
     m = x.size // n_features
     for name, got, sums in (("dgamma", dgamma, expected.dgamma), ("dbeta", dbeta, expected.dbeta)):
         check(name, got, sums, x, limit=10, scale=m**0.5)
+
+
+@pytest.mark.parametrize("shape", [(40 * 384, 130), (40 * 384, 2, 5)], ids=str)
+def test_sums_keep_twice_the_digits(shape):
+    """2^53 + 1 - 2^53, over and over: what is rounded off a sum comes back, in every chunk of rows.
+
+    The three stand in neighboring blocks of 128 rows, out of sight of the guess of the mean.
+    """
+    dout = np.zeros(shape)
+    for k, value in enumerate([2.0**53, 1, -(2.0**53)]):
+        dout[128 * k + 65 :: 384, 1, ...] = value
+    _, cache = batchnorm_forward(normal(shape, np.float64), np.ones(shape[1]), np.zeros(shape[1]))
+    dbeta = batchnorm_backward(dout, cache)[2]
+    assert dbeta[1] == dout[65 + 128 :: 384, 1, ...].sum()
