@@ -36,7 +36,8 @@ def _real_array(value: Any, name: str) -> NDArray[Any]:
             array = np.from_dlpack(value)
         else:
             array = np.asarray(value)
-    except ValueError as error:  # a ragged list
+    except (ValueError, TypeError, RuntimeError, BufferError) as error:
+        # a ragged list, a tensor on another device or with a gradient
         raise TypeError(f"{expected}, got a {type(value).__name__}: {error}") from None
     if array.dtype.kind not in "biuf" and not is_bfloat16(array.dtype):
         raise TypeError(f"{expected}, got {_kind(array)}")
@@ -104,7 +105,10 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
     for name, array in inputs.items():
         same = output.ctypes.data == array.ctypes.data and output.strides == array.strides
         if not same and np.shares_memory(output, array):
-            raise ValueError(f"out must be {name} itself or apart from it, got a partial overlap")
+            place = (
+                f"{name} itself or apart from it" if name in ("x", "dout") else f"apart from {name}"
+            )
+            raise ValueError(f"out must be {place}, got a partial overlap")
     return output
 
 
@@ -119,7 +123,7 @@ def forward_arrays(
     axis = _axis(axis, x.ndim)
     gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
     beta = _parameter(beta, "beta", x.shape[axis], axis)
-    return x, gamma, beta, axis, _output(out, {"x": x})
+    return x, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma})
 
 
 def images(x: Any) -> Array:
@@ -192,7 +196,7 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
 
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
     if type(cache) is Cache and not cache.overwritten:
-        if core.is_plain_gradient(dout, cache.x, out):  # the straight road
+        if core.is_plain_gradient(dout, cache.x, cache.gamma, out):  # the straight road
             return dout, cache, out
     elif not isinstance(cache, Cache):
         cache = _foreign_cache(cache)
@@ -205,7 +209,7 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
     if dout.shape != x.shape:
         raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
     dout = dout.astype(x.dtype, order="K", copy=False)
-    return dout, cache, _output(out, {"dout": dout, "x": x})
+    return dout, cache, _output(out, {"dout": dout, "x": x, "gamma": cache.gamma})
 
 
 def second_order_arrays(

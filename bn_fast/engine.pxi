@@ -429,13 +429,16 @@ def is_plain(x, gamma, beta, axis, out):
     n = cnp.PyArray_DIMS(x)[<int> axis]
     return (
         is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
-        and is_plain_output(out, x, None)
+        and is_plain_output(out, x, None) and (out is None or not overlap(out, gamma))
     )
 
 
-def is_plain_gradient(dout, x, out):
-    """The same for a backward call, whose x has been checked before."""
-    return is_plain_twin(dout, x) and is_plain_output(out, dout, x)
+def is_plain_gradient(dout, x, gamma, out):
+    """The same for a backward call, whose x and gamma have been checked before."""
+    return (
+        is_plain_twin(dout, x) and is_plain_output(out, dout, x)
+        and (out is None or not overlap(out, gamma))
+    )
 
 
 def is_same(a, b):

@@ -45,7 +45,7 @@ def arrays(draw, shape, wild=False):
     values = normal(shape, dtype, seed) + dtype(draw(st.sampled_from([0, 100])))
     if wild:
         values += dtype(draw(st.sampled_from([0, 0, 1e4, -3e5])))
-        values *= dtype(draw(st.sampled_from([1, 1, 1, 1e-3, 1e5, 1e12, 1e-12])))
+        values *= dtype(draw(st.sampled_from([1, 1, 1, 1e-3, 1e5, 1e8, 1e-12])))
         if draw(st.integers(0, 4)) == 0:  # constant along some axis, or everywhere
             which = draw(st.integers(0, 2**ndim - 1))
             values[...] = values[
