@@ -1,8 +1,21 @@
 """What a forward call leaves for its backward call."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ._types import Array, parameter_dtype
+
+
+class Options(NamedTuple):
+    """What a forward call was asked for besides batch normalization."""
+
+    activation: str | None
+    negative_slope: float
+    beta: Array
+    residual: Array | None
+    weights: Array | None  # of the shape and dtype of x, by a power of two smaller than given
+    total: float  # of the weights of a feature
+    residual_overwritten: bool
 
 
 class Cache:
@@ -28,9 +41,13 @@ class Cache:
         The mean is that of x, to all digits; False for a five-tuple that other code made.
     overwritten : str
         Which call wrote its output over x, so that no gradient can be had any more; else empty.
+    options : Options or None
+        What else the call was asked for; None: nothing. Each is an attribute of the cache too.
     """
 
-    __slots__ = ("axis", "eps", "exact_mean", "frozen", "gamma", "overwritten", "stats", "x")
+    __slots__ = (
+        "axis", "eps", "exact_mean", "frozen", "gamma", "options", "overwritten", "stats", "x",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -42,6 +59,7 @@ class Cache:
         frozen: bool = False,
         exact_mean: bool = True,
         overwritten: str = "",
+        options: Options | None = None,
     ) -> None:
         self.x = x
         self.gamma = gamma
@@ -51,6 +69,27 @@ class Cache:
         self.frozen = frozen
         self.exact_mean = exact_mean
         self.overwritten = overwritten
+        self.options = options
+
+    @property
+    def activation(self) -> str | None:
+        return self.options.activation if self.options else None
+
+    @property
+    def negative_slope(self) -> float:
+        return self.options.negative_slope if self.options else 0.01
+
+    @property
+    def beta(self) -> Array | None:
+        return self.options.beta if self.options else None
+
+    @property
+    def residual(self) -> Array | None:
+        return self.options.residual if self.options else None
+
+    @property
+    def weights(self) -> Array | None:
+        return self.options.weights if self.options else None
 
     def _broadcastable(self, values: Array) -> Array:
         shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)

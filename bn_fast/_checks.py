@@ -13,9 +13,11 @@ import numpy as np
 from numpy.exceptions import AxisError
 from numpy.typing import NDArray
 
-from ._cache import Cache
+from ._cache import Cache, Options
 from ._core import core
 from ._types import DTYPES, Array, is_bfloat16, parameter_dtype
+
+GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
 
 def _kind(value: Any) -> str:
@@ -106,7 +108,9 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         same = output.ctypes.data == array.ctypes.data and output.strides == array.strides
         if not same and np.shares_memory(output, array):
             place = (
-                f"{name} itself or apart from it" if name in ("x", "dout") else f"apart from {name}"
+                f"{name} itself or apart from it"
+                if name in ("x", "dout", "residual")
+                else f"apart from {name}"
             )
             raise ValueError(f"out must be {place}, got a partial overlap")
     return output
@@ -124,6 +128,65 @@ def forward_arrays(
     gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
     beta = _parameter(beta, "beta", x.shape[axis], axis)
     return x, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma})
+
+
+def options(
+    x: Array,
+    beta: Array,
+    axis: int,
+    out: Array | None,
+    activation: Any,
+    negative_slope: Any,
+    residual: Any,
+    weights: Any,
+) -> Options:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"activation must be None or a name, got {_kind(activation)}")
+    if activation is not None and activation not in core.activations:
+        names = ", ".join(map(repr, core.activations))
+        raise ValueError(f"activation must be None or one of {names}, got {activation!r}")
+    slope = _number(negative_slope, "negative_slope")
+    if not math.isfinite(slope):
+        raise ValueError(f"negative_slope must be finite, got {slope}")
+    overwritten = False
+    if residual is not None:
+        residual = _input(residual, "residual")
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
+        residual = residual.astype(x.dtype, order="K", copy=False)
+        if out is not None:
+            _output(out, {"residual": residual})
+            overwritten = activation is not None and core.is_same(out, residual)
+    if out is not None:
+        _output(out, {"x": x, "beta": beta})
+    weights, total = (None, 0.0) if weights is None else _weights(weights, x, axis)
+    return Options(activation, slope, beta, residual, weights, total, overwritten)
+
+
+def _weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float]:
+    """Weights in the shape and dtype of x, and their sum; None where all are equal.
+
+    They are divided by a power of two near the largest. That changes no mean, and neither squares
+    nor sums leave the range because of it.
+    """
+    w = _real_array(value, "weights").astype(np.float64)
+    lengths = (1,) * (x.ndim - w.ndim) + w.shape
+    fits = len(lengths) == x.ndim and lengths[axis] == 1
+    if not fits or any(m not in (1, n) for m, n in zip(lengths, x.shape, strict=True)):
+        wanted = tuple(1 if d == axis else n for d, n in enumerate(x.shape))
+        raise ValueError(
+            f"weights must broadcast to {wanted}, which is x without axis {axis}, got {w.shape}"
+        )
+    lowest, highest = w.min(initial=math.inf), w.max(initial=0)
+    if not (lowest >= 0 and highest < math.inf):
+        raise ValueError(
+            f"weights must be finite and at least 0, got {highest if lowest >= 0 else lowest}"
+        )
+    if lowest == highest > 0 or w.size == 0:
+        return None, 0.0
+    w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
+    repeats = x.size // x.shape[axis] // w.size if x.size else 0
+    return np.broadcast_to(w, x.shape), float(w.sum(dtype=np.float64)) * repeats
 
 
 def images(x: Any) -> Array:
@@ -194,8 +257,21 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     return Settings(mode == "train", eps, momentum, mean, var)
 
 
+def needs(value: Any, out: Any) -> set[str]:
+    """Which gradients are wanted."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise TypeError(f"needs must be a sequence of names of gradients, got {_kind(value)}")
+    names = list(value)
+    for name in names:
+        if name not in GRADIENTS:
+            raise ValueError(f"needs must be of {', '.join(GRADIENTS)}, got {name!r}")
+    if out is not None and "dx" not in names:
+        raise ValueError("out is for dx, which needs does not name")
+    return set(names)
+
+
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
-    if type(cache) is Cache and not cache.overwritten:
+    if type(cache) is Cache and not cache.overwritten and not cache.options:
         if core.is_plain_gradient(dout, cache.x, cache.gamma, out):  # the straight road
             return dout, cache, out
     elif not isinstance(cache, Cache):
@@ -204,18 +280,31 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
         raise ValueError(
             f"cache cannot be used: {cache.overwritten} wrote its output over the x that it keeps"
         )
+    inputs = {"x": cache.x, "gamma": cache.gamma}
+    if cache.options:
+        inputs["beta"] = cache.options.beta
+    if cache.options and cache.options.activation and cache.options.residual is not None:
+        if cache.options.residual_overwritten:
+            raise ValueError(
+                "cache cannot be used: batchnorm_forward wrote its output over the residual that it"
+                " keeps"
+            )
+        if out is not None and np.may_share_memory(out, cache.options.residual):
+            raise ValueError("out must be apart from the residual that cache keeps")
     x = cache.x
     dout = _input(dout, "dout")
     if dout.shape != x.shape:
         raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
     dout = dout.astype(x.dtype, order="K", copy=False)
-    return dout, cache, _output(out, {"dout": dout, "x": x, "gamma": cache.gamma})
+    return dout, cache, _output(out, {"dout": dout} | inputs)
 
 
 def second_order_arrays(
     ddx: Any, ddgamma: Any, ddbeta: Any, dout: Any, cache: Any
 ) -> tuple[Array | None, Array, Array, Array, Cache]:
     dout, cache, _ = backward_arrays(dout, cache, None)
+    if cache.options:
+        raise ValueError("cache must be of a call without activation, residual and weights")
     x, axis = cache.x, cache.axis
     if ddx is not None:
         ddx = _input(ddx, "ddx")
@@ -262,7 +351,21 @@ def _foreign_cache(cache: Any) -> Cache:
         stats[row] = _flat_parameter(value, name, n_features, axis)
     gamma = _flat_parameter(gamma, "gamma", n_features, axis)
     frozen = bool(getattr(cache, "frozen", False))  # as reference.py's cache of test mode says
-    return Cache(x, gamma, stats, axis, -1.0, frozen, exact_mean=False)
+    return Cache(
+        x, gamma, stats, axis, -1.0, frozen, False, options=_foreign_options(cache, x, axis)
+    )
+
+
+def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
+    """Those of reference.py's cache, which has them as attributes."""
+    names = ("activation", "residual", "weights")
+    activation, residual, weights = (getattr(cache, name, None) for name in names)
+    if activation is None and residual is None and weights is None:
+        return None
+    beta = _flat_parameter(cache.beta, "beta", x.shape[axis], axis)
+    if weights is not None:
+        weights = np.asarray(weights).take([0], axis)
+    return options(x, beta, axis, None, activation, cache.negative_slope, residual, weights)
 
 
 def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:

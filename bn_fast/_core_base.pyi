@@ -1,5 +1,7 @@
 from ._types import Array
 
+activations: dict[str, int]
+
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
 def backward(
     dout: Array,
@@ -12,7 +14,16 @@ def backward(
     frozen: bool,
     exact_mean: bool,
     n_threads: int,
-) -> tuple[Array, Array, Array]: ...
+    activation: int = 0,
+    negative_slope: float = 0,
+    beta: Array | None = None,
+    residual: Array | None = None,
+    weights: Array | None = None,
+    total: float = 0,
+    needs_dx: bool = True,
+    needs_sums: bool = True,
+    needs_dresidual: bool = False,
+) -> tuple[Array | None, Array, Array, Array | None]: ...
 def backward_dx(
     dout: Array,
     x: Array,
@@ -49,6 +60,11 @@ def forward(
     mean: Array | None,
     var: Array | None,
     n_threads: int,
+    activation: int = 0,
+    negative_slope: float = 0,
+    residual: Array | None = None,
+    weights: Array | None = None,
+    total: float = 0,
 ) -> tuple[Array, Array]: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...

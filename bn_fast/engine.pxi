@@ -35,6 +35,7 @@ include "kernels.pxi"
 include "half.pxi"
 include "layout.pxi"
 include "sweep.pxi"
+include "options.pxi"
 include "statistics.pxi"
 
 
@@ -59,7 +60,7 @@ cdef void run_tasks(
         tile_range(job, index, &first, &n_features)
         if phase == SWEEP and job.own_values:
             lay_out(job, s.values, job.tile + job.lead, first)
-        if phase == START or (phase == SWEEP and job.reduces):
+        if phase == START or (phase == SWEEP and (job.reduces or job.gated)):
             start_tile[real](job, first, n_features, real_tag)
         if phase == SWEEP and job.reduces:
             for chunk in range(job.reduce.n_chunks):
@@ -77,7 +78,7 @@ cdef void run_tasks(
                 apply_one[real](job, chunk, first, n_features, &s, real_tag)
         elif phase == APPLY:
             apply_one[real](job, chunk, first, n_features, &s, real_tag)
-    if job.stream:
+    if job.stream or job.stream_gradient:
         bn_stream_end()
 
 
@@ -109,18 +110,32 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     s.dummy = memory + 11 * columns
     memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
     for r in range(N_ROLES):
-        if r == X or r == G or r == Y or job.kind == SECOND:
+        if r == X or r == G or r == Y or job.has_options:
             s.buffer[r] = memory
             memory += job.buffer_elements * sizeof(double)
-    if job.kind == SECOND:
+    if job.has_options:
         s.offset[R] = <Py_ssize_t*> memory
         s.offset[D] = <Py_ssize_t*> (memory + columns)
-        s.shift_r = memory + 2 * columns
-        s.mix_g = memory + 3 * columns
-        s.mix_r = memory + 4 * columns
-        s.mix_x = memory + 5 * columns
-        s.mix_bias = memory + 6 * columns
-        memory += N_SECOND_COLUMNS * columns
+        s.offset[W] = <Py_ssize_t*> (memory + 2 * columns)
+        s.gate_shift = memory + 3 * columns
+        s.gate_scale = memory + 4 * columns
+        s.gate_bias = memory + 5 * columns
+        s.gate_ones = memory + 6 * columns
+        s.wide_shift = <double*> (memory + 7 * columns)
+        s.wide_scale = <double*> (memory + 8 * columns)
+        s.wide_bias = <double*> (memory + 9 * columns)
+        s.wide_factor = <double*> (memory + 10 * columns)
+        s.wide_ones = <double*> (memory + 11 * columns)
+        s.weigh_shift = memory + 12 * columns
+        s.weigh_slope = memory + 13 * columns
+        s.weigh_rest = memory + 14 * columns
+        s.weigh_ones = memory + 15 * columns
+        s.shift_r = memory + 16 * columns
+        s.mix_g = memory + 17 * columns
+        s.mix_r = memory + 18 * columns
+        s.mix_x = memory + 19 * columns
+        s.mix_bias = memory + 20 * columns
+        memory += N_OPTION_COLUMNS * columns
     s.values = <double*> memory
 
 
@@ -144,9 +159,10 @@ cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noe
     if sweep:
         run_phase[real](job, SWEEP, job.n_tiles, n_threads, real_tag)
         return
-    if job.reduces:
+    if job.reduces or job.gated:
         # Shifts take no time worth a thread: three values per feature.
         run_phase[real](job, START, job.n_tiles, 1, real_tag)
+    if job.reduces:
         run_phase[real](job, REDUCE, job.n_tiles * job.reduce.n_chunks, n_threads, real_tag)
     run_phase[real](job, FINISH, job.n_tiles, n_threads, real_tag)
     if job.applies:
@@ -225,9 +241,10 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     cdef Plan* plan = &job.apply
     cdef int r
     job.stream = BN_STREAMS and bytes >= STREAM_BYTES
+    job.stream_gradient = job.stream and job.reduce.used[D] and not sweep
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
-    for r in range(Y, N_ROLES):
+    for r in range(Y, W):
         if job.stream and plan.used[r] and plan.access[r] != GATHERED:
             plan.access[r] = STREAMED
 
@@ -275,9 +292,55 @@ cdef void load_parameter(cnp.ndarray values, double* target) noexcept:
     read_parameter(&given, 0, cnp.PyArray_DIMS(values)[0], target)
 
 
+cdef void plan_visits(
+    Job* job, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray residual, cnp.ndarray weights,
+    cnp.ndarray dresidual, cnp.ndarray out, int axis,
+) noexcept:
+    """Give the arrays their roles in both visits.  In second order residual and dresidual are ddx
+    and ddout, an input and an output of the second visit alone."""
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
+    cdef Plan* reduce = &job.reduce
+    cdef Plan* apply = &job.apply
+    cdef bint second = job.kind == SECOND
+    cdef cnp.ndarray g = dout if dresidual is None or second else dresidual  # through the gate
+    cdef int r
+    job.gated = job.kind >= BACKWARD and job.activation != IDENTITY
+    reduce.gated = job.gated
+    apply.gated = job.gated and dresidual is None
+    for r in range(N_ROLES):
+        set_role(reduce, r, None)
+        set_role(apply, r, None)
+    set_role(reduce, X, x)
+    set_role(reduce, G, dout)
+    set_role(reduce, R, residual if reduce.gated else None)
+    set_role(reduce, D, None if second else dresidual)
+    set_role(reduce, W, weights)
+    if job.kind == BACKWARD_FROZEN and not apply.gated:
+        set_role(apply, X, g)
+    else:
+        set_role(apply, X, x)
+        set_role(apply, G, g)
+    set_role(apply, R, residual if apply.gated or job.kind < BACKWARD or second else None)
+    set_role(apply, D, dresidual if second else None)
+    set_role(apply, W, weights if job.kind == BACKWARD else None)
+    set_role(apply, Y, out)
+    make_plan(reduce, x, axis, itemsize)
+    make_plan(apply, x, axis, itemsize)
+    # An array that is overwritten is read through the buffer, so that kernels may assume that
+    # nothing they read is what they write.
+    if out is not None:
+        for r in range(Y):
+            array = residual if r == R else g if r == G or not apply.used[G] else x
+            if job.kind < BACKWARD and r == X:
+                array = x
+            if apply.used[r] and apply.access[r] == DIRECT and overlap(array, out):
+                apply.access[r] = COPIED
+
+
 cdef int execute(
     Job* job, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, int n_threads,
-    cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray ddx=None, cnp.ndarray ddout=None,
+    cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray residual=None, cnp.ndarray dresidual=None,
+    cnp.ndarray weights=None,
 ) except -1:
     """Plan, allocate, run.  x has at least one element."""
     cdef int r
@@ -290,48 +353,31 @@ cdef int execute(
     set_parameter(&job.beta_given, beta)
     job.n_features = n
     job.count = cnp.PyArray_SIZE(x) // n
-    if job.reduces:
+    if job.reduces and weights is None:
         job.total = <double> job.count
-    for r in range(N_ROLES):
-        set_role(&job.reduce, r, None)
-        set_role(&job.apply, r, None)
-    set_role(&job.reduce, X, x)
-    set_role(&job.reduce, G, dout)
-    if job.kind == BACKWARD_FROZEN:
-        set_role(&job.apply, X, dout)
-    else:
-        set_role(&job.apply, X, x)
-        set_role(&job.apply, G, dout)
-    set_role(&job.apply, R, ddx)
-    set_role(&job.apply, Y, out)
-    set_role(&job.apply, D, ddout)
-    make_plan(&job.reduce, x, axis, itemsize)
-    make_plan(&job.apply, x, axis, itemsize)
-    # An array that is overwritten is read through the buffer, so that kernels may assume that
-    # nothing they read is what they write.
-    if out is not None and job.apply.access[X] == DIRECT and overlap(
-        dout if job.kind == BACKWARD_FROZEN else x, out
-    ):
-        job.apply.access[X] = COPIED
-    if (
-        out is not None and job.apply.used[G] and job.apply.access[G] == DIRECT
-        and overlap(dout, out)
-    ):
-        job.apply.access[G] = COPIED
+    plan_visits(job, x, dout, residual, weights, dresidual, out, axis)
+    job.has_options = (
+        job.gated or residual is not None or weights is not None or dresidual is not None
+    )
     choose_tile(job, itemsize, n_threads, &sweep)
     job.width = max(
         widest(&job.reduce, job.tile + job.lead), widest(&job.apply, job.tile + job.lead)
     )
     job.width = (job.width + 7) // 8 * 8
     job.buffer_elements = max(
-        <Py_ssize_t> GATHER_ELEMENTS, job.width * (1 if job.apply.along else TREE_ROWS)
+        <Py_ssize_t> GATHER_ELEMENTS,
+        job.width * (1 if job.reduce.along and job.apply.along else TREE_ROWS),
     )
     choose_access(job, sweep, itemsize)
     n_threads = <int> min(
         <Py_ssize_t> n_threads, job.n_tiles * max(job.reduce.n_chunks, job.apply.n_chunks)
     )
     job.own_values = sweep and job.n_tiles > 1
-    per_feature = N_VALUES + (4 * job.reduce.n_chunks if job.reduces else 0)
+    per_feature = N_VALUES
+    if job.gated:
+        per_feature += N_GATE_VALUES
+    if job.reduces:
+        per_feature += 4 * job.reduce.n_chunks
     n_own = n_values = 0
     if job.own_values:
         n_own = (per_feature * (job.tile + job.lead) + 7) // 8 * 8
@@ -340,9 +386,9 @@ cdef int execute(
     job.scratch_bytes = (
         11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
-    if job.kind == SECOND:
+    if job.has_options:
         job.scratch_bytes += (
-            N_SECOND_COLUMNS * job.width + 2 * job.buffer_elements
+            N_OPTION_COLUMNS * job.width + 3 * job.buffer_elements
         ) * sizeof(double)
     memory = <char*> malloc(n_values * sizeof(double) + n_threads * job.scratch_bytes + 64)
     if memory == NULL:
@@ -506,10 +552,14 @@ def update_average(
 def forward(
     cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
     double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
+    int activation=0, double negative_slope=0, cnp.ndarray residual=None,
+    cnp.ndarray weights=None, double total=0,
 ):
     """Normalize x along every axis but one.
 
     mean and var: None for those of the batch, else frozen statistics, float64 and contiguous.
+    activation: a value of `activations`.  residual and weights have the shape and dtype of x, and
+    total is the sum of the weights of a feature.
     Returns out (new if None), stats (4, n_features) float64: mean, the mean's low part, inv_std,
     var.
     """
@@ -527,6 +577,9 @@ def forward(
     job.kind = FORWARD if mean is None else FORWARD_FROZEN
     job.reduces = job.kind == FORWARD
     job.applies = True
+    job.activation = <Activation> activation
+    job.negative_slope = negative_slope
+    job.total = total
     job.eps = eps
     job.exact_mean = True
     set_statistics(&job, stats)
@@ -540,26 +593,34 @@ def forward(
         for f in range(4 * n):
             values[f] = NAN
     if cnp.PyArray_SIZE(x) > 0:
-        execute(&job, x, None, out, axis, n_threads, gamma, beta)
+        execute(
+            &job, x, None, out, axis, n_threads, gamma, beta, residual, None, weights
+        )
     return out, stats
 
 
 def backward(
     cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
     cnp.ndarray stats not None, int axis, double eps, cnp.ndarray out, bint frozen,
-    bint exact_mean, int n_threads,
+    bint exact_mean, int n_threads, int activation=0, double negative_slope=0,
+    cnp.ndarray beta=None, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
+    bint needs_dx=True, bint needs_sums=True, bint needs_dresidual=False,
 ):
-    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats.
+    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
+    and dresidual where it is needed, else None.
 
     eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
-    dout.  exact_mean: they are x's own.
+    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
+    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
+    mean nothing.
     """
     cdef Job job
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.ndarray dgamma, dbeta, sums
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
+    cdef cnp.ndarray dgamma, dbeta, sums, dresidual = None
     cdef cnp.npy_intp shape[2]
-    cdef double* values = <double*> cnp.PyArray_DATA(stats)
-    if out is None:
+    if needs_dresidual:
+        dresidual = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    if out is None and needs_dx:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     shape[0] = 2
     shape[1] = n
@@ -568,17 +629,24 @@ def backward(
     dgamma = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
     dbeta = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
     job.kind = BACKWARD_FROZEN if frozen else BACKWARD
-    job.reduces = job.applies = True
-    job.exact_mean = exact_mean
-    job.eps = eps
+    job.reduces = needs_sums or needs_dresidual or (needs_dx and not frozen)
+    job.applies = needs_dx
+    job.activation = <Activation> activation
+    job.negative_slope = negative_slope
+    # With weights dout has no shift, and M = 2 no form of its own.
+    job.exact_mean = exact_mean and weights is None
+    job.eps = eps if weights is None else -1
+    job.total = total
     set_statistics(&job, stats)
     job.dgamma = <double*> cnp.PyArray_DATA(sums)
     job.dbeta = job.dgamma + n
-    if cnp.PyArray_SIZE(x) > 0:
-        execute(&job, x, dout, out, axis, n_threads, gamma, None)
+    if cnp.PyArray_SIZE(x) > 0 and (job.reduces or job.applies):
+        execute(
+            &job, x, dout, out, axis, n_threads, gamma, beta, residual, dresidual, weights
+        )
     store_parameter(job.dgamma, dgamma)
     store_parameter(job.dbeta, dbeta)
-    return out, dgamma, dbeta
+    return out, dgamma, dbeta, dresidual
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:

@@ -1,13 +1,14 @@
 """The public functions: check, one call down, return."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _checks
-from ._cache import Cache
+from ._cache import Cache, Options
+from ._checks import GRADIENTS
 from ._core import core
 from ._threads import get_num_threads
 from ._types import Array
@@ -33,6 +34,10 @@ def batchnorm_forward(
     *,
     axis: int = 1,
     out: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     r"""Batch normalization: every feature to mean 0 and variance 1, then scaled and shifted.
 
@@ -58,14 +63,25 @@ def batchnorm_forward(
         The feature axis; negative counts from the end.
     out : ndarray, optional
         Where to write the result: shape and dtype of the result, writable. It may be x itself (the
-        result is exact, but the cache is then of no use to `batchnorm_backward`, which says so).
+        result is exact, but the cache is then of no use to `batchnorm_backward`, which says so), or
+        residual itself (of no use only with an activation).
+    activation : None, 'relu' or 'leaky_relu'
+        What is applied to the result, in the same pass.
+    negative_slope : float, default 0.01
+        Slope of leaky_relu below 0.
+    residual : array_like, shape of x, optional
+        Added before the activation, in the same pass. Rounded to the dtype of x if it has another.
+    weights : array_like, optional
+        Weight of each element in the statistics: bool (a mask), or real and at least 0. Broadcasts
+        to x with length 1 along `axis`. Without effect in test mode.
 
     Returns
     -------
     out : ndarray
         Shape and, if new, memory order of x.
     cache : Cache
-        For `batchnorm_backward`. Keeps x by reference: change x only after the backward call.
+        For `batchnorm_backward`. Keeps x (and residual, for an activation) by reference: change
+        them only after the backward call.
         Unpacks as ``(mean, inv_var, x, x_hat, gamma)``.
 
     Raises
@@ -73,7 +89,7 @@ def batchnorm_forward(
     TypeError
         If an argument is not real-valued (None, str, object, complex, a masked array).
     ValueError
-        If a shape, size or value is wrong, or `out` overlaps x in part.
+        If a shape, size or value is wrong, or `out` overlaps x or residual in part.
     KeyError
         If `bn_param` has no 'mode'.
     MemoryError
@@ -91,9 +107,21 @@ def batchnorm_forward(
               \hat{x} = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
               \mu = \frac{1}{M} \sum x, \qquad \sigma^2 = \frac{1}{M} \sum (x - \mu)^2
 
-    with the biased variance, also for ``running_var``. M = 1 and constant features give exactly
-    beta. NaN and infinity spread within their own feature. The bits do not depend on the number
-    of threads or the instruction set.
+    With weights, whose sum is W,
+
+    .. math:: \mu = \frac{1}{W} \sum w x, \qquad \sigma^2 = \frac{1}{W} \sum w (x - \mu)^2
+
+    and all elements are normalized; one of weight 0 has no influence on others, not even as NaN.
+    W = 0 leaves the running averages alone, as an empty batch does, and gives beta. With the other
+    options out is
+
+    .. math:: \mathrm{activation}(y + \mathrm{residual}), \qquad
+              \mathrm{leaky\_relu}(z) = z \text{ if } z > 0 \text{ else }
+              \mathrm{negative\_slope} \cdot z
+
+    and relu(z) = z if z > 0 else 0. The variance is the biased one, also for ``running_var``. M = 1
+    and constant features give exactly beta. NaN and infinity spread within their own feature. The
+    bits do not depend on the number of threads or the instruction set.
 
     References
     ----------
@@ -111,31 +139,49 @@ def batchnorm_forward(
     """
     x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
     n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
-    eps = 1e-5
-    if bn_param is None:
-        y, stats = core.forward(x, gamma, beta, axis, eps, out, None, None, n_threads)
-        train = True
-    else:
-        param = _checks.settings(bn_param, x, axis)
-        train, mean, var = param.train, param.running_mean, param.running_var
-        eps = param.eps
+    options = None
+    more: tuple[Any, ...] = ()
+    if activation is not None or residual is not None or weights is not None:
+        options = _checks.options(x, beta, axis, out, activation, negative_slope, residual, weights)
+        more = _for_core(options)
+    no_weight = options is not None and options.weights is not None and options.total == 0
+    param = None if bn_param is None else _checks.settings(bn_param, x, axis)
+    eps = 1e-5 if param is None else param.eps
+    train = param is None or param.train
+    mean = var = None
+    if param is not None:
         # Made before anything is written to out: there may be no memory, and out may lie over them.
-        running_mean, running_var = core.running_average(mean, x), core.running_average(var, x)
-        if train:
-            y, stats = core.forward(x, gamma, beta, axis, eps, out, None, None, n_threads)
-        else:
-            y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads)
-        if train and x.size:
+        running_mean = core.running_average(param.running_mean, x)
+        running_var = core.running_average(param.running_var, x)
+    if param is not None and not train:
+        mean, var = param.running_mean, param.running_var
+    elif no_weight:  # no statistics: x_hat = 0
+        mean = np.zeros(x.shape[axis])
+        var = np.full_like(mean, np.inf)
+    y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads, *more)
+    if bn_param is not None and param is not None:
+        if train and x.size and not no_weight:
             core.update_average(running_mean, stats, 0, param.momentum)
             core.update_average(running_var, stats, 3, param.momentum)
         bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
     overwritten = "" if out is None or not core.is_same(out, x) else "batchnorm_forward"
-    return y, Cache(x, gamma, stats, axis, eps, not train, True, overwritten)
+    frozen = not train or no_weight
+    return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
+
+
+def _for_core(options: Options) -> tuple[Any, ...]:
+    """The options as the last arguments of core.forward."""
+    activation = core.activations[options.activation] if options.activation else 0
+    return activation, options.negative_slope, options.residual, options.weights, options.total
 
 
 def batchnorm_backward(
-    dout: ArrayLike, cache: Cache | Sequence[ArrayLike], *, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+    dout: ArrayLike,
+    cache: Cache | Sequence[ArrayLike],
+    *,
+    out: Array | None = None,
+    needs: Sequence[str] = GRADIENTS,
+) -> tuple[Any, ...]:
     r"""Gradients of batch normalization.
 
     Parameters
@@ -147,11 +193,16 @@ def batchnorm_backward(
         the train mode, where mean and the others broadcast against x and x_hat is not read.
     out : ndarray, optional
         Where to write dx. It may be dout itself, or the x of the cache, which is then spent.
+    needs : sequence of str
+        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual'. What is not named is
+        not computed, and None comes in its place.
 
     Returns
     -------
     dx : ndarray, shape and dtype of x
     dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+    dresidual : ndarray, shape and dtype of x
+        Only if the forward call had a residual.
 
     Raises
     ------
@@ -177,6 +228,14 @@ def batchnorm_backward(
     After a forward pass in test mode the statistics do not depend on x, and
     :math:`dx = \gamma r\,dy`.
 
+    After an activation dy is dout times its slope, which is found again from x, gamma, beta and
+    residual as the forward call had them, to the bit; dy is also dresidual. With weights
+
+    .. math:: dx = \gamma r \left(dy - \frac{w}{W} \sum dy - \frac{w}{W} \hat{x}
+              \sum dy\,\hat{x} \right)
+
+    where the sums are over all elements but those of weight 0 whose x or dout is not finite.
+
     References
     ----------
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
@@ -195,10 +254,11 @@ def batchnorm_backward(
     >>> dbeta
     array([1.])
     """
+    wanted = None if needs is GRADIENTS else _checks.needs(needs, out)
     dout, kept, out = _checks.backward_arrays(dout, cache, out)
     x = kept.x
     n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
-    gradients = core.backward(
+    arguments = (
         dout,
         x,
         kept.gamma,
@@ -210,9 +270,33 @@ def batchnorm_backward(
         kept.exact_mean,
         n_threads,
     )
+    options = kept.options
+    if wanted is None and options is None:  # the straight road
+        gradients = core.backward(*arguments)[:3]
+    else:
+        gradients = _chosen_gradients(arguments, options, GRADIENTS if wanted is None else wanted)
     if out is not None and core.is_same(out, x):
         kept.overwritten = "batchnorm_backward"
     return gradients
+
+
+def _chosen_gradients(
+    arguments: tuple[Any, ...], options: Options | None, wanted: Container[str]
+) -> tuple[Any, ...]:
+    """Those of core.backward, with what the forward call was asked for."""
+    more: dict[str, Any] = {}
+    n = 3
+    if options is not None:
+        activation, slope, residual, weights, total = _for_core(options)
+        more = {"activation": activation, "negative_slope": slope, "beta": options.beta}
+        more |= {"residual": residual, "weights": weights, "total": total}
+        n += residual is not None
+    more["needs_dx"] = "dx" in wanted
+    more["needs_sums"] = "dgamma" in wanted or "dbeta" in wanted
+    more["needs_dresidual"] = n == 4 and "dresidual" in wanted
+    gradients = core.backward(*arguments, **more)
+    named = zip(GRADIENTS[:n], gradients, strict=False)
+    return tuple(gradient if name in wanted else None for name, gradient in named)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -339,6 +423,10 @@ def spatial_batchnorm_forward(
     bn_param: MutableMapping[str, Any] | None = None,
     *,
     out: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     """`batchnorm_forward` for images, x of shape (N, C, H, W): statistics over N, H and W.
 
@@ -355,7 +443,18 @@ def spatial_batchnorm_forward(
     """
     if type(x) is not np.ndarray or x.ndim != 4:
         x = _checks.images(x)
-    return batchnorm_forward(x, gamma, beta, bn_param, axis=1, out=out)
+    return batchnorm_forward(
+        x,
+        gamma,
+        beta,
+        bn_param,
+        axis=1,
+        out=out,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        weights=weights,
+    )
 
 
 spatial_batchnorm_backward = batchnorm_backward

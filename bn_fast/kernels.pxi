@@ -31,6 +31,8 @@ ctypedef fused lane:
     float
     double
 
+include "activations.pxi"
+
 cdef extern from "_native.h" nogil:
     void bn_prefetch(const char* address, Py_ssize_t n)
     void bn_stream(char* to, const char* from_, Py_ssize_t n)
@@ -261,65 +263,117 @@ cdef void grad_stats_along(
         sum_td[j] = ss[j]
 
 
+cdef inline real affine(
+    real x, real k, real a, real c, real r, const addend* addend_tag,
+) noexcept nogil:
+    if addend is Residual:
+        return ((x - k) * a + c) + r
+    else:
+        return (x - k) * a + c
+
+
 cdef inline void apply_four(
     const real* restrict x0, const real* restrict x1,
     const real* restrict x2, const real* restrict x3,
+    const real* restrict r0, const real* restrict r1,
+    const real* restrict r2, const real* restrict r3,
+    const real* restrict g0, const real* restrict g1,
+    const real* restrict g2, const real* restrict g3,
     real* restrict y0, real* restrict y1, real* restrict y2, real* restrict y3,
     Py_ssize_t width, const real* restrict shift, const real* restrict scale,
-    const real* restrict bias,
+    const real* restrict bias, real slope,
+    const addend* addend_tag, const activation* activation_tag, const direction* direction_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j
-    cdef real k, a, c
+    cdef real k, a, c, z0, z1, z2, z3
     for j in range(width):
         k = shift[j]
         a = scale[j]
         c = bias[j]
-        y0[j] = (x0[j] - k) * a + c
-        y1[j] = (x1[j] - k) * a + c
-        y2[j] = (x2[j] - k) * a + c
-        y3[j] = (x3[j] - k) * a + c
+        z0 = affine(x0[j], k, a, c, r0[j], addend_tag)
+        z1 = affine(x1[j], k, a, c, r1[j], addend_tag)
+        z2 = affine(x2[j], k, a, c, r2[j], addend_tag)
+        z3 = affine(x3[j], k, a, c, r3[j], addend_tag)
+        if direction is Forward:
+            y0[j] = activate(z0, slope, activation_tag)
+            y1[j] = activate(z1, slope, activation_tag)
+            y2[j] = activate(z2, slope, activation_tag)
+            y3[j] = activate(z3, slope, activation_tag)
+        else:
+            y0[j] = gate(g0[j], z0, slope, activation_tag)
+            y1[j] = gate(g1[j], z1, slope, activation_tag)
+            y2[j] = gate(g2[j], z2, slope, activation_tag)
+            y3[j] = gate(g3[j], z3, slope, activation_tag)
 
 
 cdef void apply_across(
-    char** x_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
-    const real* scale, const real* bias, Py_ssize_t ahead,
+    const Block* block, const real* type_tag,
+    const addend* addend_tag, const activation* activation_tag, const direction* direction_tag,
 ) noexcept nogil:
-    """y_ij = (x_ij - shift_j) scale_j + bias_j, four rows at a time so that the constants are
-    loaded once for four."""
-    cdef Py_ssize_t i, strip, step = STRIP if ahead else width
-    for i in range(0, n_rows, 4):
+    """y_ij = activate((x_ij - shift_j) scale_j + bias_j + r_ij), four rows at a time so that the
+    constants are loaded once for four; backward, y_ij = what of g_ij comes through to there."""
+    cdef Py_ssize_t i, strip, width = block.width, step = STRIP if block.ahead else block.width
+    cdef char** x
+    cdef char** r
+    cdef char** g
+    cdef char** y
+    for i in range(0, block.n_rows, 4):
+        x = block.x + i
+        y = block.y + i
+        r = block.r + i if addend is Residual else x
+        g = x if direction is Forward else block.g + i
         strip = 0
         while strip < width:
-            if ahead:
-                prefetch_rows(x_rows + i + ahead, 4, strip, width, shift)
+            if block.ahead:
+                prefetch_rows(x + block.ahead, 4, strip, width, type_tag)
+                if addend is Residual:
+                    prefetch_rows(r + block.ahead, 4, strip, width, type_tag)
+                if direction is Backward:
+                    prefetch_rows(g + block.ahead, 4, strip, width, type_tag)
             apply_four(
-                <const real*> x_rows[i] + strip, <const real*> x_rows[i + 1] + strip,
-                <const real*> x_rows[i + 2] + strip, <const real*> x_rows[i + 3] + strip,
-                <real*> y_rows[i] + strip, <real*> y_rows[i + 1] + strip,
-                <real*> y_rows[i + 2] + strip, <real*> y_rows[i + 3] + strip,
-                min(step, width - strip), shift + strip, scale + strip, bias + strip,
+                <const real*> x[0] + strip, <const real*> x[1] + strip,
+                <const real*> x[2] + strip, <const real*> x[3] + strip,
+                <const real*> r[0] + strip, <const real*> r[1] + strip,
+                <const real*> r[2] + strip, <const real*> r[3] + strip,
+                <const real*> g[0] + strip, <const real*> g[1] + strip,
+                <const real*> g[2] + strip, <const real*> g[3] + strip,
+                <real*> y[0] + strip, <real*> y[1] + strip,
+                <real*> y[2] + strip, <real*> y[3] + strip,
+                min(step, width - strip), <const real*> block.shift + strip,
+                <const real*> block.scale + strip, <const real*> block.bias + strip,
+                <real> block.slope, addend_tag, activation_tag, direction_tag,
             )
             strip += step
 
 
 cdef void apply_along(
-    char** x_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width, const real* shift,
-    const real* scale, const real* bias,
+    const Block* block, const real* type_tag,
+    const addend* addend_tag, const activation* activation_tag, const direction* direction_tag,
 ) noexcept nogil:
     """The same where a row is one feature's, wound up on LANES columns."""
-    cdef Py_ssize_t i, r
+    cdef Py_ssize_t i, k, width = block.width
+    cdef const real* shift = <const real*> block.shift
+    cdef const real* scale = <const real*> block.scale
+    cdef const real* bias = <const real*> block.bias
+    cdef real slope = <real> block.slope
     cdef const real* x
+    cdef const real* r
+    cdef const real* g
     cdef real* y
     cdef real[4 * LANES] dummy
-    for r in range(n_rows):
-        x = <const real*> x_rows[r]
-        y = <real*> y_rows[r]
+    for k in range(block.n_rows):
+        x = <const real*> block.x[k]
+        y = <real*> block.y[k]
+        r = <const real*> block.r[k] if addend is Residual else x
+        g = x if direction is Forward else <const real*> block.g[k]
         if width < 4 * LANES:
             for i in range(0, width, 16):  # LANES
                 apply_four(
-                    x + i, x + i, x + i, x + i,
+                    x + i, x + i, x + i, x + i, r + i, r + i, r + i, r + i,
+                    g + i, g + i, g + i, g + i,
                     y + i, dummy, dummy + LANES, dummy + 2 * LANES,
-                    min(<Py_ssize_t> LANES, width - i), shift, scale, bias,
+                    min(<Py_ssize_t> LANES, width - i), shift, scale, bias, slope,
+                    addend_tag, activation_tag, direction_tag,
                 )
             continue
         i = 0
@@ -327,8 +381,10 @@ cdef void apply_along(
             i = min(i, width - 4 * LANES)  # the rest comes with some elements once more
             apply_four(
                 x + i, x + i + LANES, x + i + 2 * LANES, x + i + 3 * LANES,
+                r + i, r + i + LANES, r + i + 2 * LANES, r + i + 3 * LANES,
+                g + i, g + i + LANES, g + i + 2 * LANES, g + i + 3 * LANES,
                 y + i, y + i + LANES, y + i + 2 * LANES, y + i + 3 * LANES,
-                LANES, shift, scale, bias,
+                LANES, shift, scale, bias, slope, addend_tag, activation_tag, direction_tag,
             )
             i += 4 * LANES
 

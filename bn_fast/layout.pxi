@@ -16,10 +16,11 @@
 cdef enum:
     X = 0                     # roles of the arrays: x (or the only input), dout, the output
     G = 1
-    R = 2                     # a third input: the gradient of dx, in second order
+    R = 2                     # a third input: the residual; in second order the gradient of dx
     Y = 3
-    D = 4                     # a second output: the gradient of dout, in second order
-    N_ROLES = 5
+    D = 4                     # a second output: the gradient of the residual; of dout
+    W = 5                     # weights, which repeat themselves along the features
+    N_ROLES = 6
     MAX_DIMS = 64             # NumPy's own limit
     BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
@@ -71,6 +72,7 @@ cdef struct Plan:
     char* base[N_ROLES]
     cnp.npy_intp* stride[N_ROLES]  # as the arrays have them
     bint used[N_ROLES]
+    bint gated                # dout's rows go through the activation's gate
     Access access[N_ROLES]
     Storage storage
     Py_ssize_t itemsize
@@ -158,7 +160,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     )
     side_by_side = True       # the columns of one row, before joining or stacking
     stacked = True            # joined rows, or the runs of neighboring features, touch as well
-    for r in range(N_ROLES):
+    for r in range(W):
         if not plan.used[r]:
             continue
         if plan.runs:
@@ -200,7 +202,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
             cut_axis(plan, join, True)
     for r in range(N_ROLES):
         plan.access[r] = DIRECT if plan.storage == NATIVE else COPIED
-        if not plan.used[r]:
+        if not plan.used[r] or r == W:
             continue
         if plan.runs:
             side_by_side = step[r][n - 1] == itemsize

@@ -13,6 +13,7 @@ def moments(cnp.ndarray x not None, int axis, int n_threads):
     job.kind = FORWARD
     job.reduces = True
     job.applies = False
+    job.activation = IDENTITY
     job.eps = 0
     job.exact_mean = True
     set_statistics(&job, stats)
@@ -37,6 +38,7 @@ def backward_sums(
     job.kind = BACKWARD
     job.reduces = True
     job.applies = False
+    job.activation = IDENTITY
     job.eps = -1
     job.exact_mean = False
     set_statistics(&job, stats)
@@ -64,6 +66,7 @@ def backward_dx(
     job.kind = BACKWARD
     job.reduces = False
     job.applies = True
+    job.activation = IDENTITY
     job.eps = -1
     job.exact_mean = False
     job.total = total

@@ -52,6 +52,7 @@ __all__ = [
 
 Array = NDArray[np.floating[Any]]
 Gradients = tuple[Array, Array, Array]
+GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
 
 class Cache(NamedTuple):
@@ -80,6 +81,47 @@ class FrozenCache(Cache):
     frozen = True
 
 
+class OptionsCache(Cache):
+    """The cache of a call with options, which its attributes keep under their names."""
+
+    frozen: bool
+    activation: str | None
+    negative_slope: float
+    beta: Array
+    residual: Array | None
+    weights: Array | None
+
+
+class _Prepared(NamedTuple):
+    """A cache in order for the derivations.
+
+    share is what an element has in its mean: 1/M, or its weight by the sum of weights. counts says
+    which elements the sums of the backward pass are over.
+    """
+
+    mean: Array
+    inv_std: Array
+    x: Array
+    x_hat: Array
+    gamma: Array
+    share: Array | float
+    counts: NDArray[np.bool_] | bool
+
+
+# An activation is a function of z = gamma*x_hat + beta (+ residual), and the way of a gradient
+# through it; both know negative_slope. At z = 0 the slope is that from below; NaN comes through.
+ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[..., Array]]] = {
+    "relu": (
+        lambda z, slope: np.where(z <= 0, 0, z),
+        lambda dout, z, slope: np.where(z <= 0, 0, dout),
+    ),
+    "leaky_relu": (
+        lambda z, slope: np.where(z <= 0, slope * z, z),
+        lambda dout, z, slope: np.where(z <= 0, slope * dout, dout),
+    ),
+}
+
+
 def batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
@@ -88,6 +130,10 @@ def batchnorm_forward(
     *,
     axis: int = 1,
     out: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     """Twin of `bn_fast.batchnorm_forward`: mean 0 and variance 1, then scaled and shifted.
 
@@ -109,12 +155,21 @@ def batchnorm_forward(
     out : ndarray, optional
         Where to write the result, of its shape and dtype. It may overlap x in any way: the
         cache then keeps a copy of what x was.
+    activation : None, 'relu' or 'leaky_relu'
+        What is applied to the result.
+    negative_slope : float, default 0.01
+        Slope of leaky_relu for values below 0.
+    residual : array_like, shape of x, optional
+        Added before the activation; rounded to the dtype of x.
+    weights : array_like, optional
+        Weight of each element in the statistics: bool, or real and at least 0; broadcasts to x
+        with length 1 along `axis`. Has no effect in test mode.
 
     Returns
     -------
     out : ndarray, shape of x
     cache : Cache
-        For the backward functions: ``(mean, inv_var, x, x_hat, gamma)``.
+        For the backward functions: ``(mean, inv_var, x, x_hat, gamma)``, and the options.
 
     Raises
     ------
@@ -132,6 +187,14 @@ def batchnorm_forward(
         mean = sum x / M        var = sum (x - mean)**2 / M
         x_hat = (x - mean) / sqrt(var + eps)        out = gamma*x_hat + beta
         running = momentum*running + (1 - momentum)*batch
+
+    With weights, whose sum is W::
+
+        mean = sum w*x / W      var = sum w*(x - mean)**2 / W
+
+    with options, out = activation(gamma*x_hat + beta + residual). An element of weight 0 has no
+    influence on the statistics, not even as NaN. W = 0 leaves the running averages alone, and
+    x_hat = 0.
 
     The variance is the biased one throughout, for ``running_var`` too. In test mode mean and var
     are the running averages. A feature of variance 0 gives beta, with eps = 0 as well: in train
@@ -183,26 +246,80 @@ def batchnorm_forward(
             f" for feature {feature}"
         )
 
-    mean = _mean(x, gamma) if train else running_mean.astype(x.dtype).reshape(against_x)
+    if activation is not None and activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation must be None or one of {names}, got {activation!r}")
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
+    if residual is not None:
+        residual = _float_array(residual, "residual").astype(stored.dtype, copy=False)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
+    w = None if weights is None else _weights(weights, x, axis)
+
+    mean = _mean(x, gamma, w) if train else running_mean.astype(x.dtype).reshape(against_x)
     centered = x - mean
     var = (
-        _mean(centered * centered, gamma)
+        _mean(centered * centered, gamma, w)
         if train
         else running_var.astype(x.dtype).reshape(against_x)
     )
     inv_std = _inv_std(var, eps, train)
+    is_empty = x.size == 0 or (w is not None and not w.any())
+    if train and is_empty:
+        inv_std = np.zeros_like(inv_std)
     x_hat = centered * inv_std
-    if train and x.size:
+    if train and not is_empty:
         running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
         running_var = momentum * running_var + (1 - momentum) * var.reshape(-1)
 
     if out is not None and np.may_share_memory(out, stored):
         stored = stored.copy()
-    y = _deliver((gamma * x_hat + beta).astype(stored.dtype, copy=False), out)
+    if residual is not None and out is not None and np.may_share_memory(out, residual):
+        residual = residual.copy()
+    z = _before_activation(gamma, x_hat, beta, residual)
+    y = ACTIVATIONS[activation][0](z, negative_slope) if activation else z
+    y = _deliver(y.astype(stored.dtype, copy=False), out)
     if bn_param is not None:
         bn_param["running_mean"] = running_mean
         bn_param["running_var"] = running_var
-    return y, (Cache if train else FrozenCache)(mean, inv_std, stored, x_hat, gamma)
+    five = mean, inv_std, stored, x_hat, gamma
+    if activation is None and residual is None and w is None:
+        return y, (Cache if train else FrozenCache)(*five)
+    cache = OptionsCache(*five)
+    cache.frozen = not train
+    cache.activation, cache.negative_slope = activation, negative_slope
+    cache.beta, cache.residual, cache.weights = beta, residual, w
+    return y, cache
+
+
+def _before_activation(
+    gamma: Array, x_hat: Array, beta: Array, residual: ArrayLike | None
+) -> Array:
+    z = gamma * x_hat + beta
+    return z if residual is None else z + np.asarray(residual, z.dtype)
+
+
+def _weights(weights: ArrayLike, x: Array, axis: int) -> Array:
+    """The weights in the dtype and shape of x, divided by a power of two near the largest.
+
+    That changes no mean, and neither squares nor sums leave the range because of it.
+    """
+    w = np.asarray(weights)
+    if w.dtype.kind not in "biuf":
+        raise TypeError(f"weights must be bool or real numbers, got {w.dtype}")
+    w = w.astype(np.float64)
+    if not (np.isfinite(w) & (w >= 0)).all():
+        raise ValueError("weights must be finite and at least 0")
+    lengths = (1,) * (x.ndim - w.ndim) + w.shape
+    if len(lengths) != x.ndim or lengths[axis] != 1:
+        raise ValueError(f"weights must have length 1 along axis {axis} of x, got {w.shape}")
+    exponent = int(np.frexp(w.max(initial=0))[1])
+    w = np.ldexp(w, 1 - exponent).astype(x.dtype)
+    try:
+        return np.broadcast_to(w, x.shape)
+    except ValueError:
+        raise ValueError(f"weights must broadcast to x {x.shape}, got {w.shape}") from None
 
 
 def _float_array(value: ArrayLike, name: str) -> Array:
@@ -249,11 +366,11 @@ def _running_average(
     return value.astype(np.result_type(value.dtype, dtype))
 
 
-def _sum(a: Array, like: Array) -> Array:
+def _sum(a: Array, like: Array, where: NDArray[np.bool_] | bool = True) -> Array:
     """The sum of `a` in the shape of `like`, which broadcasts against it: one for each feature."""
     lengths = (1,) * (a.ndim - like.ndim) + like.shape
     others = tuple(d for d, length in enumerate(lengths) if length == 1)
-    total: Array = a.sum(axis=others, keepdims=True)
+    total: Array = a.sum(axis=others, keepdims=True, where=where)
     return total.reshape(like.shape)
 
 
@@ -262,8 +379,13 @@ def _count(a: Array, like: Array) -> int:
     return max(a.size // max(like.size, 1), 1)
 
 
-def _mean(a: Array, like: Array) -> Array:
-    mean: Array = _sum(a, like) / _count(a, like)
+def _mean(a: Array, like: Array, w: Array | None = None) -> Array:
+    mean: Array
+    if w is None:
+        mean = _sum(a, like) / _count(a, like)
+    else:
+        total = _sum(w, like)
+        mean = _sum(w * a, like, w > 0) / np.where(total > 0, total, 1)
     return mean
 
 
@@ -294,7 +416,7 @@ class _Backward(Protocol):
     def __call__(self, dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients: ...
 
 
-def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
+def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backward:
     """A backward function from a derivation: arguments put in order, and test mode answered.
 
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
@@ -307,15 +429,25 @@ def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
         x = _computable(stored)
         mean = np.asarray(mean, x.dtype)
         inv_var, gamma = (np.asarray(a, x.dtype).reshape(mean.shape) for a in (inv_var, gamma))
-        prepared = Cache(mean, inv_var, x, np.asarray(x_hat, x.dtype), gamma)
+        x_hat = np.asarray(x_hat, x.dtype)
         dout = _float_array(dout, "dout").astype(stored.dtype, copy=False)
         dout = _computable(dout)
         if dout.shape != x.shape:
             raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
+        dout = _through_activation(dout, gamma, x_hat, cache)
+        share: Array | float = 1 / _count(x, mean)
+        counts: NDArray[np.bool_] | bool = True
+        w = getattr(cache, "weights", None)
+        if w is not None:
+            total: Array = _sum(w, mean)
+            share = w / np.where(total > 0, total, 1)
+            counts = (w > 0) | (np.isfinite(x) & np.isfinite(dout))
+            x, x_hat = (np.where((w > 0) | np.isfinite(a), a, 0) for a in (x, x_hat))
+        prepared = _Prepared(mean, inv_var, x, x_hat, gamma, share, counts)
         dx: Array
         if getattr(cache, "frozen", False):
             dgamma, dbeta = _parameter_gradients(dout, prepared)
-            dx = prepared.gamma * prepared.inv_var * dout
+            dx = prepared.gamma * prepared.inv_std * dout
         else:
             dx, dgamma, dbeta = train_mode(dout, prepared)
         return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
@@ -323,13 +455,27 @@ def _derivation(train_mode: Callable[[Array, Cache], Gradients]) -> _Backward:
     return backward
 
 
-def _parameter_gradients(dout: Array, cache: Cache) -> tuple[Array, Array]:
-    """dgamma and dbeta, from out = gamma*x_hat + beta: each value of a feature adds its share."""
-    return _sum(dout * cache.x_hat, cache.mean), _sum(dout, cache.mean)
+def _through_activation(
+    dout: Array, gamma: Array, x_hat: Array, cache: Sequence[ArrayLike]
+) -> Array:
+    """The gradient with respect to what the activation of a cache's call was applied to."""
+    activation = getattr(cache, "activation", None)
+    if activation is None:
+        return dout
+    beta, residual, slope = (getattr(cache, a) for a in ("beta", "residual", "negative_slope"))
+    beta = np.asarray(beta, dout.dtype).reshape(gamma.shape)
+    z = _before_activation(gamma, x_hat, beta, residual)
+    return ACTIVATIONS[activation][1](dout, z, slope)
+
+
+def _parameter_gradients(dout: Array, cache: _Prepared) -> tuple[Array, Array]:
+    """dgamma and dbeta, from z = gamma*x_hat + beta: each value of a feature adds its part."""
+    dgamma = _sum(dout * cache.x_hat, cache.mean, cache.counts)
+    return dgamma, _sum(dout, cache.mean, cache.counts)
 
 
 @_derivation
-def batchnorm_backward_three_pathways(dout: Array, cache: Cache) -> Gradients:
+def batchnorm_backward_three_pathways(dout: Array, cache: _Prepared) -> Gradients:
     """The gradients by three pathways: x_i acts on out_j directly, through mean, and through var.
 
     Parameters
@@ -380,17 +526,16 @@ def batchnorm_backward_three_pathways(dout: Array, cache: Cache) -> Gradients:
            [-0.2204],
            [ 0.0441]])
     """
-    mean, inv_std, x, _, gamma = cache
-    m = _count(x, mean)
+    mean, inv_std, x, _, gamma, share, counts = cache
     centered = x - mean
     direct = gamma * inv_std * dout
-    through_mean = -gamma * inv_std / m * _sum(dout, mean)
-    through_var = -gamma * inv_std**3 / m * centered * _sum(dout * centered, mean)
+    through_mean = -gamma * inv_std * share * _sum(dout, mean, counts)
+    through_var = -gamma * inv_std**3 * share * centered * _sum(dout * centered, mean, counts)
     return direct + through_mean + through_var, *_parameter_gradients(dout, cache)
 
 
 @_derivation
-def batchnorm_backward_column_wise(dout: Array, cache: Cache) -> Gradients:
+def batchnorm_backward_column_wise(dout: Array, cache: _Prepared) -> Gradients:
     """The gradients column by column, each by its matrix of derivatives: for small M.
 
     Parameters
@@ -442,24 +587,25 @@ def batchnorm_backward_column_wise(dout: Array, cache: Cache) -> Gradients:
            [-0.2204],
            [ 0.0441]])
     """
-    mean, inv_std, x, x_hat, gamma = cache
+    mean, inv_std, x, x_hat, gamma, share, counts = cache
     if x.ndim != 2 or mean.shape != (x.shape[1],):
         raise ValueError(
             f"cache's x and mean must have shapes (M, C) and (C,), got {x.shape} and {mean.shape}"
         )
-    m = _count(x, mean)
     identity = np.eye(len(x), dtype=x.dtype)
-    centering = identity - 1 / m
+    shares = np.broadcast_to(share, x.shape)
+    counted = np.where(counts, dout, 0)
     dx = np.empty_like(dout)
     for j in range(x.shape[1]):
-        scaling = identity - np.outer(x_hat[:, j], x_hat[:, j]) / m
+        centering = identity - shares[:, j]
+        scaling = identity - np.outer(x_hat[:, j], x_hat[:, j] * shares[:, j])
         jacobian = inv_std[j] * scaling @ centering
-        dx[:, j] = gamma[j] * jacobian.T @ dout[:, j]
+        dx[:, j] = gamma[j] * jacobian.T @ counted[:, j]
     return dx, *_parameter_gradients(dout, cache)
 
 
 @_derivation
-def batchnorm_backward_element_wise(dout: Array, cache: Cache) -> Gradients:
+def batchnorm_backward_element_wise(dout: Array, cache: _Prepared) -> Gradients:
     """The gradients element by element with the quotient rule: the closed form.
 
     Parameters
@@ -511,15 +657,18 @@ def batchnorm_backward_element_wise(dout: Array, cache: Cache) -> Gradients:
            [-0.2204],
            [ 0.0441]])
     """
-    mean, inv_std, x, x_hat, gamma = cache
-    m = _count(x, mean)
+    _, inv_std, _, x_hat, gamma, share, _ = cache
     dgamma, dbeta = _parameter_gradients(dout, cache)
-    return gamma * inv_std * (dout - dbeta / m - x_hat * (dgamma / m)), dgamma, dbeta
+    return gamma * inv_std * (dout - share * (dbeta + x_hat * dgamma)), dgamma, dbeta
 
 
 def batchnorm_backward(
-    dout: ArrayLike, cache: Sequence[ArrayLike], *, out: Array | None = None
-) -> Gradients:
+    dout: ArrayLike,
+    cache: Sequence[ArrayLike],
+    *,
+    out: Array | None = None,
+    needs: Sequence[str] = GRADIENTS,
+) -> tuple[Any, ...]:
     """Twin of `bn_fast.batchnorm_backward`: the closed form of the element-wise derivation.
 
     Parameters
@@ -532,11 +681,15 @@ def batchnorm_backward(
     out : ndarray, optional
         Where to write dx, of its shape and dtype. It may overlap dout in any way, and x or x_hat
         if the cache is not used again.
+    needs : sequence of str
+        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual'; None comes for others.
 
     Returns
     -------
     dx : ndarray, shape and dtype of x
     dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
+    dresidual : ndarray, shape and dtype of x
+        Only if the forward call had a residual.
 
     Raises
     ------
@@ -552,6 +705,10 @@ def batchnorm_backward(
     Notes
     -----
     After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout.
+
+    dout goes through the activation first. That is dresidual, and the dout of all formulas. With
+    weights 1/M is w/W in dx; the sums are over all elements, but for those of weight 0 whose x or
+    dout is not finite.
 
     References
     ----------
@@ -571,8 +728,19 @@ def batchnorm_backward(
     >>> dbeta
     array([1.])
     """
+    unknown = [name for name in needs if name not in GRADIENTS]
+    if unknown:
+        raise ValueError(f"needs must be of {', '.join(GRADIENTS)}, got {unknown[0]!r}")
     dx, dgamma, dbeta = batchnorm_backward_element_wise(dout, cache)
-    return _deliver(dx, out), dgamma, dbeta
+    gradients = [dx, dgamma, dbeta]
+    if getattr(cache, "residual", None) is not None:
+        _, _, _, x_hat, gamma = cache
+        dout = np.array(dout, dx.dtype)
+        gradients.append(_through_activation(dout, np.asarray(gamma), np.asarray(x_hat), cache))
+    if "dx" in needs:
+        gradients[0] = _deliver(dx, out)
+    named = zip(GRADIENTS, gradients, strict=False)
+    return tuple(a if name in needs else None for name, a in named)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -640,6 +808,8 @@ def batchnorm_double_backward(
     array([0.0816])
     """
     mean, inv_std, x, x_hat, gamma = cache
+    if isinstance(cache, OptionsCache):
+        raise ValueError("cache must be of a call without activation, residual and weights")
     stored = _float_array(x, "cache's x")
     dtype = _computable(stored).dtype
     mean = np.asarray(mean, dtype)
@@ -683,6 +853,10 @@ def spatial_batchnorm_forward(
     bn_param: MutableMapping[str, Any] | None = None,
     *,
     out: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     """`batchnorm_forward` for images, x of shape (N, C, H, W): statistics over N, H and W.
 
@@ -699,7 +873,18 @@ def spatial_batchnorm_forward(
     """
     if np.ndim(x) != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {np.shape(x)}")
-    return batchnorm_forward(x, gamma, beta, bn_param, axis=1, out=out)
+    return batchnorm_forward(
+        x,
+        gamma,
+        beta,
+        bn_param,
+        axis=1,
+        out=out,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        weights=weights,
+    )
 
 
 spatial_batchnorm_backward = batchnorm_backward
@@ -718,6 +903,7 @@ def oracle_forward(
     axis: int = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array]:
     """Batch normalization in long double, to judge others by.
 
@@ -732,6 +918,9 @@ def oracle_forward(
     mean, var : array_like, shape (C,), optional
         Given statistics, as in test mode; both or none. Without them those of x, var being the
         biased variance.
+    weights : array_like, optional
+        Weight of each element in the statistics, broadcasting to x; the sum of each feature's is
+        not 0. Without them 1.
 
     Returns
     -------
@@ -772,7 +961,8 @@ def oracle_forward(
     >>> var.astype(float)
     array([1.])
     """
-    y, used_mean, used_var, inv_std = _oracle_statistics(x, eps, axis, mean, var)
+    w = _oracle_weights(weights, x, axis)
+    y, used_mean, used_var, inv_std = _oracle_statistics(x, eps, axis, mean, var, w)
     y *= inv_std * _as_column(gamma, y)
     y += _as_column(beta, y)
     return _from_rows(y, x, axis), used_mean.reshape(-1), used_var.reshape(-1)
@@ -787,6 +977,7 @@ def oracle_backward(
     axis: int = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Gradients:
     """Gradients of batch normalization in long double, to judge others by.
 
@@ -800,6 +991,8 @@ def oracle_backward(
         The feature axis of x; ``C = x.shape[axis]``.
     mean, var : array_like, shape (C,), optional
         Given statistics, through which no gradient passes; both or none.
+    weights : array_like, optional
+        As in `oracle_forward`.
 
     Returns
     -------
@@ -837,16 +1030,26 @@ def oracle_backward(
     if np.shape(dout) != np.shape(x):
         raise ValueError(f"dout must have the shape of x, {np.shape(x)}, got {np.shape(dout)}")
     train = mean is None
-    x_hat, _, _, inv_std = _oracle_statistics(x, eps, axis, mean, var)
+    w = _oracle_weights(weights, x, axis)
+    x_hat, _, _, inv_std = _oracle_statistics(x, eps, axis, mean, var, w)
     x_hat *= inv_std
     g = _as_rows(dout, axis)
-    dbeta = g.sum(axis=1)
-    if train:
-        _center(g)
-    dgamma = (g * x_hat).sum(axis=1, keepdims=True)
-    if train:
-        x_hat *= dgamma / max(x_hat.shape[1], 1)
-        g -= x_hat
+    if w is not None:
+        counts = (w > 0) | (np.isfinite(_as_rows(x, axis)) & np.isfinite(g))
+        dbeta = g.sum(axis=1, where=counts)
+        dgamma = (g * x_hat).sum(axis=1, keepdims=True, where=counts)
+        if train:
+            x_hat *= dgamma
+            x_hat += dbeta[:, None]
+            g -= np.where(w > 0, x_hat * w, 0) / w.sum(axis=1, keepdims=True)
+    else:
+        dbeta = g.sum(axis=1)
+        if train:
+            _center(g)
+        dgamma = (g * x_hat).sum(axis=1, keepdims=True)
+        if train:
+            x_hat *= dgamma / max(x_hat.shape[1], 1)
+            g -= x_hat
     g *= inv_std * _as_column(gamma, g)
     return _from_rows(g, x, axis), dgamma.reshape(-1), dbeta
 
@@ -898,7 +1101,7 @@ def oracle_double_backward(
     >>> dgamma.astype(float).round(4)
     array([0.0816])
     """
-    x_hat, _, _, r = _oracle_statistics(x, eps, axis, mean, var)
+    x_hat, _, _, r = _oracle_statistics(x, eps, axis, mean, var, None)
     x_hat *= r
     u, g = _as_rows(ddx, axis), _as_rows(dout, axis)
     a, b, gamma = (_as_column(values, x_hat) for values in (ddgamma, ddbeta, gamma))
@@ -922,13 +1125,18 @@ def oracle_double_backward(
 
 
 def _oracle_statistics(
-    x: ArrayLike, eps: float, axis: int, mean: ArrayLike | None, var: ArrayLike | None
+    x: ArrayLike,
+    eps: float,
+    axis: int,
+    mean: ArrayLike | None,
+    var: ArrayLike | None,
+    w: Array | None,
 ) -> tuple[Array, Array, Array, Array]:
     """x - mean as rows; mean, var and 1/sqrt(var + eps) as columns."""
     rows = _as_rows(x, axis)
     if mean is None and var is None:
-        batch_mean = _center(rows)
-        batch_var = (rows * rows).sum(axis=1, keepdims=True) / max(rows.shape[1], 1)
+        batch_mean = _center(rows, w)
+        batch_var = _oracle_mean(rows * rows, w)
         return rows, batch_mean, batch_var, _inv_std(batch_var, eps, True)
     if mean is None or var is None:
         raise ValueError("mean and var must both be given, or neither")
@@ -937,16 +1145,29 @@ def _oracle_statistics(
     return rows, given_mean, given_var, _inv_std(given_var, eps, False)
 
 
-def _center(rows: Array) -> Array:
+def _oracle_weights(weights: ArrayLike | None, x: ArrayLike, axis: int) -> Array | None:
+    """The weights as rows (C, M)."""
+    return None if weights is None else _as_rows(np.broadcast_to(weights, np.shape(x)), axis)
+
+
+def _oracle_mean(rows: Array, w: Array | None) -> Array:
+    """The mean of each row as a column; elements of weight 0 may be NaN."""
+    if w is None:
+        mean: Array = rows.sum(axis=1, keepdims=True) / max(rows.shape[1], 1)
+        return mean
+    mean = (rows * w).sum(axis=1, keepdims=True, where=w > 0) / w.sum(axis=1, keepdims=True)
+    return mean
+
+
+def _center(rows: Array, w: Array | None = None) -> Array:
     """Take its mean off each row, in place, and return the means as a column.
 
     Twice: what the rounding of the first mean leaves is itself a mean of few bits, whose second
     sum is right to the last digit, and exact for a constant row.
     """
-    m = max(rows.shape[1], 1)
-    mean: Array = rows.sum(axis=1, keepdims=True) / m
+    mean = _oracle_mean(rows, w)
     rows -= mean
-    rest = rows.sum(axis=1, keepdims=True) / m
+    rest = _oracle_mean(rows, w)
     rows -= rest
     mean += rest
     return mean

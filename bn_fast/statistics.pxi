@@ -37,6 +37,33 @@ cdef inline double power_of_two(double value) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
+cdef Py_ssize_t sample_rows(
+    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
+    float[MAX_COLUMNS]* sample,
+) noexcept nogil:
+    """Addresses of the first, middle and last value of a tile's first feature, and how far the next
+    feature's lie; half types are taken to `sample`."""
+    cdef Py_ssize_t offset[MAX_COLUMNS]
+    cdef Py_ssize_t f, step = plan.feature_stride[role]
+    cdef const Segment* segment = &plan.segment[0]
+    cdef char* start = plan.base[role] + first * plan.feature_stride[role]
+    cdef Py_ssize_t k
+    for k in range(3):
+        row_pointers(segment, role, start, (segment.n_rows - 1) * k // 2, 1, &row[k])
+        row[k] += (
+            (segment.n_joined - 1) * k // 2 * segment.joined_stride[role]
+            + (segment.n_run - 1) * k // 2 * segment.run_stride[role]
+        )
+    if plan.storage == NATIVE:
+        return step
+    for f in range(n_features):
+        offset[f] = f * step
+    for k in range(3):
+        gather_half_row[float](plan.storage, row[k], offset, n_features, sample[k])
+        row[k] = <char*> sample[k]
+    return sizeof(float)
+
+
 cdef void sample_shift(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* restrict shift,
     const real* real_tag,
@@ -53,29 +80,12 @@ cdef void sample_shift(
     the shift would be one more thing to round (float64, M = 1e6: 55 roundings for dgamma).  Not so
     a dout that repeats itself: its roundings do not average out.
     """
-    cdef const Segment* segment = &plan.segment[0]
     cdef char* row[3]
-    cdef Py_ssize_t offset[MAX_COLUMNS]
     cdef float[3][MAX_COLUMNS] sample
-    cdef Py_ssize_t f, k
-    cdef Py_ssize_t step = plan.feature_stride[role]
+    cdef Py_ssize_t f, step
     cdef real a, b, c, low, high, middle, gap, big
     cdef real digits = 1.5 * 2.0 ** 21 if real is float else 1.5 * 2.0 ** 50
-    for k in range(3):
-        row_pointers(
-            segment, role, plan.base[role] + first * step, (segment.n_rows - 1) * k // 2, 1, &row[k]
-        )
-        row[k] += (
-            (segment.n_joined - 1) * k // 2 * segment.joined_stride[role]
-            + (segment.n_run - 1) * k // 2 * segment.run_stride[role]
-        )
-    if plan.storage != NATIVE:
-        for f in range(n_features):
-            offset[f] = f * step
-        step = sizeof(float)
-        for k in range(3):
-            gather_half_row[float](plan.storage, row[k], offset, n_features, sample[k])
-            row[k] = <char*> sample[k]
+    step = sample_rows(plan, role, first, n_features, row, sample)
     for f in range(n_features):
         a = (<const real*> (row[0] + f * step))[0]
         b = (<const real*> (row[1] + f * step))[0]
@@ -94,6 +104,57 @@ cdef void sample_shift(
         shift[first + f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
 
 
+cdef void gate_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const real* real_tag,
+) noexcept nogil:
+    forward_constants[real](
+        job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.beta + f,
+        job.gate_shift + f, job.gate_factor + f, job.gate_scale + f, job.gate_bias + f,
+        job.gate_wide + f, n, low_limit(real_tag), wide, real_tag,
+    )
+
+
+cdef void start_gate(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
+) noexcept nogil:
+    """The constants that forward had, as finish_tile makes them there."""
+    cdef Py_ssize_t f
+    read_parameter(&job.gamma_given, first, n_features, job.gamma + first)
+    read_parameter(&job.beta_given, first, n_features, job.beta + first)
+    gate_constants[real](job, first, n_features, False, real_tag)
+    for f in range(first, first + n_features):
+        if job.gate_wide[f] != 0:
+            if real is double:
+                job.gate_factor[f] = power_of_two(job.inv_std[f])
+            gate_constants[real](job, f, 1, True, real_tag)
+            job.gate_wide[f] = 1
+
+
+cdef void drop_gated_shift(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
+) noexcept nogil:
+    """dout's shift is kept where the three values that it was guessed from come through: behind a
+    gate that is closed (a dead unit) only 0 leaves sums of exactly 0."""
+    cdef const Plan* plan = &job.reduce
+    cdef char* x[3]
+    cdef char* r[3]
+    cdef float[3][MAX_COLUMNS] x_sample
+    cdef float[3][MAX_COLUMNS] r_sample
+    cdef Py_ssize_t f, k, x_step, r_step = 0
+    cdef double z
+    x_step = sample_rows(plan, X, first, n_features, x, x_sample)
+    if plan.used[R]:
+        r_step = sample_rows(plan, R, first, n_features, r, r_sample)
+    for f in range(n_features):
+        for k in range(3):
+            z = (<const real*> (x[k] + f * x_step))[0] - job.mean[first + f]
+            z = z * job.inv_std[first + f] * job.gamma[first + f] + job.beta[first + f]
+            if plan.used[R]:
+                z += (<const real*> (r[k] + f * r_step))[0]
+            if not z > 0:
+                job.shift_g[first + f] = 0
+
+
 cdef void start_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
 ) noexcept nogil:
@@ -102,6 +163,8 @@ cdef void start_tile(
     cdef bint coarse = job.kind == BACKWARD
     for f in range(first, first + n_features):
         job.factor[f] = 1
+    if job.gated:
+        start_gate[real](job, first, n_features, real_tag)
     if job.kind == FORWARD or job.kind == PRODUCT:
         sample_shift[real](&job.reduce, X, first, n_features, job.shift_x, real_tag)
     if job.kind == PRODUCT:
@@ -119,6 +182,8 @@ cdef void start_tile(
         job.shift_g[f] = 0
     if job.kind == BACKWARD and job.exact_mean:
         sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, real_tag)
+        if job.gated:
+            drop_gated_shift[real](job, first, n_features, real_tag)
 
 
 # ---------------------------------------------------------------- sums to statistics
@@ -237,7 +302,7 @@ cdef double settle(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, const real* real_tag,
 ) noexcept nogil:
     cdef double* sums = job.sums + f
-    cdef double m = <double> job.count
+    cdef double m = job.total
     cdef double low = low_limit(real_tag)
     cdef Py_ssize_t stride = job.stride
     if job.kind == FORWARD:
@@ -260,7 +325,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
     """A better shift where that was the matter, else other lanes: float64's hold every square of
     float32, and every square of float64 once it is scaled."""
     cdef double* sums = job.sums + f
-    cdef double m = <double> job.count
+    cdef double m = job.total
     cdef double s1 = finish_sum(sums[0], sums[job.stride])
     cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
     cdef bint finite = isfinite(s1) and isfinite(s2)

@@ -16,7 +16,9 @@ cdef enum Phase:
     APPLY                     # a task is a chunk of a tile
 
 cdef enum:
-    N_VALUES = 12             # arrays of one value per feature that a call needs, besides sums
+    N_VALUES = 12             # arrays of one value per feature that a call needs, besides sums,
+    N_GATE_VALUES = 5         # and for a gate
+    N_OPTION_COLUMNS = 21     # of constants and offsets, if there are options
 
 cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
     const char* data
@@ -46,8 +48,11 @@ cdef struct Job:
     bint reduces              # the two visits that a call needs
     bint applies
     bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
+    Activation activation
+    double negative_slope
+    bint gated                # a plan is
     Py_ssize_t count          # values per feature, M
-    double total              # of all parts, if x is one of several; else M
+    double total              # of all parts, if x is one of several; their weights, W; else M
     Py_ssize_t n_features
     Py_ssize_t tile           # features a tile; the first has `lead` more
     Py_ssize_t lead
@@ -78,11 +83,18 @@ cdef struct Job:
     double* bias
     double* retry             # 1 where the sums have to be had again, in wide lanes
     double* wide              # 1 where the output has to be computed in wide lanes
+    double* gate_shift        # what forward had as shift, factor, ..., wide
+    double* gate_factor
+    double* gate_scale
+    double* gate_bias
+    double* gate_wide
     double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     Py_ssize_t width
     Py_ssize_t buffer_elements
     bint own_values           # tiles are swept, each with arrays per feature of its own
+    bint has_options          # rows need the buffers and columns of options.pxi
     bint stream               # the output goes past the caches
+    bint stream_gradient      # so does that of the residual
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
     Py_ssize_t scratch_bytes
@@ -101,6 +113,20 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* sum_2
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
+    char* gate_shift          # in `real`
+    char* gate_scale
+    char* gate_bias
+    char* gate_ones
+    double* wide_shift
+    double* wide_scale
+    double* wide_bias
+    double* wide_factor
+    double* wide_ones
+    bint any_wide             # of the tile's gates
+    char* weigh_shift
+    char* weigh_slope
+    char* weigh_rest
+    char* weigh_ones
     char* shift_r
     char* mix_g
     char* mix_r
@@ -128,7 +154,15 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
     job.mean_g_low = values + 9 * stride
     job.retry = values + 10 * stride
     job.wide = values + 11 * stride
-    job.sums = values + N_VALUES * stride
+    values += N_VALUES * stride
+    if job.gated:
+        job.gate_shift = values
+        job.gate_factor = values + stride
+        job.gate_scale = values + 2 * stride
+        job.gate_bias = values + 3 * stride
+        job.gate_wide = values + 4 * stride
+        values += N_GATE_VALUES * stride
+    job.sums = values
 
 
 cdef void read_parameter(
@@ -156,9 +190,9 @@ cdef Py_ssize_t group_rows(
     const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step,
 ) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
-    cdef bint direct = True
+    cdef bint direct = not (plan.gated or plan.used[W])
     cdef int r
-    for r in range(N_ROLES):
+    for r in range(W):
         direct = direct and access[r] == DIRECT
     if direct:
         return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
@@ -177,7 +211,7 @@ cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
 cdef void fetch_rows(
     const Plan* plan, const Segment* segment, int role, Access access,
     Py_ssize_t tile_first, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
-    Py_ssize_t ahead, Scratch* s, const real* real_tag, const lane* lane_tag,
+    Py_ssize_t ahead, Scratch* s, const real* real_tag, const lane* lane_tag, const lane* factor,
 ) noexcept nogil:
     """Point s.rows[role] at n rows (and `ahead` more, to prefetch) of the columns from j0 on."""
     cdef Py_ssize_t i, known
@@ -206,8 +240,7 @@ cdef void fetch_rows(
             )
         else:
             gather_row[real, lane](
-                real_tag, s.rows[role][i], s.offset[role] + j0, width,
-                (<lane*> s.factor) + j0 if role == X else <lane*> s.dummy, packed,
+                real_tag, s.rows[role][i], s.offset[role] + j0, width, factor, packed
             )
         s.rows[role][i] = <char*> packed
 
@@ -250,31 +283,32 @@ cdef void store_rows(
         i += run
 
 
-cdef void set_ones(lane* factor, Py_ssize_t width) noexcept nogil:
+cdef void set_all(lane* columns, Py_ssize_t width, lane value) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        factor[j] = 1
+        columns[j] = value
 
 
 cdef void reduce_rows(
-    const Plan* plan, const Segment* segment, const Access* access, Py_ssize_t first,
-    Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n, Py_ssize_t ahead, Scratch* s,
-    const real* real_tag, const lane* lane_tag,
+    Job* job, const Segment* segment, const Access* access, Py_ssize_t first,
+    Py_ssize_t n_features, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
+    Py_ssize_t ahead, Scratch* s, const real* real_tag, const lane* lane_tag, bint wide,
 ) noexcept nogil:
     """Add columns j0 .. j0 + width - 1 of n rows to the sums."""
+    cdef const Plan* plan = &job.reduce
+    cdef bint products = plan.used[G] or plan.used[W]
     cdef lane* shift_x = <lane*> s.shift_x + j0
     cdef lane* shift_g = <lane*> s.shift_g + j0
-    cdef int r
-    for r in range(2):
-        if plan.used[r]:
-            fetch_rows[real, lane](
-                plan, segment, r, access[r], first, j0, width, row, n, ahead,
-                s, real_tag, lane_tag,
-            )
-    if plan.storage != NATIVE:
+    fetch_inputs[real, lane](
+        job, plan, segment, access, first, n_features, j0, width, row, n, ahead,
+        s, real_tag, lane_tag, wide,
+    )
+    if plan.used[D] and not wide:
+        store_gradient[real](job, plan, segment, first, j0, width, row, n, s, real_tag)
+    if plan.storage != NATIVE or plan.gated:
         ahead = 0
     if plan.along:
-        if plan.used[G]:
+        if products:
             grad_stats_along[lane](
                 s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1, s.sum_2
             )
@@ -285,7 +319,7 @@ cdef void reduce_rows(
         s.rows[X][n] = <char*> shift_x
         s.rows[G][n] = <char*> shift_g
         n += 1
-    if plan.used[G]:
+    if products:
         grad_stats_across[lane](
             s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1 + j0, s.sum_2 + j0, ahead
         )
@@ -314,7 +348,9 @@ cdef void reduce_chunk(
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
     piece = width
-    if not plan.along and (access[X] != DIRECT or access[G] != DIRECT):
+    if not plan.along and (
+        access[X] != DIRECT or access[G] != DIRECT or plan.gated or plan.used[W]
+    ):
         piece = min(width, <Py_ssize_t> GATHER_COLUMNS)
     group = group_rows(plan, access, piece, TREE_ROWS)
     ahead = 0
@@ -325,9 +361,9 @@ cdef void reduce_chunk(
         job.shift_x, job.factor if wide else NULL, first, n_features,
         segment.n_joined, segment.n_lanes, <lane*> s.shift_x,
     )
-    if access[X] == GATHERED or access[G] == GATHERED:
-        set_ones(<lane*> s.dummy, width)
-        set_ones(<lane*> s.factor, width)
+    if access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
+        set_all[lane](<lane*> s.dummy, width, 1)
+        set_all[lane](<lane*> s.factor, width, 1)
         if wide:
             expand[lane](
                 job.factor, NULL, first, n_features, segment.n_joined, segment.n_run,
@@ -338,6 +374,12 @@ cdef void reduce_chunk(
             job.shift_g, NULL, first, n_features, segment.n_joined, segment.n_lanes,
             <lane*> s.shift_g,
         )
+    if plan.used[W]:
+        set_all[lane](<lane*> s.weigh_ones, width, 1)
+        prepare_weights[lane](job, plan, segment, first, n_features, s, lane_tag)
+        memset(s.shift_g, 0, n_columns * sizeof(double))
+    if plan.gated:
+        prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
     for r in range(4):
         memset(total + r * job.stride, 0, n_features * sizeof(double))
     while row < row_end:
@@ -349,8 +391,8 @@ cdef void reduce_chunk(
             j0 = 0
             while j0 < width:
                 reduce_rows[real, lane](
-                    plan, segment, access, first, j0, min(piece, width - j0), row, n, ahead,
-                    s, real_tag, lane_tag,
+                    job, segment, access, first, n_features, j0, min(piece, width - j0), row, n,
+                    ahead, s, real_tag, lane_tag, wide,
                 )
                 j0 += piece
             row += n
@@ -362,27 +404,27 @@ cdef void reduce_chunk(
 
 cdef void apply_columns(
     Job* job, const Segment* segment, Py_ssize_t row, Py_ssize_t row_end, Py_ssize_t tile_first,
-    Py_ssize_t j0, Py_ssize_t width, const Access* access, Scratch* s, const real* real_tag,
-    const lane* lane_tag,
+    Py_ssize_t n_features, Py_ssize_t j0, Py_ssize_t width, const Access* access, Scratch* s,
+    const real* real_tag, const lane* lane_tag, bint wide,
 ) noexcept nogil:
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
-    cdef Py_ssize_t n, n_padded, i, group = group_rows(&job.apply, access, width, APPLY_ROWS)
+    cdef bint affine = not plan.used[G] or job.kind == BACKWARD_FROZEN
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(plan, access, width, APPLY_ROWS)
     cdef Py_ssize_t ahead = 0, kernel_ahead
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
+    cdef Block block
     cdef int r
     if job.prefetch_again and access[X] != GATHERED and not plan.along:
         ahead = rows_ahead(width * plan.itemsize)
-    kernel_ahead = ahead if plan.storage == NATIVE else 0
+    kernel_ahead = ahead if plan.storage == NATIVE and not plan.gated else 0
     while row < row_end:
         n = min(group, row_end - row)
-        for r in range(Y):
-            if plan.used[r]:
-                fetch_rows[real, lane](
-                    plan, segment, r, access[r], tile_first, j0, width, row, n, ahead,
-                    s, real_tag, lane_tag,
-                )
-        for r in range(Y, N_ROLES):
+        fetch_inputs[real, lane](
+            job, plan, segment, access, tile_first, n_features, j0, width, row, n, ahead,
+            s, real_tag, lane_tag, wide,
+        )
+        for r in range(Y, W):
             if plan.used[r] and access[r] == DIRECT:
                 row_pointers(
                     segment, r,
@@ -396,6 +438,7 @@ cdef void apply_columns(
         while n_padded % APPLY_ROWS and not plan.along:
             s.rows[X][n_padded] = <char*> (<lane*> s.shift_x + j0)
             s.rows[G][n_padded] = <char*> (<lane*> s.shift_g + j0)
+            s.rows[R][n_padded] = <char*> (<lane*> s.shift_x + j0)
             s.rows[Y][n_padded] = <char*> (dummy + (n_padded % APPLY_ROWS - 1) * width)
             if job.kind == SECOND:
                 s.rows[R][n_padded] = <char*> (<lane*> s.shift_r + j0)
@@ -403,29 +446,33 @@ cdef void apply_columns(
             n_padded += 1
         if job.kind == SECOND:
             second_rows[lane](plan, s, n_padded, width, j0, kernel_ahead, lane_tag)
-        elif plan.along and plan.used[G]:
+        elif affine:
+            block.x = s.rows[G if plan.used[G] else X]
+            block.r = s.rows[R] if plan.used[R] and not plan.used[G] else NULL
+            block.g = NULL
+            block.y = s.rows[Y]
+            block.n_rows = n_padded
+            block.width = width
+            block.ahead = kernel_ahead
+            block.along = plan.along
+            block.shift = <char*> (<lane*> s.shift_x + j0)
+            block.scale = <char*> (<lane*> s.scale + j0)
+            block.bias = <char*> (<lane*> s.bias + j0)
+            block.activation = job.activation if job.kind < BACKWARD else IDENTITY
+            block.slope = job.negative_slope
+            apply_rows[lane](&block, lane_tag)
+        elif plan.along:
             grad_apply_along[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
                 <lane*> s.scale, <lane*> s.slope, <lane*> s.bias,
             )
-        elif plan.along:
-            apply_along[lane](
-                s.rows[X], s.rows[Y], n, width,
-                <lane*> s.shift_x, <lane*> s.scale, <lane*> s.bias,
-            )
-        elif plan.used[G]:
+        else:
             grad_apply_across[lane](
                 s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
                 <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
                 <lane*> s.slope + j0, <lane*> s.bias + j0, kernel_ahead,
             )
-        else:
-            apply_across[lane](
-                s.rows[X], s.rows[Y], n_padded, width,
-                <lane*> s.shift_x + j0, <lane*> s.scale + j0, <lane*> s.bias + j0,
-                kernel_ahead,
-            )
-        for r in range(Y, N_ROLES):
+        for r in range(Y, W):
             if plan.used[r] and access[r] != DIRECT:
                 store_rows[real, lane](
                     plan, segment, r, access[r], tile_first, j0, width, row, n, s,
@@ -464,7 +511,7 @@ cdef void apply_chunk(
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
     if access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
-        set_ones(<lane*> s.dummy, width)
+        set_all[lane](<lane*> s.dummy, width, 1)
         expand[lane](
             job.factor, NULL, first, n_features, segment.n_joined, segment.n_run, <lane*> s.factor
         )
@@ -476,9 +523,15 @@ cdef void apply_chunk(
         expand[lane](
             values[r], NULL, first, n_features, segment.n_joined, segment.n_lanes, columns[r]
         )
+    if plan.used[W]:
+        set_all[lane](<lane*> s.weigh_ones, width, 1)
+        prepare_weights[lane](job, plan, segment, first, n_features, s, lane_tag)
+    if plan.gated:
+        prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
     if wanted == n_features:
         apply_columns[real, lane](
-            job, segment, row, row_end, first, 0, width, access, s, real_tag, lane_tag
+            job, segment, row, row_end, first, n_features, 0, width, access, s,
+            real_tag, lane_tag, wide,
         )
         return
     for q in range(segment.n_joined):
@@ -492,7 +545,7 @@ cdef void apply_chunk(
                 f_end += 1
             j = (q * n_features + f) * segment.n_run
             apply_columns[real, lane](
-                job, segment, row, row_end, first, j, (f_end - f) * segment.n_run, access, s,
-                real_tag, lane_tag,
+                job, segment, row, row_end, first, n_features, j, (f_end - f) * segment.n_run,
+                access, s, real_tag, lane_tag, wide,
             )
             f = f_end

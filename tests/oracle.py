@@ -26,16 +26,23 @@ def forward(x, gamma, beta, axis=1, eps=1e-5, mean=None, var=None):
     return oracle_forward(x, gamma, beta, axis=axis, eps=eps, mean=mean, var=var)[0]
 
 
-def backward(dout, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
-    given = {"axis": axis, "eps": eps, "mean": mean, "var": var}
+def backward(dout, x, gamma, axis=1, eps=1e-5, mean=None, var=None, weights=None):
+    given = {"axis": axis, "eps": eps, "mean": mean, "var": var, "weights": weights}
     n = np.shape(x)[axis]
     gradients = oracle_backward(dout, x, gamma, **given)
     others = tuple(d for d in range(np.ndim(x)) if d != axis % np.ndim(x))
     x_hat, _, var = oracle_forward(x, np.ones(n), np.zeros(n), **given)
     g = np.asarray(dout, np.longdouble)
-    t = g - g.mean(axis=others, keepdims=True) if mean is None and g.size else g
+    centered = mean is None and weights is None and g.size
+    t = g - g.mean(axis=others, keepdims=True) if centered else g
     std = np.sqrt(var + np.longdouble(eps))
     inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
-    dx_scale = float(np.abs(gamma * inv_std).max(initial=0) * np.abs(t).max(initial=0))
+    largest = np.abs(t).max(initial=0)
+    if weights is not None:  # the sums come back to each element by its share
+        w = np.broadcast_to(np.asarray(weights, np.longdouble), g.shape)
+        share = (w / w.sum(axis=others, keepdims=True)).max(initial=0)
+        sums = [np.abs(a).max(initial=0) for a in (gradients[1], gradients[2], x_hat)]
+        largest = max(largest, share * (sums[1] + sums[2] * sums[0]))
+    dx_scale = float(np.abs(gamma * inv_std).max(initial=0) * largest)
     scales = (float(np.abs(a).sum(axis=others).max(initial=0)) for a in (t * x_hat, g))
     return Gradients(*gradients, dx_scale, *scales)

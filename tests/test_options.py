@@ -1,0 +1,454 @@
+"""activation, residual, weights and needs: each against the oracle, alone and together."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bn_fast.functional
+from bn_fast import batchnorm_backward, batchnorm_forward, reference
+
+from . import oracle
+from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem
+from .judge import assert_same_bits, check, check_gradients
+from .test_bits import hostile
+from .test_properties import arrays, few, problems
+
+ACTIVATIONS = [None, *reference.ACTIVATIONS]
+SLOPE = 0.25  # a power of two: exact in every dtype
+
+
+def activate(z, activation):
+    return reference.ACTIVATIONS[activation][0](z, SLOPE) if activation else z
+
+
+def through(dout, out, activation):
+    """What of dout comes through, by the sign of the output."""
+    return reference.ACTIVATIONS[activation][1](dout, out, SLOPE) if activation else dout
+
+
+def spread_weights(shape, axis, kind, seed=5):
+    """Weights of x's shape but for length 1 along axis: with zeros, never all zero."""
+    if kind is None:
+        return None
+    shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
+    w = np.random.default_rng(seed).integers(0, 4, shape)
+    w.flat[0] = 2
+    return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]
+
+
+def judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit=4):
+    """Forward and backward of all options against the oracle; the cache comes back."""
+    n = x.shape[axis]
+    param = {"mode": mode, "running_mean": np.full(n, 0.5), "running_var": np.full(n, 2.0)}
+    before = {**param}
+    options = {"activation": activation, "negative_slope": SLOPE, "residual": residual}
+    out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis, weights=weights, **options)
+    given = {"axis": axis}
+    if mode == "test":
+        given |= {"mean": before["running_mean"], "var": before["running_var"]}
+    elif weights is not None:
+        given["weights"] = weights
+    like = np.broadcast_to(np.zeros((), cache.x.dtype), x.shape)
+    z, mean, var = reference.oracle_forward(x, gamma, beta, **given)
+    terms = max(np.abs(a).max() for a in (gamma, beta, 0 if residual is None else residual))
+    z = z if residual is None else z + residual
+    check("out", out, activate(z, activation), like, limit, float(terms))
+    if mode == "train":
+        for key, value in (("running_mean", mean), ("running_var", var)):
+            expected = (
+                0.9 * np.asarray(before[key], np.longdouble) + (1 - np.longdouble(0.9)) * value
+            )
+            np.testing.assert_allclose(param[key], expected.astype(float), 1e-6, 1e-6)
+
+    gradients = batchnorm_backward(dout, cache)
+    g = through(dout.astype(like.dtype), out, activation)
+    expected = oracle.backward(g, x, gamma, **given)
+    check_gradients(gradients[:3], expected, like, limit, cancels=True)
+    assert len(gradients) == 3 + (residual is not None)
+    if residual is not None:
+        np.testing.assert_array_equal(gradients[3], g)
+        assert gradients[3].dtype == like.dtype
+    return out, cache, gradients, expected.dx_scale
+
+
+def cases():
+    for number, (shape, axis) in enumerate(SHAPES[::3] + TALL):
+        for k in range(6):  # each activation, residual, mode and kind of weights meets each other
+            yield pytest.param(
+                shape,
+                axis,
+                ACTIVATIONS[(number + k) % 3],
+                k % 2 == 0,
+                [None, "mask", "integers", "real"][(number + k) % 4],
+                ["train", "test"][(number + k // 3) % 2],
+                id=f"{shape} {axis} {k}",
+            )
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "activation", "has_residual", "weights", "mode"), list(cases())
+)
+def test_against_the_oracle(shape, axis, activation, has_residual, weights, mode):
+    number = len(shape) + shape[0] + shape[1]
+    layout = ["C", "Fortran", "sliced", "features last"][number % 4]
+    for dtype in DTYPES:
+        x, dout, gamma, beta = problem(shape, axis, dtype, layout)
+        residual = LAYOUTS[layout](normal(shape, dtype, 7)) if has_residual else None
+        w = spread_weights(shape, axis, weights)
+        judge(x, dout, gamma, beta, axis, mode, activation, residual, w, 6)
+
+
+@settings(few, max_examples=120)
+@given(problems(), st.data())
+def test_any_options(problem, data):
+    x, dout, gamma, beta, axis = problem
+    gamma, beta = np.array(gamma), np.array(beta)
+    activation = data.draw(st.sampled_from(ACTIVATIONS))
+    residual = data.draw(st.none() | arrays(x.shape))
+    weights = spread_weights(
+        x.shape, axis, data.draw(st.sampled_from([None, "mask", "integers", "real"]))
+    )
+    if weights is not None:  # some axes shared by all elements, front axes left out
+        for d in range(x.ndim):
+            if data.draw(st.integers(0, 2)) == 0:
+                weights = weights.max(axis=d, keepdims=True)
+        while weights.shape[0] == 1 and weights.ndim > 1 and data.draw(st.booleans()):
+            weights = weights[0]
+    before = [a.tobytes() for a in (x, dout) if a is not None]
+    mode = data.draw(st.sampled_from(["train", "test"]))
+    if residual is not None:
+        residual = residual.astype(x.dtype if x.dtype.kind == "f" else np.float64)
+    threads = data.draw(st.integers(1, 3))
+    bn_fast.functional._SERIAL_SIZE = 0
+    try:
+        bn_fast.set_num_threads(threads)
+        out, cache, gradients, scale = judge(
+            x, dout, gamma, beta, axis, mode, activation, residual, weights, 8
+        )
+        names = ("dx", "dgamma", "dbeta", "dresidual")
+        needs = data.draw(st.lists(st.sampled_from(names), unique=True))
+        chosen = batchnorm_backward(dout, cache, needs=needs)
+        for name, a, b in zip(names, chosen, gradients, strict=False):
+            if name in needs:
+                assert_same_bits([a], [b])
+            else:
+                assert a is None
+        # over dout, over x, over the residual
+        over = np.array(dout, cache.x.dtype)
+        assert batchnorm_backward(over, cache, out=over)[0] is over
+        np.testing.assert_allclose(over, gradients[0], 1e-4, 1e-5 * scale)
+        options = {"activation": activation, "negative_slope": SLOPE, "weights": weights}
+        param = {
+            "mode": mode,
+            "running_mean": [0.5] * len(gamma),
+            "running_var": [2.0] * len(gamma),
+        }
+        for k in range(1 if residual is None else 2):
+            over = [np.array(x, cache.x.dtype, order="K"), None]
+            over[1] = None if residual is None else np.array(residual, cache.x.dtype, order="K")
+            batchnorm_forward(
+                over[0], gamma, beta, {**param}, axis=axis, out=over[k], residual=over[1], **options
+            )
+            check("in place", over[k], out.astype(np.longdouble), over[k], 4)
+    finally:
+        bn_fast.functional._SERIAL_SIZE = 1 << 16
+        bn_fast.set_num_threads(None)
+    assert before == [x.tobytes(), dout.tobytes()]
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(50, 40), (40, 9, 30), (4, 9, 1000), (900, 5)])
+def test_gate_of_forward_to_the_bit(shape, dtype, activation):
+    """Values around 0 whose sign is a matter of rounding; and features in wide lanes."""
+    x, dout = hostile(3 + normal(shape, dtype)), 1 + np.abs(normal(shape, dtype, 1))
+    gamma, beta = normal(shape[1], dtype, 2), np.zeros(shape[1])
+    options = {"activation": activation, "negative_slope": SLOPE}
+    z = batchnorm_forward(x, gamma, beta)[0]
+    with np.errstate(all="ignore"):
+        opposite = -z * (1 + np.finfo(dtype).eps * np.round(normal(shape, dtype, 3)))
+    for residual in (np.zeros(shape, dtype), opposite.astype(dtype)):
+        out, cache = batchnorm_forward(x, gamma, beta, residual=residual, **options)
+        *gradients, dresidual = batchnorm_backward(dout, cache)
+        np.testing.assert_array_equal(dresidual, through(dout, out, activation))
+        assert_same_bits(batchnorm_backward(dout, cache, needs=["dx"])[:1], gradients[:1])
+        if not residual.any():
+            out, cache = batchnorm_forward(x, gamma, beta, **options)
+            assert_same_bits(batchnorm_backward(dout, cache), gradients)
+
+
+def test_not_finite_through_activations():
+    x = np.array([[-np.inf], [np.inf], [np.nan], [-1], [0], [2]])
+    param = {"mode": "test", "eps": 0, "running_mean": [0.0], "running_var": [1.0]}
+    dout = np.array([[np.inf], [1], [2], [np.nan], [np.inf], [4]])
+    out, cache = batchnorm_forward(x, [1], [0], param, activation="relu")
+    np.testing.assert_array_equal(out, [[0], [np.inf], [np.nan], [0], [0], [2]])
+    np.testing.assert_array_equal(
+        batchnorm_backward(dout, cache)[0], [[0], [1], [2], [0], [0], [4]]
+    )
+    out, cache = batchnorm_forward(x, [1], [0], param, activation="leaky_relu")
+    np.testing.assert_array_equal(out, [[-np.inf], [np.inf], [np.nan], [-0.01], [0], [2]])
+    dx = batchnorm_backward(dout, cache)[0]
+    np.testing.assert_array_equal(dx, [[np.inf], [1], [2], [np.nan], [np.inf], [4]])
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_finite_differences(module, activation, mode):
+    shape, h = (5, 3, 4), 1e-6
+    x, dout, residual = (normal(shape, np.float64, seed) for seed in range(3))
+    gamma, beta = normal(3, np.float64, 3), normal(3, np.float64, 4)
+    weights = spread_weights(shape, 1, "real")
+
+    def forward(activation=activation):
+        param = {"mode": mode, "running_var": np.full(3, 0.5)}
+        return module.batchnorm_forward(
+            x, gamma, beta, param, activation=activation, residual=residual, weights=weights
+        )
+
+    _, cache = forward()
+    assert np.abs(forward(None)[0]).min() > 1e-4  # no kink near
+    gradients = module.batchnorm_backward(dout, cache)
+    for values, gradient in zip((x, gamma, beta, residual), gradients, strict=True):
+        for index in np.ndindex(values.shape):
+            value = values[index]
+            values[index] = value + h
+            high = (forward()[0] * dout).sum()
+            values[index] = value - h
+            low = (forward()[0] * dout).sum()
+            values[index] = value
+            assert gradient[index] == pytest.approx((high - low) / (2 * h), rel=1e-5, abs=1e-6)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [True, 1, 3, 0.37, 1e300])
+def test_equal_weights_are_none(dtype, value):
+    x, dout, gamma, beta = problem((70, 9), 1, dtype)
+    plain, equal = {"mode": "train"}, {"mode": "train"}
+    out, cache = batchnorm_forward(x, gamma, beta, plain)
+    got, weighted = batchnorm_forward(x, gamma, beta, equal, weights=np.full((70, 1), value))
+    gradients = batchnorm_backward(dout, cache)
+    assert_same_bits([got, *batchnorm_backward(dout, weighted)], [out, *gradients])
+    assert_same_bits([equal["running_mean"]], [plain["running_mean"]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1, 1e-200, 1e200])
+def test_integers_are_repeated_rows(dtype, scale):
+    x, dout, gamma, beta = problem((40, 9), 1, dtype)
+    counts = np.random.default_rng(0).integers(0, 5, 40)
+    repeated = np.repeat(x, counts, axis=0)
+    many, weighted = {"mode": "train"}, {"mode": "train"}
+    expected, cache = batchnorm_forward(repeated, gamma, beta, many)
+    weights = scale * counts[:, None].astype(float)
+    out, other = batchnorm_forward(x, gamma, beta, weighted, weights=weights)
+    for key in ("running_mean", "running_var"):
+        np.testing.assert_allclose(weighted[key], many[key], 4 * np.finfo(dtype).eps)
+    check("out", np.repeat(out, counts, axis=0), expected.astype(np.longdouble), x, 4)
+    # gradients of the parameters: each copy has its part of the row's dout
+    parts = np.repeat(dout / np.maximum(counts, 1)[:, None], counts, axis=0).astype(dtype)
+    shown = dout * (counts > 0)[:, None]
+    for a, b in zip(
+        batchnorm_backward(shown, other)[1:], batchnorm_backward(parts, cache)[1:], strict=True
+    ):
+        np.testing.assert_allclose(a, b, 0, 40 * np.abs(b).max() * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("bad_dout", [0, 1, np.nan])
+@pytest.mark.parametrize("shape", [(60, 5), (6, 3, 50), (2, 3, 400), (300, 40)])
+def test_nothing_leaks_from_under_weight_0(shape, bad, bad_dout, dtype, mode):
+    x, dout, gamma, beta = problem(shape, 1, dtype)
+    weights = spread_weights(shape, 1, "mask")
+    weights.flat[[0, -1]] = False  # where shifts are guessed
+    hidden = np.broadcast_to(~weights, shape)
+    param = {"mode": mode, "running_mean": gamma, "running_var": gamma**2}
+    masked, shown = {**param}, {**param}
+    spoiled, spoiled_dout = np.where(hidden, dtype(bad), x), np.where(hidden, dtype(bad_dout), dout)
+    calm, calm_dout = np.where(hidden, 0, x), np.where(hidden, 0, dout)
+    with np.errstate(all="ignore"):
+        out, cache = batchnorm_forward(spoiled, gamma, beta, masked, weights=weights)
+        gradients = batchnorm_backward(spoiled_dout, cache)
+    expected, other = batchnorm_forward(calm, gamma, beta, shown, weights=weights)
+    right = batchnorm_backward(calm_dout, other)
+    for key in ("running_mean", "running_var"):
+        np.testing.assert_allclose(masked[key], shown[key], 1e-5)
+    np.testing.assert_allclose(out[~hidden], expected[~hidden], 1e-4, 1e-5)
+    if np.isfinite(bad) and bad_dout == 1:
+        return  # a hidden element that is finite has its part in the sums of backward
+    for a, b in zip(gradients[1:], right[1:], strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-4)
+    np.testing.assert_allclose(gradients[0][~hidden], right[0][~hidden], 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_no_weight_is_an_empty_batch(module):
+    x, dout, gamma, beta = problem((30, 4), 1, np.float64)
+    param = {"mode": "train", "running_mean": np.arange(4.0), "running_var": np.ones(4)}
+    out, cache = module.batchnorm_forward(
+        x, gamma, beta, param, weights=np.zeros((30, 1)), activation="relu"
+    )
+    np.testing.assert_array_equal(out, np.broadcast_to(np.maximum(beta, 0), x.shape))
+    np.testing.assert_array_equal(param["running_mean"], np.arange(4.0))
+    np.testing.assert_array_equal(param["running_var"], np.ones(4))
+    dx, dgamma, dbeta = module.batchnorm_backward(dout, cache)
+    np.testing.assert_array_equal(dx, np.zeros_like(x))
+    np.testing.assert_array_equal(dgamma, np.zeros(4))
+    np.testing.assert_allclose(dbeta, (dout * (beta > 0)).sum(axis=0))
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e9])
+def test_weights_and_offsets(offset):
+    x, dout, gamma, beta = problem((3000, 4), 1, np.float64)
+    x += offset
+    weights = spread_weights(x.shape, 1, "real")
+    x[::7] *= weights[::7] > 0  # zeros under the mask, far from the data
+    judge(x, dout, gamma, beta, 1, "train", None, None, weights)
+
+
+# needs, memory, arguments
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_what_is_not_needed_takes_no_memory(mode):
+    x, dout, gamma, beta = problem((2000, 50), 1, np.float64)
+    _, cache = batchnorm_forward(x, gamma, beta, {"mode": mode}, activation="relu", residual=dout)
+    expected = batchnorm_backward(dout, cache)
+    tracemalloc.start()
+    try:
+        got = batchnorm_backward(dout, cache, needs=["dbeta", "dgamma"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert got[0] is None
+    assert got[3] is None
+    assert_same_bits(got[1:3], expected[1:3])
+    assert peak < x.nbytes / 10
+
+
+def test_nothing_of_the_size_of_x_is_kept():
+    x, residual, gamma, beta = problem((2000, 50), 1, np.float64)
+    weights = np.arange(2000)[:, None] % 3
+    tracemalloc.start()
+    try:
+        kept = batchnorm_forward(
+            x, gamma, beta, activation="relu", residual=residual, weights=weights
+        )
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept[0].nbytes <= size < 1.1 * x.nbytes
+    assert kept[1].residual is residual
+
+
+X = np.arange(12.0).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"activation": "gelu"}, ValueError, "activation must be None or one of 'relu'"),
+        ({"activation": 1}, TypeError, "activation must be None or a name, got int 1"),
+        (
+            {"activation": "relu", "negative_slope": None},
+            TypeError,
+            "negative_slope must be a real",
+        ),
+        (
+            {"activation": "relu", "negative_slope": np.nan},
+            ValueError,
+            "negative_slope must be fin",
+        ),
+        (
+            {"residual": X[:3]},
+            ValueError,
+            r"residual must have the shape of x, \(4, 3\), got \(3, 3",
+        ),
+        ({"residual": X * 1j}, TypeError, "residual must be an array of real numbers"),
+        ({"residual": "x"}, TypeError, "residual must be an array of real numbers"),
+        ({"weights": X}, ValueError, r"weights must broadcast to \(4, 1\).*got \(4, 3\)"),
+        ({"weights": np.ones((3, 1))}, ValueError, r"weights must broadcast to \(4, 1\)"),
+        ({"weights": np.ones(4)}, ValueError, r"weights must broadcast to \(4, 1\)"),
+        ({"weights": np.ones((1, 4, 1))}, ValueError, r"weights must broadcast to \(4, 1\)"),
+        ({"weights": [[1], [2], [-1], [0]]}, ValueError, "weights must be .*at least 0, got -1"),
+        ({"weights": [[1], [2], [np.nan], [0]]}, ValueError, "weights must be finite.*got nan"),
+        ({"weights": [[1], [2], [np.inf], [0]]}, ValueError, "weights must be finite.*got inf"),
+        ({"weights": [[1j]]}, TypeError, "weights must be an array of real numbers"),
+    ],
+)
+def test_errors(options, error, message):
+    param, out = {"mode": "train"}, np.full_like(X, 7)
+    with pytest.raises(error, match=message):
+        batchnorm_forward(X, np.ones(3), np.zeros(3), param, out=out, **options)
+    assert param == {"mode": "train"}
+    np.testing.assert_array_equal(out, np.full_like(X, 7))
+
+
+def test_errors_of_needs():
+    _, cache = batchnorm_forward(X, np.ones(3), np.zeros(3))
+    with pytest.raises(ValueError, match=r"needs must be of dx, dgamma.*got 'dz'"):
+        batchnorm_backward(X, cache, needs=["dx", "dz"])
+    with pytest.raises(TypeError, match=r"needs must be a sequence of names.*got str 'dx'"):
+        batchnorm_backward(X, cache, needs="dx")
+    with pytest.raises(TypeError, match=r"needs must be a sequence of names.*got None"):
+        batchnorm_backward(X, cache, needs=None)
+    with pytest.raises(ValueError, match="out is for dx, which needs does not name"):
+        batchnorm_backward(X, cache, needs=["dgamma"], out=np.empty_like(X))
+    assert batchnorm_backward(X, cache, needs=[]) == (None, None, None)
+
+
+def test_residual_and_out():
+    residual = X.copy()
+    with pytest.raises(ValueError, match="out must be residual itself or apart"):
+        batchnorm_forward(X[:2], np.ones(3), np.zeros(3), residual=residual[:2], out=residual[1:3])
+    _, cache = batchnorm_forward(X, np.ones(3), np.zeros(3), residual=residual, activation="relu")
+    with pytest.raises(ValueError, match="out must be apart from the residual"):
+        batchnorm_backward(X, cache, out=residual)
+    _, cache = batchnorm_forward(X, np.ones(3), np.zeros(3), residual=residual, out=residual)
+    assert len(batchnorm_backward(X, cache)) == 4  # needs no residual
+    _, cache = batchnorm_forward(
+        X, np.ones(3), np.zeros(3), residual=residual, out=residual, activation="relu"
+    )
+    with pytest.raises(ValueError, match="batchnorm_forward wrote its output over the residual"):
+        batchnorm_backward(X, cache)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_second_order_refuses_options(module):
+    _, cache = module.batchnorm_forward(X, np.ones(3), np.zeros(3), activation="relu")
+    with pytest.raises(ValueError, match="cache must be of a call without activation"):
+        module.batchnorm_double_backward(X, None, None, X, cache)
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_caches_are_understood_by_the_twins(mode):
+    x, dout, gamma, beta = problem((40, 5), 1, np.float64)
+    options = {
+        "activation": "leaky_relu",
+        "residual": dout,
+        "weights": [[k % 3] for k in range(40)],
+    }
+    caches = [
+        module.batchnorm_forward(x, gamma, beta, {"mode": mode}, **options)[1]
+        for module in (bn_fast, reference)
+    ]
+    expected = batchnorm_backward(dout, caches[0])
+    for module in (bn_fast, reference):
+        for cache in caches:
+            for a, b in zip(module.batchnorm_backward(dout, cache), expected, strict=True):
+                np.testing.assert_allclose(a, b, 1e-12, 1e-12)
+    for derivation in (
+        reference.batchnorm_backward_three_pathways,
+        reference.batchnorm_backward_column_wise,
+    ):
+        for a, b in zip(derivation(dout, caches[1]), expected[:3], strict=True):
+            np.testing.assert_allclose(a, b, 1e-12, 1e-12)
