@@ -159,6 +159,17 @@ CACHES = {
     "pickled": lambda: pickle.loads(pickle.dumps(batchnorm_forward(X, *PARAMETERS)[1])),
     "copied": lambda: copy.deepcopy(batchnorm_forward(X, *PARAMETERS)[1]),
     "large": lambda: batchnorm_forward(LARGE, *PARAMETERS)[1],
+    "activation": lambda: batchnorm_forward(X, *PARAMETERS, activation="relu")[1],
+    "residual": lambda: batchnorm_forward(X, *PARAMETERS, activation="relu", residual=X)[1],
+    "weights": lambda: batchnorm_forward(X, *PARAMETERS, weights=X[:, :1] > 0)[1],
+    "float16": lambda: batchnorm_forward(IMAGES.astype(np.float16), *PARAMETERS)[1],
+}
+LAYER = bn_fast.BatchNorm(5, dtype=np.float64)
+# What makes no cache, or more of it.
+OTHERS = {
+    "second order": lambda: bn_fast.batchnorm_double_backward(X, None, None, X, CACHES["train"]()),
+    "layer": lambda: (LAYER.forward(X), LAYER.backward(X)),
+    "state": lambda: LAYER.load_state_dict(LAYER.state_dict()),
 }
 REFUSED = {
     "parameter": lambda: batchnorm_forward(X, np.ones(4), np.zeros(5)),
@@ -177,7 +188,7 @@ def resident():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
 @pytest.mark.parametrize("n", [1000, pytest.param(100_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", [*CACHES, *(f"refused {name}" for name in REFUSED)])
+@pytest.mark.parametrize("kind", [*CACHES, *OTHERS, *(f"refused {name}" for name in REFUSED)])
 def test_nothing_is_left_behind(kind, n):
     """As many objects, references and pages after n calls as before."""
     made = CACHES.get(kind, tuple)()
@@ -185,6 +196,9 @@ def test_nothing_is_left_behind(kind, n):
     del made
 
     def call():
+        if kind in OTHERS:
+            OTHERS[kind]()
+            return
         if kind in CACHES:
             batchnorm_backward(dout, CACHES[kind]())
             return
