@@ -14,16 +14,22 @@ from .functional import (
     spatial_batchnorm_forward,
 )
 from .layer import BatchNorm
+from .pieces import Moments, backward_apply, backward_reduce, moments, normalize
 
 __all__ = [
     "BatchNorm",
+    "Moments",
     "__version__",
+    "backward_apply",
+    "backward_reduce",
     "batchnorm_backward",
     "batchnorm_backward_alt",
     "batchnorm_double_backward",
     "batchnorm_forward",
     "build_info",
     "get_num_threads",
+    "moments",
+    "normalize",
     "set_num_threads",
     "show_config",
     "spatial_batchnorm_backward",

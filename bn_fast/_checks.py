@@ -121,10 +121,7 @@ def forward_arrays(
 ) -> tuple[Array, Array, Array, int, Array | None]:
     if core.is_plain(x, gamma, beta, axis, out):  # the straight road
         return x, gamma, beta, axis, out
-    x = _input(x, "x")
-    if x.ndim < 2:
-        raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
-    axis = _axis(axis, x.ndim)
+    x, axis = array_and_axis(x, axis)
     gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
     beta = _parameter(beta, "beta", x.shape[axis], axis)
     return x, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma})
@@ -270,6 +267,101 @@ def needs(value: Any, out: Any) -> set[str]:
     return set(names)
 
 
+def array_and_axis(x: Any, axis: Any) -> tuple[Array, int]:
+    x = _input(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
+    return x, _axis(axis, x.ndim)
+
+
+def gradient(dout: Any, x: Array) -> Array:
+    dout = _input(dout, "dout")
+    if dout.shape != x.shape:
+        raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
+    converted: Array = dout.astype(x.dtype, order="K", copy=False)
+    return converted
+
+
+def frozen_arrays(
+    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: Any, out: Any
+) -> tuple[Array, Array, Array, Array, Array, int, Array | None]:
+    """The arguments of `normalize`, gamma and beta filled in."""
+    x, axis = array_and_axis(x, axis)
+    n = x.shape[axis]
+    mean = _parameter(mean, "mean", n, axis)
+    var = variance(var, "var", n, axis)
+    kind = parameter_dtype(x.dtype)
+    gamma = np.ones(n, kind) if gamma is None else _parameter(gamma, "gamma", n, axis)
+    beta = np.zeros(n, kind) if beta is None else _parameter(beta, "beta", n, axis)
+    # gamma and beta are read tile by tile, when there is output already.
+    return x, mean, var, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma, "beta": beta})
+
+
+def pieces(
+    dout: Any, x: Any, mean: Any, inv_std: Any, axis: Any
+) -> tuple[Array, Array, NDArray[np.float64], int]:
+    """dout, x and axis, and stats as the engine keeps them.
+
+    Their variance is 0, which lets the engine shift by the mean itself: eps may hide in inv_std.
+    """
+    x, axis = array_and_axis(x, axis)
+    dout = gradient(dout, x)
+    stats = np.zeros((4, x.shape[axis]))
+    stats[0] = _parameter(mean, "mean", x.shape[axis], axis)
+    stats[2] = variance(inv_std, "inv_std", x.shape[axis], axis)
+    return dout, x, stats, axis
+
+
+def sums(
+    gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: int
+) -> tuple[Array, Array, Array]:
+    n = x.shape[axis]
+    return (
+        _parameter(gamma, "gamma", n, axis),
+        _parameter(sum_dout, "sum_dout", n, axis),
+        _parameter(sum_dout_xmu, "sum_dout_xmu", n, axis),
+    )
+
+
+def output(out: Any, dout: Array, x: Array, gamma: Array) -> Array | None:
+    return _output(out, {"dout": dout, "x": x, "gamma": gamma})
+
+
+def total_count(count: Any, size: int) -> float:
+    """How many values each feature has in all parts together, of which x is one."""
+    total = _number(count, "count")
+    if not (1 <= total < math.inf or (total == 0 and size == 0)):
+        raise ValueError(f"count must be finite and at least 1, got {total}")
+    return total
+
+
+def moments_of(
+    count: Any, mean: Any, m2: Any
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    number = _number(count, "count")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"count must be finite and at least 0, got {number}")
+    given = _real_array(mean, "mean")
+    if given.ndim != 1:
+        raise ValueError(f"mean must have one dimension, got shape {given.shape}")
+    squares = _real_array(m2, "m2")
+    if squares.shape != given.shape:
+        raise ValueError(f"m2 must have the shape of mean, {given.shape}, got {squares.shape}")
+    negative = np.flatnonzero(squares < 0)
+    if negative.size:
+        raise ValueError(
+            f"m2 must not be negative, got {squares[negative[0]]} for feature {negative[0]}"
+        )
+    return number, given.astype(np.float64), squares.astype(np.float64)
+
+
+def ddof(value: Any) -> float:
+    number = _number(value, "ddof")
+    if not math.isfinite(number):
+        raise ValueError(f"ddof must be finite, got {number}")
+    return number
+
+
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
     if type(cache) is Cache and not cache.overwritten and not cache.options:
         if core.is_plain_gradient(dout, cache.x, cache.gamma, out):  # the straight road
@@ -292,10 +384,7 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
         if out is not None and np.may_share_memory(out, cache.options.residual):
             raise ValueError("out must be apart from the residual that cache keeps")
     x = cache.x
-    dout = _input(dout, "dout")
-    if dout.shape != x.shape:
-        raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
-    dout = dout.astype(x.dtype, order="K", copy=False)
+    dout = gradient(dout, x)
     return dout, cache, _output(out, {"dout": dout} | inputs)
 
 

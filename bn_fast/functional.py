@@ -26,6 +26,10 @@ __all__ = [
 _SERIAL_SIZE = 1 << 17
 
 
+def n_threads_for(x: Array) -> int:
+    return 1 if x.size < _SERIAL_SIZE else get_num_threads()
+
+
 def batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
@@ -138,7 +142,7 @@ def batchnorm_forward(
            [ 1.,  1.]])
     """
     x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
-    n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
+    n_threads = n_threads_for(x)
     options = None
     more: tuple[Any, ...] = ()
     if activation is not None or residual is not None or weights is not None:
@@ -257,7 +261,7 @@ def batchnorm_backward(
     wanted = None if needs is GRADIENTS else _checks.needs(needs, out)
     dout, kept, out = _checks.backward_arrays(dout, cache, out)
     x = kept.x
-    n_threads = 1 if x.size < _SERIAL_SIZE else get_num_threads()
+    n_threads = n_threads_for(x)
     arguments = (
         dout,
         x,
@@ -399,7 +403,7 @@ def batchnorm_double_backward(
     ddx, ddgamma, ddbeta, dout, kept = _checks.second_order_arrays(
         ddx, ddgamma, ddbeta, dout, cache
     )
-    n_threads = 1 if kept.x.size < _SERIAL_SIZE else get_num_threads()
+    n_threads = n_threads_for(kept.x)
     return core.double_backward(
         ddx,
         ddgamma,

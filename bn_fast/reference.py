@@ -36,6 +36,9 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "Cache",
     "FrozenCache",
+    "Moments",
+    "backward_apply",
+    "backward_reduce",
     "batchnorm_backward",
     "batchnorm_backward_alt",
     "batchnorm_backward_column_wise",
@@ -43,6 +46,8 @@ __all__ = [
     "batchnorm_backward_three_pathways",
     "batchnorm_double_backward",
     "batchnorm_forward",
+    "moments",
+    "normalize",
     "oracle_backward",
     "oracle_double_backward",
     "oracle_forward",
@@ -888,6 +893,131 @@ def spatial_batchnorm_forward(
 
 
 spatial_batchnorm_backward = batchnorm_backward
+
+
+# The pieces: statistics and gradients of a batch in several parts.
+
+
+class Moments(NamedTuple):
+    """Twin of `bn_fast.Moments`: count, mean and sum of squared deviations, in float64."""
+
+    count: float  # type: ignore[assignment]
+    mean: Array
+    m2: Array
+
+    def var(self, ddof: float = 0) -> Array:
+        divisor = self.count - ddof
+        return self.m2 / divisor if divisor > 0 else np.full_like(self.m2, np.nan)
+
+    def std(self, ddof: float = 0) -> Array:
+        return np.sqrt(self.var(ddof))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Chan, Golub and LeVeque's formulas [2]_ of the module's head."""
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        d = other.mean - self.mean
+        mean = self.mean + d * (other.count / count)
+        return Moments(count, mean, self.m2 + other.m2 + d * d * (self.count * other.count / count))
+
+
+def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+    """Twin of `bn_fast.moments`, in two passes and float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bn_fast import reference
+    >>> reference.moments(np.array([[1.0, 10.0], [3.0, 30.0]])).var()
+    array([  1., 100.])
+    """
+    values = np.moveaxis(_float_array(x, "x"), axis, -1).astype(np.float64)
+    others = tuple(range(values.ndim - 1))
+    count = math.prod(values.shape[:-1])
+    mean = values.sum(axis=others) / count if count else np.full(values.shape[-1], np.nan)
+    m2: Array = ((values - mean) ** 2).sum(axis=others)
+    return Moments(float(count), mean, m2)
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Twin of `bn_fast.normalize`: test mode with the statistics as arguments.
+
+    Examples
+    --------
+    >>> from bn_fast import reference
+    >>> reference.normalize([[1.0], [3.0]], [2.0], [1.0], eps=0)
+    array([[-1.],
+           [ 1.]])
+    """
+    param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
+    n_features = np.shape(x)[axis]
+    gamma = np.ones(n_features) if gamma is None else gamma
+    beta = np.zeros(n_features) if beta is None else beta
+    return batchnorm_forward(x, gamma, beta, param, axis=axis, out=out)[0]
+
+
+def _against(values: ArrayLike, x: Array, axis: int) -> Array:
+    """One value for each feature, in float64, in a shape that broadcasts against x."""
+    flat = _parameter(values, "a value for each feature", x.shape[axis]).astype(np.float64)
+    return flat.reshape((-1,) + (1,) * (x.ndim - 1 - normalize_axis_index(axis, x.ndim)))
+
+
+def backward_reduce(
+    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: int = 1
+) -> tuple[Array, Array]:
+    """Twin of `bn_fast.backward_reduce`; `inv_std` is not read.
+
+    Examples
+    --------
+    >>> from bn_fast import reference
+    >>> reference.backward_reduce([[1.0], [0.0]], [[3.0], [5.0]], [4.0], [1.0])
+    (array([1.]), array([-1.]))
+    """
+    x, dout = _float_array(x, "x"), _float_array(dout, "dout")
+    mean = _against(mean, x, axis)
+    g = dout.astype(np.float64)
+    return _sum(g, mean).reshape(-1), _sum(g * (x - mean), mean).reshape(-1)
+
+
+def backward_apply(
+    dout: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    inv_std: ArrayLike,
+    gamma: ArrayLike,
+    sum_dout: ArrayLike,
+    sum_dout_xmu: ArrayLike,
+    count: float,
+    *,
+    axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Twin of `bn_fast.backward_apply`, in float64.
+
+    Examples
+    --------
+    >>> from bn_fast import reference
+    >>> reference.backward_apply([[1.0], [0.0]], [[3.0], [5.0]], [4], [0.5], [2], [1], [-1], 2)
+    array([[ 0.375],
+           [-0.375]])
+    """
+    x, dout = _float_array(x, "x"), _float_array(dout, "dout")
+    given = mean, inv_std, gamma, sum_dout, sum_dout_xmu
+    mean, r, gamma, s, p = (_against(a, x, axis) for a in given)
+    m = max(count, 1)
+    dx = gamma * r * (dout - s / m - (x - mean) * r**2 * (p / m))
+    return _deliver(dx.astype(x.dtype), out)
 
 
 # The oracle. NumPy adds values that lie side by side in pairs of pairs, but over any other axis one

@@ -1,0 +1,348 @@
+"""The pieces of batch normalization: any split, merged, is the whole."""
+
+import copy
+import functools
+import operator
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bn_fast
+from bn_fast import Moments, backward_apply, backward_reduce, moments, normalize, reference
+from bn_fast.reference import oracle_forward
+
+from . import oracle
+from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem
+from .judge import assert_same_bits, check, roundings
+
+few = settings(max_examples=60, deadline=None, database=None, derandomize=True)
+EPS64 = np.finfo(np.float64).eps
+
+
+def exact_moments(x, axis=1):
+    n = x.shape[axis]
+    _, mean, var = oracle_forward(x, np.ones(n), np.zeros(n), axis=axis)
+    m = x.size // n
+    return m, mean, var * m
+
+
+def assert_moments(got, x, axis=1, limit=4):
+    """float64 results: the mean to roundings of itself or of the deviation, m2 of itself."""
+    m, mean, m2 = exact_moments(x, axis)
+    assert got.count == m
+    assert got.mean.dtype == got.m2.dtype == np.float64
+    tolerance = limit * np.finfo(x.dtype).eps  # lanes are of x's dtype
+    size = np.maximum(np.abs(mean), np.sqrt(m2 / m))
+    assert (np.abs(got.mean - mean) <= tolerance * size).all()
+    # m2 = S2 - S1^2/M, whose terms are up to 10 m2 (a shift 3 deviations from the mean)
+    assert (np.abs(got.m2 - m2) <= 3 * tolerance * m2).all()
+
+
+def gradients_fit(got, dout, x, gamma, axis=1, limit=6):
+    """As check_gradients, but dx by the size of dout: sum_dout is rounded to float64, so a dout
+    that repeats itself leaves a rounding where batchnorm_backward has 0."""
+    # And dgamma by the sum of |dout|: a common offset of dout cannot be taken off a part's sums.
+    dx, dgamma, dbeta = got
+    expected = oracle.backward(dout, x, gamma, axis)
+    std = np.sqrt(exact_moments(x, axis)[2] / (x.size // x.shape[axis]) + 1e-5)
+    scale = float((np.abs(gamma) / std).max() * np.abs(dout).max())
+    check("dx", dx, expected.dx, x, limit, scale)
+    check("dgamma", dgamma.astype(x.dtype), expected.dgamma, x, limit, expected.dbeta_scale)
+    check("dbeta", dbeta.astype(x.dtype), expected.dbeta, x, limit, expected.dbeta_scale)
+
+
+def split(x, cuts, axis=0):
+    return np.split(x, sorted(cuts), axis)
+
+
+def in_pieces(x, dout, gamma, beta, cuts, eps=1e-5, axis=1, along=0):
+    """out, dx, dgamma, dbeta of a batch in parts."""
+    parts, gradients = split(x, cuts, along), split(dout, cuts, along)
+    whole = sum(moments(part, axis=axis) for part in parts)
+    inv_std = 1 / np.sqrt(whole.var() + eps)
+    out = [
+        normalize(part, whole.mean, whole.var(), gamma, beta, eps=eps, axis=axis) for part in parts
+    ]
+    pairs = list(zip(gradients, parts, strict=True))
+    sums = [backward_reduce(g, part, whole.mean, inv_std, axis=axis) for g, part in pairs]
+    s, p = (functools.reduce(operator.add, column) for column in zip(*sums, strict=True))
+    dx = [
+        backward_apply(g, part, whole.mean, inv_std, gamma, s, p, whole.count, axis=axis)
+        for g, part in pairs
+    ]
+    return np.concatenate(out, along), np.concatenate(dx, along), p * inv_std, s
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES + TALL, ids=str)
+def test_any_shape_in_three_parts(shape, axis, dtype):
+    x, dout, gamma, beta = problem(shape, axis, dtype)
+    along = 1 if axis % x.ndim == 0 else 0
+    cuts = shape[along] // 3, shape[along] // 3 + 1
+    out, dx, dgamma, dbeta = in_pieces(x, dout, gamma, beta, cuts, axis=axis, along=along)
+    check("out", out, oracle.forward(x, gamma, beta, axis), x)
+    gradients_fit((dx, dgamma, dbeta), dout, x, gamma, axis)
+    assert_moments(moments(x, axis=axis), x, axis)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.int16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(300, 7), (40, 5, 6, 6), (3, 4, 200)], ids=str)
+def test_any_layout(shape, layout, dtype):
+    x, dout, gamma, beta = problem(shape, 1, np.float64, layout)
+    x = LAYOUTS[layout]((8 * np.asarray(x)).astype(dtype))
+    before = x.tobytes()
+    native = np.array(x, dtype, order="C") if dtype != np.int16 else np.array(x, np.float64)
+    m = moments(x)
+    assert_moments(m, native)
+    inv_std = 1 / np.sqrt(m.var() + 1e-5)
+    out = normalize(x, m.mean, m.var(), gamma, beta)
+    check("out", out, oracle.forward(native, gamma, beta), native)
+    g = np.array(dout, native.dtype)
+    s, p = backward_reduce(dout, x, m.mean, inv_std)
+    dx = backward_apply(dout, x, m.mean, inv_std, gamma, s, p, m.count)
+    gradients_fit((dx, p * inv_std, s), g, native, gamma)
+    assert x.tobytes() == before
+
+
+@st.composite
+def splits(draw):
+    shape = draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
+    axis = draw(st.integers(0, len(shape) - 1))
+    along = draw(st.sampled_from([d for d in range(len(shape)) if d != axis]))
+    shape[along] = draw(st.integers(1, 60))
+    cuts = draw(st.lists(st.integers(0, shape[along]), max_size=6))
+    return tuple(shape), axis, along, cuts
+
+
+@few
+@given(
+    splits(),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0, 3, 1000, 1e6]),
+    st.integers(0, 2**16),
+)
+def test_any_split_is_the_whole(parts, dtype, offset, seed):
+    shape, axis, along, cuts = parts
+    x = normal(shape, dtype, seed) + dtype(offset)
+    dout = normal(shape, dtype, seed + 1)
+    gamma, beta = normal(shape[axis], dtype, 2), normal(shape[axis], dtype, 3)
+    pieces = [moments(part, axis=axis) for part in split(x, cuts, along)]
+    assert_moments(sum(pieces), x, axis)
+    assert_moments(functools.reduce(lambda a, b: b.merge(a), pieces), x, axis)
+    out, dx, dgamma, dbeta = in_pieces(x, dout, gamma, beta, cuts, axis=axis, along=along)
+    # A float64 mean, and sum_dout about it, say what x is to a rounding of the offset.
+    lost = 1 if dtype == np.float32 else 1 + offset
+    terms = np.abs(gamma).max() + np.abs(beta).max()
+    expected = oracle.forward(x, gamma, beta, axis)
+    check("out", out, expected, x, 6 * lost, terms)
+    gradients_fit((dx, dgamma, dbeta), dout, x, gamma, axis, 6 * lost)
+
+
+@pytest.mark.parametrize("offset", [0, 1e3, 1e9])
+def test_rows_one_by_one_lose_nothing(offset):
+    """10 000 merges of one row each, in float64: better than one rounding a merge by far."""
+    x = normal((10_000, 3), np.float64) + offset
+    total = sum(Moments(1, row, np.zeros(3)) for row in x)
+    _, mean, m2 = exact_moments(x)
+    assert (np.abs(total.mean - mean) <= EPS64 * np.maximum(np.abs(mean), 1e-2)).all()
+    assert roundings(total.m2, m2) <= 2
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (1, 1), (1, 10**9), (10**12, 3), (0.25, 0.5)])
+@pytest.mark.parametrize("distance", [0.0, 1.0, 1e9, 1e150, -1e-150])
+def test_merge_of_parts_far_apart(sizes, distance):
+    """Against exact fractions."""
+    from fractions import Fraction
+
+    (na, nb), one = map(Fraction, sizes), Fraction(1)
+    a, b = Moments(sizes[0], [0.1], [2.0]), Moments(sizes[1], [0.1 + distance], [3.0])
+    ma, mb = (one * Fraction(float(m.mean[0])) for m in (a, b))
+    merged = a + b
+    mean = (na * ma + nb * mb) / (na + nb)
+    m2 = 5 + (mb - ma) ** 2 * na * nb / (na + nb)
+    assert merged.count == na + nb
+    assert abs(Fraction(float(merged.mean[0])) - mean) <= Fraction(EPS64) * abs(mean)
+    assert abs(Fraction(float(merged.m2[0])) - m2) <= Fraction(EPS64) * m2
+
+
+def test_merge_beyond_the_range():
+    a, b = Moments(1, [-1.5e308], [0]), Moments(3, [1.5e308], [0])
+    merged = a + b
+    assert merged.mean[0] == pytest.approx(0.75e308)
+    assert merged.m2[0] == np.inf
+
+
+def test_not_finite_values_spread_in_their_feature():
+    x = normal((9, 4), np.float64)
+    x[2, 0], x[7, 1] = np.inf, np.nan
+    merged = moments(x[:4]) + moments(x[4:])
+    assert merged.mean[0] == np.inf
+    assert np.isnan(merged.m2[:2]).all()
+    assert np.isnan(merged.mean[1])
+    clean = moments(x[:4, 2:]) + moments(x[4:, 2:])
+    assert_same_bits([merged.mean[2:], merged.m2[2:]], [clean.mean, clean.m2])
+
+
+def test_empty_parts_change_nothing():
+    x = normal((5, 3), np.float32)
+    m, empty = moments(x), moments(x[:0])
+    assert empty.count == 0
+    assert np.isnan(empty.mean).all()
+    assert np.isnan(empty.var()).all()
+    assert empty + m == m + empty == m
+    assert empty + empty == empty
+    assert 0 + m == m
+    out = normalize(x[:0], m.mean, m.var())
+    assert out.shape == (0, 3)
+    s, p = backward_reduce(x[:0], x[:0], m.mean, m.std())
+    assert_same_bits([s, p], [np.zeros(3), np.zeros(3)])
+    dx = backward_apply(x[:0], x[:0], m.mean, m.std(), np.ones(3), s, p, 0)
+    assert dx.shape == (0, 3)
+
+
+def test_moments_are_values():
+    m = moments(normal((7, 2), np.float64)) + moments(normal((3, 2), np.float64, 5))
+    for twin in (pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
+        assert twin == m
+        more = moments(normal((3, 2), np.float64, 6))
+        assert_same_bits([(twin + more).m2, (twin + more).mean], [(m + more).m2, (m + more).mean])
+    assert m != Moments(m.count + 1, m.mean, m.m2)
+    assert m != Moments(m.count, m.mean + 1, m.m2)
+    assert m != Moments(m.count, m.mean, m.m2 + 1)
+    assert m != "moments"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(m)
+    with pytest.raises(AttributeError, match="count cannot be set"):
+        m.count = 3
+    with pytest.raises(ValueError, match="read-only"):
+        m.mean[0] = 3
+    assert repr(Moments(3, [1, 2], [0.5, 0])) == "Moments(count=3, mean=[1. 2.], m2=[0.5 0. ])"
+    assert len(repr(moments(normal((2, 5000), np.float64)))) < 120
+
+
+def test_var_and_std():
+    x = normal((6, 2), np.float64)
+    m = moments(x)
+    for ddof in (0, 1, 2.5):
+        np.testing.assert_allclose(m.var(ddof), x.var(0, ddof=ddof), rtol=1e-14)
+        np.testing.assert_allclose(m.std(ddof), x.std(0, ddof=ddof), rtol=1e-14)
+    assert np.isnan(m.var(6)).all()
+
+
+def test_bits_do_not_depend_on_threads():
+    x, dout, gamma, beta = problem((3000, 60), 1, np.float32)
+    results = []
+    for n in (1, 2):
+        before = bn_fast.get_num_threads()
+        bn_fast.set_num_threads(n)
+        try:
+            m = moments(x)
+            results.append([m.mean, m.m2, *in_pieces(x, dout, gamma, beta, [100, 2000])])
+        finally:
+            bn_fast.set_num_threads(before)
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out(dtype):
+    x, dout, gamma, beta = problem((50, 6), 1, dtype)
+    m = moments(x)
+    expected = normalize(x, m.mean, m.var(), gamma, beta)
+    out = np.empty_like(x)
+    assert normalize(x, m.mean, m.var(), gamma, beta, out=out) is out
+    view = x.copy()
+    normalize(view, m.mean, m.var(), gamma, beta, out=view)
+    assert_same_bits([out, view], [expected, expected])
+    arguments = m.mean, m.std(), gamma, *backward_reduce(dout, x, m.mean, m.std()), m.count
+    expected = backward_apply(dout, x, *arguments)
+    over_dout, over_x = dout.copy(), x.copy()
+    backward_apply(over_dout, x, *arguments, out=over_dout)
+    backward_apply(dout, over_x, *arguments, out=over_x)
+    assert_same_bits([over_dout, over_x], [expected, expected])
+    with pytest.raises(ValueError, match="out must be dout itself or apart from it"):
+        backward_apply(dout, x, *arguments, out=dout[::-1])
+
+
+def test_parameters_of_any_real_dtype():
+    x, dout = problem((50, 3), 1, np.float32)[:2]
+    given = [[1, 2, 3], np.array([1, 4, 9], np.uint8), np.array([2, 1, 1], np.float16)]
+    out = normalize(x, given[0], given[1], given[2], np.ones(3, np.longdouble))
+    expected = reference.normalize(x, *np.array(given[:2], float), given[2], np.ones(3))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    sums = backward_reduce(dout, x, given[0], given[1])
+    dx = backward_apply(dout, x, given[0], given[1], given[2], *sums, np.int32(50))
+    expected = reference.backward_apply(dout, x, *given, *sums, 50)
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_twins_agree():
+    x, dout, gamma, beta = problem((20, 4, 3), 1, np.float64)
+    ours, plain = moments(x), reference.moments(x)
+    merged = reference.moments(x[:7]).merge(reference.moments(x[7:]))
+    for twin in (plain, merged):
+        np.testing.assert_allclose(ours.mean, twin.mean, rtol=1e-13)
+        np.testing.assert_allclose(ours.std(1), twin.std(1), rtol=1e-13)
+    given = ours.mean, 1 / ours.std()
+    sums = backward_reduce(dout, x, *given)
+    np.testing.assert_allclose(sums, reference.backward_reduce(dout, x, *given), rtol=1e-12)
+    arguments = *given, gamma, *sums, 60
+    dx = reference.backward_apply(dout, x, *arguments)
+    np.testing.assert_allclose(backward_apply(dout, x, *arguments), dx, atol=1e-13)
+    np.testing.assert_allclose(
+        normalize(x, *given, gamma, beta), reference.normalize(x, *given, gamma, beta), atol=1e-13
+    )
+
+
+def test_half_types_keep_their_dtype():
+    x = normal((30, 4), np.float16)
+    m = moments(x)
+    assert_same_bits([m.mean, m.m2], [moments(x.astype(np.float32)).mean, m.m2])
+    assert normalize(x, m.mean, m.var()).dtype == np.float16
+    sums = backward_reduce(x, x, m.mean, 1 / m.std())
+    dx = backward_apply(x, x, m.mean, 1 / m.std(), np.ones(4), *sums, m.count)
+    assert dx.dtype == np.float16
+
+
+X = np.ones((4, 3))
+V = np.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: moments(None), TypeError, "x must be an array of real numbers, got None"),
+        (lambda: moments(V), ValueError, "x must have 2 or more dimensions"),
+        (lambda: moments(X, axis=2), ValueError, r"axis must be in \[-2, 2\)"),
+        (lambda: Moments(-1, V, V), ValueError, "count must be finite and at least 0, got -1"),
+        (lambda: Moments(1, X, X), ValueError, "mean must have one dimension"),
+        (lambda: Moments(1, V, V[:2]), ValueError, r"m2 must have the shape of mean, \(3,\)"),
+        (lambda: Moments(1, V, -V), ValueError, "m2 must not be negative, got -1.0 for feature 0"),
+        (lambda: Moments(1, "a", V), TypeError, "mean must be an array of real numbers"),
+        (lambda: moments(X).merge(3), TypeError, "other must be Moments, got int"),
+        (lambda: moments(X).merge(moments(X[:, :2])), ValueError, "as many features, 3, got 2"),
+        (lambda: moments(X) + 3, TypeError, "unsupported operand"),
+        (lambda: 3 + moments(X), TypeError, "unsupported operand"),
+        (lambda: moments(X).var("1"), TypeError, "ddof must be a real number"),
+        (lambda: normalize(X, V, -V), ValueError, "var must not be negative"),
+        (lambda: normalize(X, V[:2], V), ValueError, r"mean must have shape \(3,\)"),
+        (lambda: normalize(X, V, V, eps=-1), ValueError, "eps must be finite and at least 0"),
+        (lambda: normalize(X, V, V, V[:2]), ValueError, r"gamma must have shape \(3,\)"),
+        (lambda: normalize(X, V, V, out=np.ones(3)), ValueError, "out must have the shape of x"),
+        (lambda: backward_reduce(X[:2], X, V, V), ValueError, "dout must have the shape of x"),
+        (lambda: backward_reduce(X, X, V, -V), ValueError, "inv_std must not be negative"),
+        (lambda: backward_apply(X, X, V, V, V, V, V, 0), ValueError, "count must be finite and at"),
+        (lambda: backward_apply(X, X, V, V, V, V, V, V), TypeError, "count must be a real number"),
+        (
+            lambda: backward_apply(X, X, V, V, V, V, 1j * V, 4),
+            TypeError,
+            "sum_dout_xmu must be an array of real numbers",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
