@@ -188,6 +188,20 @@ def moments_beyond(count: float, mean: Float64, m2: Float64, mean_low: Float64) 
     return _moments(count, mean.copy(), m2.copy(), mean_low.copy(), np.zeros_like(m2))
 
 
+def pack(m: Moments) -> Float64:
+    """All of it as one row of numbers, to send to other processes."""
+    return np.concatenate([[m.count], m.mean, m.m2, m._mean_low, m._m2_low])
+
+
+def merge_packed(rows: Float64) -> Moments:
+    """The rows' moments merged in their order."""
+    parts = [_moments(float(row[0]), *row[1:].reshape(4, -1).copy()) for row in rows]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part)
+    return whole
+
+
 # Double-double arithmetic (Knuth 1969; Dekker 1971): a result and its rounding error, both float64.
 
 
