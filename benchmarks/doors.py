@@ -2,6 +2,7 @@
 
     torch      torch.nn.functional.batch_norm in eager mode; forward and backward, float32
     autograd   the NumPy expression that autograd differentiates; value and gradients, float64
+    sklearn    StandardScaler; partial_fit in 16 parts, then transform, float32
 
 Both sides are called in turn in one process, and must agree before they are timed. Libraries that
 are missing are left out. The exit status is 1 if two results differ.
@@ -88,14 +89,39 @@ def through_autograd(shape: tuple[int, ...]) -> Contest:
     return Contest("autograd", run(expression), run(batch_norm), 1e-9)
 
 
-SHAPES = [(32, 64), (256, 512), (65536, 128), (32, 64, 56, 56)]
-QUICK_SHAPES = [(32, 64), (4, 3, 14, 14)]
+def through_sklearn(shape: tuple[int, ...]) -> Contest:
+    from sklearn.preprocessing import StandardScaler
+
+    from bn_fast.sklearn import BatchNormalizer
+
+    x = np.random.default_rng(0).standard_normal(shape, np.float32) + 3
+
+    def run(make: Callable[[], Any]) -> Callable[[], Arrays]:
+        def call() -> Arrays:
+            estimator = make()
+            for part in np.array_split(x, 16):
+                estimator.partial_fit(part)
+            return estimator.mean_, estimator.var_, estimator.transform(x)
+
+        return call
+
+    return Contest("sklearn", run(StandardScaler), run(lambda: BatchNormalizer(eps=0)), 1e-5)
 
 
-def contests(quick: bool) -> Iterator[tuple[tuple[int, ...], Contest]]:
-    for library, prepare in {"torch": through_torch, "autograd": through_autograd}.items():
+TABLES = [(1797, 64), (100000, 64), (1000000, 24)]
+LAYERS = [(32, 64), (256, 512), (65536, 128), (32, 64, 56, 56)]
+DOORS = {
+    "torch": (through_torch, LAYERS),
+    "autograd": (through_autograd, LAYERS),
+    "sklearn": (through_sklearn, TABLES),
+}
+
+
+def contests(doors: list[str], quick: bool) -> Iterator[tuple[tuple[int, ...], Contest]]:
+    for library in doors:
+        prepare, shapes = DOORS[library]
         if find_spec(library):
-            for shape in QUICK_SHAPES if quick else SHAPES:
+            for shape in shapes[:1] if quick else shapes:
                 yield shape, prepare(shape)
 
 
@@ -109,7 +135,10 @@ def agree(contest: Contest) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument(
+        "--doors", nargs="+", choices=DOORS, default=list(DOORS), help="default: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
@@ -120,7 +149,7 @@ def main() -> int:
     wrong = False
     console = Console()
     with console.status("") as status:
-        for shape, contest in contests(options.quick):
+        for shape, contest in contests(options.doors, options.quick):
             name = " x ".join(map(str, shape))
             status.update(f"{contest.what}, {name}")
             if not agree(contest):

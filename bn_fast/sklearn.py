@@ -1,0 +1,176 @@
+"""Batch normalization as a scikit-learn transformer, which learns its statistics part by part."""
+
+import math
+from numbers import Real
+from typing import Any, Self
+
+try:
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("bn_fast.sklearn needs scikit-learn 1.6: pip install scikit-learn") from error
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._types import Array
+from .pieces import Moments, moments, normalize
+
+__all__ = ["BatchNormalizer"]
+
+
+class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    r"""Every feature to mean 0 and variance 1, by the statistics of all data seen by the fit.
+
+    The test mode of batch normalization. With ``eps=0`` it is scikit-learn's ``StandardScaler``;
+    with the default, features that hardly vary stay small instead of being blown up.
+
+    Parameters
+    ----------
+    eps : float, default 1e-5
+        Added to the variance; finite and at least 0.
+
+    Attributes
+    ----------
+    moments_ : Moments
+        Count, mean and sum of squared deviations of all data seen.
+    mean_, var_ : ndarray, float64, shape (n_features_in_,)
+        Mean and biased variance (÷M), from `moments_`.
+    scale_ : ndarray, float64, shape (n_features_in_,)
+        What is divided by: ``sqrt(var_ + eps)``, or 1 where that is 0.
+    n_samples_seen_ : int
+        M, the number of rows seen.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of str
+        Only where the columns of X have names.
+
+    See Also
+    --------
+    bn_fast.moments : the statistics alone, also for data that no estimator should hold
+
+    Notes
+    -----
+    .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}
+
+    `partial_fit` merges the moments of each part [1]_, so that any split of the rows gives the
+    statistics of the whole, to a few roundings. float32 is computed and returned as such, with
+    statistics in float64. NaN, infinity and sparse input are refused.
+
+    References
+    ----------
+    .. [1] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for Computing the Sample Variance:
+       Analysis and Recommendations", The American Statistician 37(3), 1983.
+
+    Examples
+    --------
+    >>> from bn_fast.sklearn import BatchNormalizer
+    >>> X = [[1.0, 10.0], [3.0, 10.0], [5.0, 10.0]]
+    >>> norm = BatchNormalizer().partial_fit(X[:1]).partial_fit(X[1:])
+    >>> norm.mean_, norm.n_samples_seen_
+    (array([ 3., 10.]), 3)
+    >>> norm.transform(X).round(3)
+    array([[-1.225,  0.   ],
+           [ 0.   ,  0.   ],
+           [ 1.225,  0.   ]])
+    """
+
+    moments_: Moments
+    mean_: NDArray[np.float64]
+    var_: NDArray[np.float64]
+    scale_: NDArray[np.float64]
+    n_samples_seen_: int
+
+    def __init__(self, *, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def fit(self, X: ArrayLike, y: object = None) -> Self:
+        """Learn the statistics of X, and forget what was learnt before.
+
+        Parameters
+        ----------
+        X : array_like, shape (n_samples, n_features)
+        y : ignored
+
+        Returns
+        -------
+        BatchNormalizer
+            This one.
+        """
+        return self._learn(X, reset=True)
+
+    def partial_fit(self, X: ArrayLike, y: object = None) -> Self:
+        """Learn the statistics of X and of what was learnt before, as if it were one array.
+
+        Parameters
+        ----------
+        X : array_like, shape (n_samples, n_features)
+            One row or more.
+        y : ignored
+
+        Returns
+        -------
+        BatchNormalizer
+            This one.
+        """
+        return self._learn(X, reset=not hasattr(self, "moments_"))
+
+    def _learn(self, X: ArrayLike, reset: bool) -> Self:
+        eps = self.eps
+        if isinstance(eps, bool) or not isinstance(eps, Real):
+            raise TypeError(f"eps must be a real number, got {eps!r}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be finite and at least 0, got {eps}")
+        x = validate_data(self, X, reset=reset, dtype=_DTYPES)
+        part = moments(x)
+        self.moments_ = part if reset else self.moments_ + part
+        self.mean_ = self.moments_.mean
+        self.var_ = self.moments_.var()
+        scale = np.sqrt(self.var_ + eps)
+        self.scale_ = np.where(scale == 0, 1.0, scale)
+        self.n_samples_seen_ = int(self.moments_.count)
+        return self
+
+    def transform(self, X: ArrayLike) -> Array:
+        """Normalize X.
+
+        Parameters
+        ----------
+        X : array_like, shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray, shape (n_samples, n_features)
+            A new array (or what `set_output` chose), float32 for float32 and else float64.
+        """
+        x = self._seen(X)
+        return normalize(x, self.mean_, np.ones_like(self.scale_), 1 / self.scale_, eps=0)
+
+    def inverse_transform(self, X: ArrayLike) -> Array:
+        """Undo `transform`.
+
+        Parameters
+        ----------
+        X : array_like, shape (n_samples, n_features)
+            Normalized values.
+
+        Returns
+        -------
+        ndarray, shape (n_samples, n_features)
+            ``X * scale_ + mean_``, float32 for float32 and else float64.
+        """
+        x = self._seen(X)
+        zero, one = np.zeros_like(self.mean_), np.ones_like(self.mean_)
+        return normalize(x, zero, one, self.scale_, self.mean_, eps=0)
+
+    def _seen(self, X: ArrayLike) -> Array:
+        check_is_fitted(self)
+        x: Array = validate_data(self, X, reset=False, dtype=_DTYPES)
+        return x
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+_DTYPES = (np.float64, np.float32)  # the first is what others become

@@ -1,0 +1,164 @@
+"""bn_fast.sklearn is a scikit-learn transformer, and right where StandardScaler loses digits."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from .arrays import DTYPES, LAYOUTS, normal
+from .judge import LIMIT, check, roundings
+
+pytest.importorskip("sklearn")
+
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from bn_fast.sklearn import BatchNormalizer
+
+from . import oracle
+
+
+@parametrize_with_checks([BatchNormalizer(), BatchNormalizer(eps=0)])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Real images, in which some pixels are always 0."""
+    return load_digits(return_X_y=True)
+
+
+def in_parts(estimator, x, rows):
+    for start in range(0, len(x), rows):
+        estimator.partial_fit(x[start : start + rows])
+    return estimator
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1000])
+def test_any_split_of_the_rows_is_the_whole(digits, rows):
+    x, _ = digits
+    whole, parts = BatchNormalizer().fit(x), in_parts(BatchNormalizer(), x, rows)
+    assert parts.n_samples_seen_ == len(x)
+    for name in ("mean_", "var_", "scale_"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-14, atol=0)
+
+
+def test_without_eps_it_is_the_standard_scaler(digits):
+    x, _ = digits
+    ours, theirs = BatchNormalizer(eps=0).fit(x), StandardScaler().fit(x)
+    other = x[::-1] + 1  # the pixels that were constant in x are not 0 here
+    for name in ("mean_", "var_", "scale_"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-13)
+    np.testing.assert_allclose(ours.transform(other), theirs.transform(other), atol=1e-12)
+    back = ours.inverse_transform(x), theirs.inverse_transform(x)
+    np.testing.assert_allclose(*back, rtol=1e-14, atol=1e-12)
+
+
+# scikit-learn takes byte-swapped float32 for something else, and makes it float64.
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"byte-swapped"}))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_to_roundings(dtype, layout):
+    x = LAYOUTS[layout](3 + 2 * normal((300, 40), dtype))
+    norm = in_parts(BatchNormalizer(), x, 64)
+    y = norm.transform(x)
+    check("y", y, oracle.forward(x, np.ones(40), np.zeros(40)), x)
+    assert roundings(norm.inverse_transform(y), x.astype(np.longdouble)) <= LIMIT
+
+
+def test_far_from_zero():
+    """Offsets of 1e9 deviations, in parts: the variance keeps its digits."""
+    x = normal((1000, 5), np.float64) + 1e9
+    norm = in_parts(BatchNormalizer(eps=0), x, 37)
+    exact = x.astype(np.longdouble)
+    np.testing.assert_allclose(norm.var_, exact.var(axis=0).astype(float), rtol=1e-15)
+    mean = norm.mean_.astype(np.longdouble)  # the attribute has float64's digits, no more
+    assert np.abs(mean - exact.mean(axis=0)).max() <= np.spacing(1e9)
+    check("y", norm.transform(x), (exact - mean) / exact.std(axis=0), x)
+
+
+@pytest.mark.parametrize("eps", [0, 1e-5])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e9 + 0.1])
+def test_constant_features(value, eps):
+    x = np.full((1001, 2), value)
+    norm = in_parts(BatchNormalizer(eps=eps), x, 10)
+    np.testing.assert_array_equal(norm.mean_, value)
+    np.testing.assert_array_equal(norm.var_, 0)
+    y = norm.transform(x)
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(norm.inverse_transform(y), x)
+    if eps == 0:
+        np.testing.assert_array_equal(norm.transform(x + 1), (x + 1) - x)
+
+
+def test_in_a_pipeline(digits):
+    x_train, x_test, y_train, y_test = train_test_split(*digits, random_state=0)
+    model = make_pipeline(BatchNormalizer(), LogisticRegression(max_iter=200))
+    assert model.fit(x_train, y_train).score(x_test, y_test) > 0.95
+
+
+def test_names_and_output_of_pandas():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"length": [1.0, 2.0, 6.0], "width": [3.0, 3.0, 3.0]}, index=[7, 8, 9])
+    norm = BatchNormalizer().set_output(transform="pandas").fit(frame)
+    assert list(norm.get_feature_names_out()) == ["length", "width"]
+    y = norm.transform(frame)
+    assert list(y.columns) == ["length", "width"]
+    assert list(y.index) == [7, 8, 9]
+    with pytest.raises(ValueError, match="feature names"):
+        norm.partial_fit(frame[["width", "length"]])
+
+
+def test_clone_and_pickle():
+    x = normal((20, 3), np.float32)
+    norm = BatchNormalizer(eps=0.5).fit(x)
+    again = pickle.loads(pickle.dumps(norm))
+    np.testing.assert_array_equal(again.transform(x), norm.transform(x))
+    again.partial_fit(x)
+    assert (again.n_samples_seen_, norm.n_samples_seen_) == (40, 20)
+    assert clone(norm).eps == 0.5
+    assert not hasattr(clone(norm), "mean_")
+
+
+def test_fit_forgets():
+    x = normal((20, 3), np.float64)
+    norm = BatchNormalizer().fit(normal((5, 7), np.float64)).fit(x)
+    assert norm.n_samples_seen_ == 20
+    np.testing.assert_array_equal(norm.mean_, BatchNormalizer().fit(x).mean_)
+
+
+def test_errors_leave_it_as_it_was():
+    sparse = pytest.importorskip("scipy.sparse")
+    x = normal((20, 3), np.float64)
+    norm = BatchNormalizer()
+    with pytest.raises(NotFittedError):
+        norm.transform(x)
+    norm.fit(x)
+    before = dict(vars(norm))
+    bad = [
+        (x[:, :2], ValueError, "2 features"),
+        (x[:0], ValueError, "0 sample"),
+        (x * np.nan, ValueError, "NaN"),
+        (sparse.csr_array(x), TypeError, "[Ss]parse"),
+        ([["a", "b", "c"]], ValueError, "convert string"),
+    ]
+    for wrong, error, message in bad:
+        for method in (norm.partial_fit, norm.transform, norm.inverse_transform):
+            with pytest.raises(error, match=message):
+                method(wrong)
+    assert vars(norm).keys() == before.keys()
+    assert all(vars(norm)[name] is value for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("eps", "error"), [(-1, ValueError), (np.inf, ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_bad_eps(eps, error):
+    with pytest.raises(error, match=r"eps must be .*, got"):
+        BatchNormalizer(eps=eps).fit([[1.0]])
