@@ -47,4 +47,4 @@ out = layer.forward(np.full((3, 2), 0.1, np.float32))
 assert (out == 0).all()
 assert (layer.backward(out + 1) == 0).all()
 
-print("ok", end=" ", flush=True)
+print(f"ok-{size}", end=" ", flush=True)

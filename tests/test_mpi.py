@@ -19,12 +19,10 @@ OPEN_MPI = {
 }
 
 
-@pytest.mark.skipif(MPIRUN is None, reason="needs mpirun: pip install mpich")
-@pytest.mark.parametrize("n_ranks", [1, 2, 3])
-def test_ranks_together_are_one_process(n_ranks):
-    script = str(Path(__file__).with_name("mpi_ranks.py"))
+def run_ranks(script, n_ranks):
+    path = Path(__file__).with_name(script)
     done = subprocess.run(
-        [MPIRUN, "-n", str(n_ranks), sys.executable, "-P", "-m", "mpi4py", script],
+        [MPIRUN, "-n", str(n_ranks), sys.executable, "-P", "-m", "mpi4py", str(path)],
         env=os.environ | OPEN_MPI | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -32,4 +30,17 @@ def test_ranks_together_are_one_process(n_ranks):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == n_ranks
+    # Each says how many there are: with another MPI's mpirun, each would be alone.
+    assert done.stdout.count(f"ok-{n_ranks}") == n_ranks, done.stdout
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="needs mpirun: pip install mpich")
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_ranks_together_are_one_process(n_ranks):
+    run_ranks("mpi_ranks.py", n_ranks)
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="needs mpirun: pip install mpich")
+def test_training_on_two_ranks_has_the_losses_of_one_process():
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
+    run_ranks("mpi_digits.py", 2)
