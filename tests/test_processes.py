@@ -154,6 +154,8 @@ def test_neighbor(tmp_path, neighbor, order):
 
 
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 x = np.ones((2**14, 64))
 print("ready", flush=True)
 n = 0
