@@ -15,11 +15,11 @@ def backward(
     exact_mean: bool,
     n_threads: int,
     activation: int = 0,
-    negative_slope: float = 0,
+    negative_slope: float = 0.0,
     beta: Array | None = None,
     residual: Array | None = None,
     weights: Array | None = None,
-    total: float = 0,
+    total: float = 0.0,
     needs_dx: bool = True,
     needs_sums: bool = True,
     needs_dresidual: bool = False,
@@ -61,10 +61,10 @@ def forward(
     var: Array | None,
     n_threads: int,
     activation: int = 0,
-    negative_slope: float = 0,
+    negative_slope: float = 0.0,
     residual: Array | None = None,
     weights: Array | None = None,
-    total: float = 0,
+    total: float = 0.0,
 ) -> tuple[Array, Array]: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...
