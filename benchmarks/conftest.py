@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import select
 from implementations import IMPLEMENTATIONS
 from problem import Problem
+from variants import VARIANTS
 
 
 def pytest_addoption(parser):
@@ -30,9 +31,11 @@ def pytest_generate_tests(metafunc):
             raise pytest.UsageError(f"--cases: {error}") from None
         names = [case.name for case in cases]
         metafunc.parametrize("problem", cases, ids=names, indirect=True, scope="module")
-        available = [one for one in IMPLEMENTATIONS if one.is_importable]
-        names = [one.name for one in available]
-        metafunc.parametrize("implementation", available, ids=names, scope="module")
+    for argument, table in (("implementation", IMPLEMENTATIONS), ("variant", VARIANTS)):
+        if argument in metafunc.fixturenames:
+            available = [one for one in table if one.is_importable]
+            names = [one.name for one in available]
+            metafunc.parametrize(argument, available, ids=names, scope="module")
 
 
 @pytest.fixture(scope="module")

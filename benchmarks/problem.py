@@ -30,15 +30,15 @@ class Problem:
         self.beta = rng.standard_normal(n_features).astype(case.dtype)
 
     @cached_property
-    def _judged(self) -> np.ndarray:
+    def judged(self) -> np.ndarray:
         n_features = len(self.gamma)
         n = max(JUDGED_ELEMENTS * n_features // self.x.size, 3)
         return np.unique(np.linspace(0, n_features - 1, n).astype(int))
 
     @cached_property
     def _right(self) -> tuple[np.ndarray, ...]:
-        x, dout = (a.take(self._judged, self.axis) for a in (self.x, self.dout))
-        gamma, beta = self.gamma[self._judged], self.beta[self._judged]
+        x, dout = (a.take(self.judged, self.axis) for a in (self.x, self.dout))
+        gamma, beta = self.gamma[self.judged], self.beta[self.judged]
         out, _, _ = oracle_forward(x, gamma, beta, eps=EPS, axis=self.axis)
         return out, *oracle_backward(dout, x, gamma, eps=EPS, axis=self.axis)
 
@@ -52,7 +52,7 @@ class Problem:
         found = {}
         for name, got, right in zip(("out", "dx", "dgamma", "dbeta"), results, self._right):
             is_sum = got.ndim == 1
-            got = got.take(self._judged, 0 if is_sum else self.axis)
+            got = got.take(self.judged, 0 if is_sum else self.axis)
             largest = max(np.abs(right).max(), usual if is_sum else 0)
             found[name] = float(np.abs(got - right).max() / largest)
         return found

@@ -73,3 +73,11 @@ def test_behaviour(tmp_path):
     pytest.importorskip("rich")
     shown = run("behaviour.py", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
     assert "every other column" in shown
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_options(form, tmp_path):
+    pytest.importorskip("rich")
+    shown = run("options.py", "--quick", "--rounds", 1, *form, cwd=tmp_path)
+    assert "WRONG" not in shown
+    assert "bfloat16" in shown
