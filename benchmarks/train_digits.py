@@ -1,9 +1,14 @@
-"""Train a small network on scikit-learn's digits, with NumPy's batch norm and with bn_fast's.
+"""Train a residual network on scikit-learn's digits, with NumPy's batch norm and with bn_fast's.
 
-linear -> batch norm -> relu, twice, then linear and softmax; plain NumPy, float64, stochastic
-gradient descent with momentum. Two networks that differ in nothing but the batch norm start from
-the same seed and see the same batches. Their losses must agree to 1e-9 at every step, and both
-must classify 97 % of the held-out images. The exit status is 1 if one of these fails.
+    h = relu(norm(x W0))                            a hidden layer
+    h = relu(norm(relu(norm(h W1)) W2) + h)         a residual block
+    scores = h W3 + b
+
+in plain NumPy and float64, with softmax and stochastic gradient descent with momentum. Each relu
+and the sum are done by the batch norm before them, as its options, forward and backward. Two
+networks that differ in nothing but the batch norm start from the same seed and see the same
+batches. Their losses must agree to 1e-9 at every step, and both must classify 97 % of the held-out
+images. The exit status is 1 if one of these fails.
 """
 
 import argparse
@@ -12,7 +17,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,7 +43,13 @@ LARGEST_DIFFERENCE = 1e-9
 
 
 class Network:
-    """A multi-layer perceptron whose hidden layers are batch-normalized by `norm`."""
+    """A multi-layer perceptron whose hidden layers are batch-normalized by `norm`.
+
+    outputs[0] is x and outputs[i + 1] that of layer i. To what layer i normalizes it adds
+    outputs[skips[i]].
+    """
+
+    skips: ClassVar = {2: 1}
 
     def __init__(self, norm: Any, widths: list[int], seed: int):
         rng = np.random.default_rng(seed)
@@ -54,32 +65,34 @@ class Network:
         self.bn_params: list[dict[str, Any]] = [{"mode": "train"} for _ in range(self.last)]
         self.velocities = {name: np.zeros_like(value) for name, value in self.params.items()}
 
-    def timed(self, function: Callable[..., Any], *args: Any) -> Any:
+    def timed(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        result = function(*args)
+        result = function(*args, **options)
         self.norm_seconds += time.perf_counter() - start
         return result
 
-    def forward(self, x: np.ndarray, mode: str) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
-        """The scores of each class, and what `backward` needs of each hidden layer."""
-        kept = []
+    def forward(self, x: np.ndarray, mode: str) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
+        """The scores of each class; the outputs and the caches of the layers."""
+        outputs, caches = [x], []
         for i, bn_param in enumerate(self.bn_params):
             bn_param["mode"] = mode
             y, cache = self.timed(
                 self.norm.batchnorm_forward,
-                x @ self.params[f"weight{i}"],
+                outputs[i] @ self.params[f"weight{i}"],
                 self.params[f"gamma{i}"],
                 self.params[f"beta{i}"],
                 bn_param,
+                activation="relu",
+                residual=outputs[self.skips[i]] if i in self.skips else None,
             )
-            kept.append((x, cache, y > 0))
-            x = np.maximum(y, 0)
-        kept.append((x,))
-        return x @ self.params[f"weight{self.last}"] + self.params[f"beta{self.last}"], kept
+            outputs.append(y)
+            caches.append(cache)
+        scores = outputs[-1] @ self.params[f"weight{self.last}"] + self.params[f"beta{self.last}"]
+        return scores, outputs, caches
 
     def train_step(self, x: np.ndarray, labels: np.ndarray) -> None:
         """One step of descent on the mean cross-entropy of a batch."""
-        scores, kept = self.forward(x, "train")
+        scores, outputs, caches = self.forward(x, "train")
         scores -= scores.max(axis=1, keepdims=True)
         log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
         rows = np.arange(len(x))
@@ -88,30 +101,33 @@ class Network:
         dscores = np.exp(log_p)
         dscores[rows, labels] -= 1
         dscores /= len(x)
-        (hidden,) = kept.pop()
         gradients = {
-            f"weight{self.last}": hidden.T @ dscores,
+            f"weight{self.last}": outputs[-1].T @ dscores,
             f"beta{self.last}": dscores.sum(axis=0),
         }
-        dhidden = dscores @ self.params[f"weight{self.last}"].T
+        douts: list[Any] = [0.0] * len(outputs)  # what has come back to each output
+        douts[-1] = dscores @ self.params[f"weight{self.last}"].T
         for i in reversed(range(self.last)):
-            inputs, cache, is_active = kept[i]
-            dlinear, gradients[f"gamma{i}"], gradients[f"beta{i}"] = self.timed(
-                self.norm.batchnorm_backward, dhidden * is_active, cache
+            dlinear, gradients[f"gamma{i}"], gradients[f"beta{i}"], *dresidual = self.timed(
+                self.norm.batchnorm_backward, douts[i + 1], caches[i]
             )
-            gradients[f"weight{i}"] = inputs.T @ dlinear
-            dhidden = dlinear @ self.params[f"weight{i}"].T
+            if i in self.skips:
+                douts[self.skips[i]] += dresidual[0]
+            gradients[f"weight{i}"] = outputs[i].T @ dlinear
+            douts[i] += dlinear @ self.params[f"weight{i}"].T
         for name, gradient in gradients.items():
             self.velocities[name] = MOMENTUM * self.velocities[name] - LEARNING_RATE * gradient
             self.params[name] += self.velocities[name]
 
     def accuracy(self, x: np.ndarray, labels: np.ndarray) -> float:
-        scores, _ = self.forward(x, "test")
+        scores, *_ = self.forward(x, "test")
         return float((scores.argmax(axis=1) == labels).mean())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=20, help="default: 20")
     parser.add_argument("--batch", type=int, default=128, help="images of a step, default: 128")
     parser.add_argument("--width", type=int, default=256, help="of hidden layers, default: 256")
@@ -129,14 +145,14 @@ def main() -> int:
     )
     if options.batch > len(x_train):
         parser.error(f"--batch must be at most {len(x_train)}, the number of training images")
-    widths = [images.shape[1], options.width, options.width, 10]
+    widths = [images.shape[1], *[options.width] * 3, 10]
     networks = {
         "NumPy reference": Network(reference, widths, options.seed),
         "bn_fast": Network(bn_fast, widths, options.seed),
     }
     rng = np.random.default_rng(options.seed)
     print(f"{len(x_train)} images, {options.epochs} epochs, batches of {options.batch},", end=" ")
-    print(f"two hidden layers of {options.width}")
+    print(f"a hidden layer and a residual block of {options.width}")
     # One thread multiplies matrices this small, so that no idle worker of BLAS keeps a core from
     # whatever is timed.
     with threadpool_limits(1, "blas"):
@@ -184,7 +200,7 @@ def draw(networks: dict[str, Network], difference: np.ndarray) -> Any:
     for name, network in networks.items():
         above.semilogy(network.losses, label=name, **styles[name])
     above.set_ylabel("training loss (cross-entropy)")
-    above.set_title("scikit-learn's digits: one network, two batch norms, the same seed")
+    above.set_title("scikit-learn's digits: one residual network, two batch norms, the same seed")
     above.legend()
     # An exact 0 has no logarithm: it is drawn at the lowest rounding.
     below.semilogy(np.maximum(np.abs(difference), 1e-18), color="#1d3557", linewidth=1)
