@@ -302,11 +302,13 @@ cdef void plan_visits(
     cdef Plan* reduce = &job.reduce
     cdef Plan* apply = &job.apply
     cdef bint second = job.kind == SECOND
-    cdef cnp.ndarray g = dout if dresidual is None or second else dresidual  # through the gate
+    # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
+    cdef bint rounded = itemsize == 2 and job.activation == LEAKY_RELU
+    cdef cnp.ndarray g = dout if dresidual is None or second or rounded else dresidual
     cdef int r
     job.gated = job.kind >= BACKWARD and job.activation != IDENTITY
     reduce.gated = job.gated
-    apply.gated = job.gated and dresidual is None
+    apply.gated = job.gated and (dresidual is None or rounded)
     for r in range(N_ROLES):
         set_role(reduce, r, None)
         set_role(apply, r, None)

@@ -4,7 +4,13 @@ import tempfile
 
 import numpy as np
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
 DTYPES = [np.float32, np.float64]
+HALVES = [np.float16] if bfloat16 is None else [np.float16, bfloat16]
 
 
 def strided(values, order, steps):
@@ -129,3 +135,22 @@ def problem(shape, axis, dtype, layout="C"):
     dout = LAYOUTS[other.get(layout, layout)](normal(shape, dtype, 2) + dtype(0.5))
     n_features = shape[axis]
     return x, dout, 1 + normal(n_features, dtype, 3) / 4, normal(n_features, dtype, 4)
+
+
+def hostile(x):
+    """Some features that take the wide road: huge, tiny, not finite, constant."""
+    first = np.moveaxis(x, 1, 0)
+    for f, value in enumerate([1e30, 1e-30, np.inf, np.nan, 0]):
+        if len(first) > 3 * f + 1:
+            first[3 * f + 1] *= x.dtype.type(value)
+    return x
+
+
+def spread_weights(shape, axis, kind, seed=5):
+    """Weights of x's shape but for length 1 along axis: with zeros, never all zero."""
+    if kind is None:
+        return None
+    shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
+    w = np.random.default_rng(seed).integers(0, 4, shape)
+    w.flat[0] = 2
+    return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]

@@ -14,10 +14,11 @@ import bn_fast
 import bn_fast.functional
 from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
-from .arrays import DTYPES, SHAPES, TALL, problem
+from .arrays import DTYPES, HALVES, SHAPES, TALL, hostile, normal, problem, spread_weights
 from .judge import assert_same_bits
 
 LAYOUTS = ["C", "Fortran", "sliced", "features last"]
+MODES = ["train", "hostile", "test"]
 SHAPES_OF_ROADS = [  # each of the engine's ways to cut an array, and sizes that threads share
     *SHAPES[::3],
     *TALL,
@@ -29,27 +30,79 @@ SHAPES_OF_ROADS = [  # each of the engine's ways to cut an array, and sizes that
 ]
 
 
-def hostile(x):
-    """Some features that take the wide road: huge, tiny, not finite, constant."""
-    first = np.moveaxis(x, 1, 0)
-    for f, value in enumerate([1e30, 1e-30, np.inf, np.nan, 0]):
-        if len(first) > 3 * f + 1:
-            first[3 * f + 1] *= x.dtype.type(value)
-    return x
+OPTIONS = {  # activation, residual, weights
+    "residual": (None, True, None),
+    "relu": ("relu", False, None),
+    "leaky_relu residual": ("leaky_relu", True, None),
+    "weights": (None, False, "real"),
+    "relu mask": ("relu", False, "mask"),
+    "leaky_relu residual weights": ("leaky_relu", True, "integers"),
+}
 
 
-def results(shape, axis, dtype, layout, mode):
+def results(shape, axis, dtype, layout, mode, kind="plain"):
+    """All that a kind of call computes: one of KINDS."""
     x, dout, gamma, beta = problem(shape, axis, dtype, layout)
-    if mode == "hostile":
-        x = hostile(x)
-    param = {"mode": "test" if mode == "test" else "train", "running_var": np.abs(gamma)}
     with np.errstate(all="ignore"):
-        out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
-        second = batchnorm_double_backward(dout, gamma, beta, dout, cache)
+        if mode == "hostile" and axis == 1:
+            x = hostile(x)
+        param = {"mode": "test" if mode == "test" else "train", "running_var": np.abs(gamma)}
+        arrays = KINDS[kind](x, dout, gamma, beta, param, axis, OPTIONS.get(kind))
     # NaN - NaN has the sign of one of them: which one, IEEE 754 leaves to the CPU.
-    second = [np.where(np.isnan(a), a.dtype.type(np.nan), a) for a in second]
-    averages = param["running_mean"], param["running_var"]
-    return [out, *batchnorm_backward(dout, cache), *averages, *second]
+    return [np.where(np.isnan(a), a.dtype.type(np.nan), a) for a in arrays]
+
+
+def plain(x, dout, gamma, beta, param, axis, _):
+    out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
+    return [out, *batchnorm_backward(dout, cache), param["running_mean"], param["running_var"]]
+
+
+def with_options(x, dout, gamma, beta, param, axis, options):
+    activation, has_residual, kind = options
+    residual = normal(x.shape, x.dtype, 7) if has_residual else None
+    weights = spread_weights(x.shape, axis, kind)
+    given = {"activation": activation, "residual": residual, "weights": weights}
+    out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis, **given)
+    gradients = batchnorm_backward(dout, cache)
+    names = ("dx", "dgamma", "dbeta", "dresidual")[: len(gradients)]
+    for needs in (names[:1], names[1:3], names[3:]):
+        chosen = batchnorm_backward(dout, cache, needs=needs)
+        assert_same_bits(
+            [a for a in chosen if a is not None],
+            [a for a, name in zip(gradients, names, strict=True) if name in needs],
+        )
+    return [out, *gradients, param["running_mean"], param["running_var"]]
+
+
+def second_order(x, dout, gamma, beta, param, axis, _):
+    _, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
+    ddx = normal(x.shape, x.dtype, 8)
+    return [
+        *batchnorm_double_backward(ddx, beta, gamma, dout, cache),
+        *batchnorm_double_backward(None, beta, gamma, dout, cache),
+        *batchnorm_double_backward(ddx, None, None, dout, cache),
+    ]
+
+
+def pieces(x, dout, gamma, beta, _, axis, __):
+    m = bn_fast.moments(x, axis=axis)
+    inv_std = 1 / np.sqrt(m.var() + 1e-5)
+    sums = bn_fast.backward_reduce(dout, x, m.mean, inv_std, axis=axis)
+    given = (dout, x, m.mean, inv_std, gamma, *sums, m.count)
+    return [
+        *m.__reduce__()[1][1:],  # the mean's low part, too
+        bn_fast.normalize(x, m.mean, m.var(), gamma, beta, axis=axis),
+        *sums,
+        bn_fast.backward_apply(*given, axis=axis),
+    ]
+
+
+KINDS = {
+    "plain": plain,
+    **dict.fromkeys(OPTIONS, with_options),
+    "second order": second_order,
+    "pieces": pieces,
+}
 
 
 @pytest.fixture
@@ -62,7 +115,7 @@ def threads_always(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES_OF_ROADS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["train", "test", "hostile"])
+@pytest.mark.parametrize("mode", MODES)
 def test_threads(threads_always, shape, axis, dtype, mode):
     if mode == "hostile" and axis != 1:
         pytest.skip("features are made hostile on axis 1")
@@ -74,12 +127,35 @@ def test_threads(threads_always, shape, axis, dtype, mode):
             assert_same_bits(results(shape, axis, dtype, layout, mode), expected)
 
 
-def test_runs_agree():
+def some_cases():
+    """Each shape with each kind of call; dtypes, layouts and modes take turns."""
+    for number, (shape, axis) in enumerate(SHAPES_OF_ROADS):
+        for k, kind in enumerate(KINDS):
+            turn = number + k
+            dtypes = (DTYPES[turn % 2], HALVES[turn // 2 % len(HALVES)])
+            mode = MODES[turn // 4 % 3]
+            yield pytest.param(
+                shape, axis, kind, dtypes, LAYOUTS[turn % 4], mode, id=f"{shape} {axis} {kind}"
+            )
+
+
+@pytest.mark.parametrize(("shape", "axis", "kind", "dtypes", "layout", "mode"), list(some_cases()))
+def test_threads_and_options(threads_always, shape, axis, kind, dtypes, layout, mode):
+    for dtype in dtypes:
+        bn_fast.set_num_threads(1)
+        expected = results(shape, axis, dtype, layout, mode, kind)
+        for n_threads in (2, 3, min(shape[axis] + 1, 40)):
+            bn_fast.set_num_threads(n_threads)
+            assert_same_bits(results(shape, axis, dtype, layout, mode, kind), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_agree(kind):
     """What is left in memory by one call does not reach the next."""
-    case = ((300, 33), 1, np.float32, "sliced", "train")
+    case = ((300, 33), 1, np.float32, "sliced", "train", kind)
     expected = results(*case)
-    for _ in range(20):
-        results((31, 700), 1, np.float64, "C", "hostile")
+    for _ in range(5):
+        results((31, 700), 1, np.float64, "C", "hostile", kind)
         assert_same_bits(results(*case), expected)
 
 
@@ -88,13 +164,14 @@ def digests():
     bn_fast.set_num_threads(2)
     table = {"isa": bn_fast.build_info()["isa"]}
     for shape, axis in SHAPES_OF_ROADS:
-        for dtype in (*DTYPES, np.float16):
-            for mode in ("train", "test", "hostile") if axis == 1 else ("train", "test"):
-                arrays = results(shape, axis, dtype, "C", mode)
-                # The sign bit of NaN is the one thing that IEEE 754 leaves to the CPU.
-                text = b"".join(np.where(np.isnan(a), np.nan, a).tobytes() for a in arrays)
-                key = f"{shape} {axis} {np.dtype(dtype)} {mode}"
-                table[key] = sha256(text).hexdigest()
+        for dtype in (*DTYPES, *HALVES):
+            for k, kind in enumerate(KINDS):
+                turn = k + shape[0]
+                for mode in MODES if k == 0 else (MODES[turn % 3],):
+                    arrays = results(shape, axis, dtype, "C", mode, kind)
+                    text = b"".join(a.tobytes() for a in arrays)
+                    key = f"{shape} {axis} {np.dtype(dtype)} {mode} {kind}"
+                    table[key] = sha256(text).hexdigest()
     return table
 
 

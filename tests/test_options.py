@@ -11,9 +11,8 @@ import bn_fast.functional
 from bn_fast import batchnorm_backward, batchnorm_forward, reference
 
 from . import oracle
-from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem
+from .arrays import DTYPES, HALVES, LAYOUTS, SHAPES, TALL, hostile, normal, problem, spread_weights
 from .judge import assert_same_bits, check, check_gradients
-from .test_bits import hostile
 from .test_properties import arrays, few, problems
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
@@ -27,16 +26,6 @@ def activate(z, activation):
 def through(dout, out, activation):
     """What of dout comes through, by the sign of the output."""
     return reference.ACTIVATIONS[activation][1](dout, out, SLOPE) if activation else dout
-
-
-def spread_weights(shape, axis, kind, seed=5):
-    """Weights of x's shape but for length 1 along axis: with zeros, never all zero."""
-    if kind is None:
-        return None
-    shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
-    w = np.random.default_rng(seed).integers(0, 4, shape)
-    w.flat[0] = 2
-    return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]
 
 
 def judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit=4):
@@ -154,7 +143,7 @@ def test_any_options(problem, data):
             )
             check("in place", over[k], out.astype(np.longdouble), over[k], 4)
     finally:
-        bn_fast.functional._SERIAL_SIZE = 1 << 16
+        bn_fast.functional._SERIAL_SIZE = 1 << 17
         bn_fast.set_num_threads(None)
     assert before == [x.tobytes(), dout.tobytes()]
 
@@ -452,3 +441,19 @@ def test_caches_are_understood_by_the_twins(mode):
     ):
         for a, b in zip(derivation(dout, caches[1]), expected[:3], strict=True):
             np.testing.assert_allclose(a, b, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("shape", [(1, 5), (40, 33), (6, 3, 300)], ids=str)
+def test_dx_of_16_bits_is_that_without_dresidual(shape, mode, activation, dtype):
+    """dresidual has what came through the activation rounded to 16 bits; dx starts before that."""
+    x, dout, gamma, beta = problem(shape, 1, dtype)
+    options = {"activation": activation, "residual": normal(shape, dtype, 7)}
+    _, cache = batchnorm_forward(x, gamma, beta, {"mode": mode}, **options)
+    alone = batchnorm_backward(dout, cache, needs=["dx"])[0]
+    gradients = batchnorm_backward(dout, cache)
+    assert_same_bits([gradients[0]], [alone])
+    if mode == "train" and len(x) == 1 and len(shape) == 2:
+        np.testing.assert_array_equal(alone, np.zeros(shape))
