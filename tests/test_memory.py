@@ -221,5 +221,6 @@ def test_nothing_is_left_behind(kind, n):
     (pages, blocks, references), after = counts
     # Python takes its memory by the MiB.
     assert after[0] - pages <= max(2**20, 10 * n) or SANITIZED  # ASan keeps what is freed
-    assert after[1] - blocks <= n / 10
+    # What Python sets up but once: after 200 calls up to 104 blocks still came with pickles.
+    assert after[1] - blocks <= max(250, n / 10)
     assert np.abs(np.subtract(after[2], references)).max() <= n / 10
