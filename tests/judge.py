@@ -6,6 +6,10 @@ import numpy as np
 # takes three or four roundings: x - shift, times scale, (minus the other term,) plus bias.
 LIMIT = 4
 
+# Half types are storage alone: float32's roundings, and then one of their own.
+HALF_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+HALF_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126}  # below it roundings get no smaller
+
 
 def describe(a):
     order = "C" if a.flags.c_contiguous else "F" if a.flags.f_contiguous else "strided"
@@ -27,8 +31,25 @@ def check(name, got, expected, like, limit=LIMIT, scale=0.0):
     """Values within `limit` roundings of the expected ones (NaN never is), in the dtype of x."""
     assert type(got) is np.ndarray
     assert got.dtype == like.dtype.newbyteorder("=")
+    if half := HALF_EPS.get(got.dtype.name):
+        limit += 0.5 * half / float(np.finfo(np.float32).eps)
+        scale = max(scale, HALF_NORMAL[got.dtype.name])
+        is_float16 = got.dtype == np.float16
+        got = got.astype(np.float32)
+        if is_float16:
+            got, expected = _without_overflow(got, expected, scale)
     error = roundings(got, expected, scale)
     assert error <= limit, f"{name} is {error:.3g} eps off (limit {limit}) for x {describe(like)}"
+
+
+def _without_overflow(got, expected, scale):
+    """What float16 can hold; infinity, as of a cast, must stand for the rest."""
+    if got.size == 0 or np.max(np.abs(expected)) < 65000:
+        return got, expected
+    beyond = np.abs(expected) > 65520  # halfway to the value that would follow the largest
+    near = np.abs(np.abs(expected) - 65520) < 1 + 1e-6 * scale
+    np.testing.assert_array_equal(got[beyond & ~near], np.inf * np.sign(expected[beyond & ~near]))
+    return (np.where(beyond | near, 0, a) for a in (got, expected))
 
 
 def check_gradients(got, expected, like, limit=LIMIT, cancels=False):
@@ -40,6 +61,8 @@ def check_gradients(got, expected, like, limit=LIMIT, cancels=False):
     dx, dgamma, dbeta = got
     cancels = cancels or dx.size < 10 * dgamma.size
     check("dx", dx, expected.dx, like, limit, expected.dx_scale if cancels else 0.0)
+    if like.dtype.name in HALF_EPS:
+        like = dgamma.astype(np.float32)
     check("dgamma", dgamma, expected.dgamma, like, limit, expected.dgamma_scale)
     check("dbeta", dbeta, expected.dbeta, like, limit, expected.dbeta_scale)
 

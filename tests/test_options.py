@@ -1,6 +1,8 @@
 """activation, residual, weights and needs: each against the oracle, alone and together."""
 
 import tracemalloc
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from .test_properties import arrays, few, problems
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
 SLOPE = 0.25  # a power of two: exact in every dtype
+GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
 
 def activate(z, activation):
@@ -29,7 +32,7 @@ def through(dout, out, activation):
 
 
 def judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit=4):
-    """Forward and backward of all options against the oracle; the cache comes back."""
+    """Forward and backward of all options against the oracle."""
     n = x.shape[axis]
     param = {"mode": mode, "running_mean": np.full(n, 0.5), "running_var": np.full(n, 2.0)}
     before = {**param}
@@ -41,10 +44,15 @@ def judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit
     elif weights is not None:
         given["weights"] = weights
     like = np.broadcast_to(np.zeros((), cache.x.dtype), x.shape)
-    z, mean, var = reference.oracle_forward(x, gamma, beta, **given)
-    terms = max(np.abs(a).max() for a in (gamma, beta, 0 if residual is None else residual))
-    z = z if residual is None else z + residual
-    check("out", out, activate(z, activation), like, limit, float(terms))
+    forward_pass = x_hat, mean, var = oracle.normalized(x, **given)
+    against_x = [-1 if d == axis % x.ndim else 1 for d in range(x.ndim)]
+    z = x_hat * gamma.reshape(against_x) + beta.reshape(against_x)
+    terms = max(np.abs(gamma).max(), np.abs(beta).max())
+    if residual is not None:
+        rounded = residual.astype(like.dtype).astype(np.longdouble)
+        z, terms = z + rounded, max(terms, np.abs(rounded).max())
+    z = activate(z, activation)
+    check("out", out, z, like, limit, float(terms))
     if mode == "train":
         for key, value in (("running_mean", mean), ("running_var", var)):
             expected = (
@@ -54,13 +62,24 @@ def judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit
 
     gradients = batchnorm_backward(dout, cache)
     g = through(dout.astype(like.dtype), out, activation)
-    expected = oracle.backward(g, x, gamma, **given)
+    expected = oracle.backward(g, x, gamma, **given, forward_pass=forward_pass)
     check_gradients(gradients[:3], expected, like, limit, cancels=True)
     assert len(gradients) == 3 + (residual is not None)
     if residual is not None:
         np.testing.assert_array_equal(gradients[3], g)
         assert gradients[3].dtype == like.dtype
-    return out, cache, gradients, expected.dx_scale
+    return Judged(out, cache, gradients, z, float(terms), expected)
+
+
+class Judged(NamedTuple):
+    """What the calls gave, and what they should have."""
+
+    out: np.ndarray
+    cache: object
+    gradients: tuple
+    exact_out: np.ndarray
+    terms: float  # the largest of out's
+    expected: oracle.Gradients
 
 
 def cases():
@@ -69,7 +88,7 @@ def cases():
             yield pytest.param(
                 shape,
                 axis,
-                ACTIVATIONS[(number + k) % 3],
+                ACTIVATIONS[(number + k) % len(ACTIVATIONS)],
                 k % 2 == 0,
                 [None, "mask", "integers", "real"][(number + k) % 4],
                 ["train", "test"][(number + k // 3) % 2],
@@ -90,13 +109,15 @@ def test_against_the_oracle(shape, axis, activation, has_residual, weights, mode
         judge(x, dout, gamma, beta, axis, mode, activation, residual, w, 6)
 
 
-@settings(few, max_examples=120)
-@given(problems(), st.data())
-def test_any_options(problem, data):
-    x, dout, gamma, beta, axis = problem
-    gamma, beta = np.array(gamma), np.array(beta)
+@pytest.mark.parametrize("half", [None, *HALVES])
+@settings(few, max_examples=60)
+@given(data=st.data())
+def test_any_options(half, data):
+    """Activation, residual, weights, needs, mode, dtypes, axis, strides and threads together."""
+    dtypes = [half] if half else DTYPES
+    x, dout, gamma, beta, axis = data.draw(problems(dtypes=dtypes))
     activation = data.draw(st.sampled_from(ACTIVATIONS))
-    residual = data.draw(st.none() | arrays(x.shape))
+    residual = data.draw(st.none() | arrays(x.shape, dtypes=[*dtypes, *DTYPES]))
     weights = spread_weights(
         x.shape, axis, data.draw(st.sampled_from([None, "mask", "integers", "real"]))
     )
@@ -106,49 +127,50 @@ def test_any_options(problem, data):
                 weights = weights.max(axis=d, keepdims=True)
         while weights.shape[0] == 1 and weights.ndim > 1 and data.draw(st.booleans()):
             weights = weights[0]
-    before = [a.tobytes() for a in (x, dout) if a is not None]
+    given = [a for a in (x, dout, gamma, beta, residual, weights) if a is not None]
+    before = [a.tobytes() for a in given]
     mode = data.draw(st.sampled_from(["train", "test"]))
-    if residual is not None:
-        residual = residual.astype(x.dtype if x.dtype.kind == "f" else np.float64)
-    threads = data.draw(st.integers(1, 3))
-    bn_fast.functional._SERIAL_SIZE = 0
-    try:
-        bn_fast.set_num_threads(threads)
-        out, cache, gradients, scale = judge(
-            x, dout, gamma, beta, axis, mode, activation, residual, weights, 8
+    judged = judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, 8)
+    options = {"activation": activation, "negative_slope": SLOPE, "weights": weights}
+    check_other_ways(data, judged, x, dout, gamma, beta, axis, mode, residual, options)
+    assert before == [a.tobytes() for a in given]
+
+
+def check_other_ways(data, judged, x, dout, gamma, beta, axis, mode, residual, options):
+    """Other threads, chosen gradients, and results over dout, x and residual."""
+    cache, gradients = judged.cache, judged.gradients
+
+    def forward(x, residual, out=None):
+        n = len(gamma)
+        param = {"mode": mode, "running_mean": np.full(n, 0.5), "running_var": np.full(n, 2.0)}
+        return batchnorm_forward(
+            x, gamma, beta, param, axis=axis, out=out, residual=residual, **options
         )
-        names = ("dx", "dgamma", "dbeta", "dresidual")
-        needs = data.draw(st.lists(st.sampled_from(names), unique=True))
-        chosen = batchnorm_backward(dout, cache, needs=needs)
-        for name, a, b in zip(names, chosen, gradients, strict=False):
-            if name in needs:
-                assert_same_bits([a], [b])
-            else:
-                assert a is None
-        # over dout, over x, over the residual
-        over = np.array(dout, cache.x.dtype)
-        assert batchnorm_backward(over, cache, out=over)[0] is over
-        np.testing.assert_allclose(over, gradients[0], 1e-4, 1e-5 * scale)
-        options = {"activation": activation, "negative_slope": SLOPE, "weights": weights}
-        param = {
-            "mode": mode,
-            "running_mean": [0.5] * len(gamma),
-            "running_var": [2.0] * len(gamma),
-        }
-        for k in range(1 if residual is None else 2):
-            over = [np.array(x, cache.x.dtype, order="K"), None]
-            over[1] = None if residual is None else np.array(residual, cache.x.dtype, order="K")
-            batchnorm_forward(
-                over[0], gamma, beta, {**param}, axis=axis, out=over[k], residual=over[1], **options
-            )
-            check("in place", over[k], out.astype(np.longdouble), over[k], 4)
-    finally:
-        bn_fast.functional._SERIAL_SIZE = 1 << 17
+
+    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
+        bn_fast.set_num_threads(data.draw(st.integers(2, 3)))
+        again, other = forward(x, residual)
+        assert_same_bits([again, *batchnorm_backward(dout, other)], [judged.out, *gradients])
         bn_fast.set_num_threads(None)
-    assert before == [x.tobytes(), dout.tobytes()]
+    needs = data.draw(st.lists(st.sampled_from(GRADIENTS), unique=True))
+    chosen = batchnorm_backward(dout, cache, needs=needs)
+    for name, a, b in zip(GRADIENTS, chosen, gradients, strict=False):
+        if name in needs:
+            assert_same_bits([a], [b])
+        else:
+            assert a is None
+    over = np.array(dout, cache.x.dtype)
+    dx, *others = batchnorm_backward(over, cache, out=over)
+    assert dx is over
+    check_gradients((dx, *others[:2]), judged.expected, dx, 8, cancels=True)
+    for k in range(1 if residual is None else 2):
+        over = [np.array(x, cache.x.dtype, order="K"), None]
+        over[1] = None if residual is None else np.array(residual, cache.x.dtype, order="K")
+        assert forward(*over, out=over[k])[0] is over[k]
+        check("in place", over[k], judged.exact_out, over[k], 8, judged.terms)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(50, 40), (40, 9, 30), (4, 9, 1000), (900, 5)])
 def test_gate_of_forward_to_the_bit(shape, dtype, activation):

@@ -1,7 +1,11 @@
 """batchnorm_double_backward: against the oracle, finite differences, PyTorch and its twin."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bn_fast
 import bn_fast.functional
@@ -12,8 +16,10 @@ from bn_fast import (
     reference,
 )
 
-from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem
+from . import judge
+from .arrays import DTYPES, HALVES, LAYOUTS, SHAPES, TALL, normal, problem
 from .judge import LIMIT, assert_same_bits, describe, roundings
+from .test_properties import arrays, few, problems
 
 MODES = ["train", "test"]
 RESULTS = "dx", "dgamma", "ddout"
@@ -98,6 +104,34 @@ def test_layouts(shape, axis, layout, mode):
     check(arguments, axis=axis, mean=mean, var=var)
     mixed = [LAYOUTS["Fortran"](a) if a is not arguments[4] else a for a in arguments]
     check(mixed, axis=axis, mean=mean, var=var)
+
+
+@pytest.mark.parametrize("half", [None, *HALVES])
+@settings(few, max_examples=60)
+@given(data=st.data())
+def test_any_problem(half, data):
+    """Dtypes, axis, strides, mode, threads, and which gradients come in, together."""
+    x, dout, gamma, ddbeta, axis = data.draw(problems(dtypes=[half] if half else DTYPES))
+    n = len(gamma)
+    given = [data.draw(arrays(x.shape)), normal(n, np.float64, 6), ddbeta]
+    mean, var = given_statistics(data.draw(st.sampled_from(MODES)), n)
+    for i, missing in enumerate(data.draw(st.tuples(*[st.booleans()] * 3))):
+        given[i] = None if missing else given[i]
+    got = call(*given, dout, x, gamma, axis, mean, var)
+    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
+        bn_fast.set_num_threads(data.draw(st.integers(2, 3)))
+        assert_same_bits(call(*given, dout, x, gamma, axis, mean, var), got)
+        bn_fast.set_num_threads(None)
+
+    dtype = np.dtype(np.float64) if x.dtype.kind == "i" else x.dtype.newbyteorder("=")
+    like = np.broadcast_to(np.zeros((), dtype), x.shape)
+    zeros = np.zeros(x.shape), np.zeros(n), np.zeros(n)
+    arguments = [zero if a is None else a for a, zero in zip(given, zeros, strict=True)]
+    arguments = [arguments[0].astype(dtype), *arguments[1:], dout.astype(dtype), x, gamma]
+    expected, scales = oracle(*arguments, axis, mean, var)
+    for name, a, b, scale in zip(RESULTS, got, expected, scales, strict=True):
+        single = dtype.itemsize == 2 and name == "dgamma"
+        judge.check(name, a, b, a.astype(np.float32) if single else like, 8, scale)
 
 
 @pytest.mark.parametrize("mode", MODES)
