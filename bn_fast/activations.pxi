@@ -1,7 +1,7 @@
 # Activations: what may follow the affine map of the second visit, each written once.
 #
-# An activation is a tag, a name, and a branch of each of `activate`, `gate` and `apply_rows`.  The
-# tags are types, so that Cython decides every `is` when it compiles: no loop asks.
+# An activation is a tag, a name, and a branch of each function that names the others.  The tags
+# are types, so that Cython decides every `is` when it compiles: no loop asks.
 #
 #   (a) y = activate(z), z = (x - shift) scale + bias (+ residual), in the registers of one loop.
 #   (b) Backward forms z again, by the same loop from x and the constants of forward: the same bits

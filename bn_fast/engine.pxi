@@ -303,7 +303,7 @@ cdef void plan_visits(
     cdef Plan* apply = &job.apply
     cdef bint second = job.kind == SECOND
     # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
-    cdef bint rounded = itemsize == 2 and job.activation == LEAKY_RELU
+    cdef bint rounded = itemsize == 2 and job.activation != RELU
     cdef cnp.ndarray g = dout if dresidual is None or second or rounded else dresidual
     cdef int r
     job.gated = job.kind >= BACKWARD and job.activation != IDENTITY
