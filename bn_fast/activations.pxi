@@ -18,22 +18,17 @@ cdef struct Relu:
 cdef struct LeakyRelu:
     char unused
 
-cdef struct Relu6:
-    char unused
-
 ctypedef fused activation:
     Identity
     Relu
     LeakyRelu
-    Relu6
 
 cdef enum Activation:
     IDENTITY
     RELU
     LEAKY_RELU
-    RELU6
 
-activations = {"relu": RELU, "leaky_relu": LEAKY_RELU, "relu6": RELU6}
+activations = {"relu": RELU, "leaky_relu": LEAKY_RELU}
 
 
 cdef inline real activate(real z, real slope, const activation* activation_tag) noexcept nogil:
@@ -41,8 +36,6 @@ cdef inline real activate(real z, real slope, const activation* activation_tag) 
         return 0 if z <= 0 else z
     elif activation is LeakyRelu:
         return slope * z if z <= 0 else z
-    elif activation is Relu6:
-        return 0 if z <= 0 else 6 if z >= 6 else z
     else:
         return z
 
@@ -55,8 +48,6 @@ cdef inline real gate(
         return 0 if z <= 0 else g
     elif activation is LeakyRelu:
         return slope * g if z <= 0 else g
-    elif activation is Relu6:
-        return 0 if z <= 0 or z >= 6 else g
     else:
         return g
 
@@ -104,8 +95,6 @@ cdef void apply_rows(const Block* block, const real* type_tag) noexcept nogil:
         apply_activated[real, Relu](block, type_tag, NULL)
     elif block.activation == LEAKY_RELU:
         apply_activated[real, LeakyRelu](block, type_tag, NULL)
-    elif block.activation == RELU6:
-        apply_activated[real, Relu6](block, type_tag, NULL)
     else:
         apply_activated[real, Identity](block, type_tag, NULL)
 

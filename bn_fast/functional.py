@@ -69,7 +69,7 @@ def batchnorm_forward(
         Where to write the result: shape and dtype of the result, writable. It may be x itself (the
         result is exact, but the cache is then of no use to `batchnorm_backward`, which says so), or
         residual itself (of no use only with an activation).
-    activation : None, 'relu', 'leaky_relu' or 'relu6'
+    activation : None, 'relu' or 'leaky_relu'
         What is applied to the result, in the same pass.
     negative_slope : float, default 0.01
         Slope of leaky_relu below 0.

@@ -124,10 +124,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[..., Arra
         lambda z, slope: np.where(z <= 0, slope * z, z),
         lambda dout, z, slope: np.where(z <= 0, slope * dout, dout),
     ),
-    "relu6": (
-        lambda z, slope: np.where(z <= 0, 0, np.where(z >= 6, 6, z)),
-        lambda dout, z, slope: np.where((z <= 0) | (z >= 6), 0, dout),
-    ),
 }
 
 
@@ -164,7 +160,7 @@ def batchnorm_forward(
     out : ndarray, optional
         Where to write the result, of its shape and dtype. It may overlap x in any way: the
         cache then keeps a copy of what x was.
-    activation : None, 'relu', 'leaky_relu' or 'relu6'
+    activation : None, 'relu' or 'leaky_relu'
         What is applied to the result.
     negative_slope : float, default 0.01
         Slope of leaky_relu for values below 0.
