@@ -130,6 +130,12 @@ def batchnorm_forward(
     References
     ----------
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [2] K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition",
+       CVPR 2016, arXiv:1512.03385: the residual is added between batch norm and activation.
+    .. [3] A. L. Maas, A. Y. Hannun and A. Y. Ng, "Rectifier Nonlinearities Improve Neural Network
+       Acoustic Models", ICML 2013: leaky_relu.
+    .. [4] D. H. D. West, "Updating Mean and Variance Estimates: An Improved Method",
+       Communications of the ACM 22(9), 1979: the weighted mean and variance.
 
     Examples
     --------
@@ -140,6 +146,31 @@ def batchnorm_forward(
     >>> out.round(3)
     array([[-1., -1.],
            [ 1.,  1.]])
+
+    The end of a residual block, in one pass:
+
+    >>> out, cache = batchnorm_forward(
+    ...     x, np.ones(2), np.zeros(2), activation="relu", residual=np.array([[0.5, 3], [0.5, 3]])
+    ... )
+    >>> out.round(3)
+    array([[0. , 2. ],
+           [1.5, 4. ]])
+
+    A mask, under which there may be anything:
+
+    >>> padded = np.array([[1.0], [3.0], [np.nan]])
+    >>> mask = [[True], [True], [False]]
+    >>> out, cache = batchnorm_forward(padded, np.ones(1), np.zeros(1), weights=mask)
+    >>> out.round(3)
+    array([[-1.],
+           [ 1.],
+           [nan]])
+
+    Storage in 16 bits:
+
+    >>> out, cache = batchnorm_forward(x.astype(np.float16), np.ones(2), np.zeros(2))
+    >>> out.dtype
+    dtype('float16')
     """
     x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
     n_threads = n_threads_for(x)
@@ -257,6 +288,24 @@ def batchnorm_backward(
            [ 0.0441]])
     >>> dbeta
     array([1.])
+
+    Only one of them, and with the residual's, which comes through the activation:
+
+    >>> dout = np.array([[1.0], [2.0], [3.0]])
+    >>> batchnorm_backward(dout, cache, needs=["dbeta"])
+    (None, None, array([6.]))
+    >>> out, cache = batchnorm_forward(
+    ...     x, np.ones(1), np.zeros(1), activation="relu", residual=np.zeros_like(x)
+    ... )
+    >>> out.round(2)
+    array([[0.  ],
+           [0.  ],
+           [1.39]])
+    >>> dx, dgamma, dbeta, dresidual = batchnorm_backward(dout, cache)
+    >>> dresidual
+    array([[0.],
+           [0.],
+           [3.]])
     """
     wanted = None if needs is GRADIENTS else _checks.needs(needs, out)
     dout, kept, out = _checks.backward_arrays(dout, cache, out)
@@ -372,8 +421,8 @@ def batchnorm_double_backward(
     :math:`w = a - \gamma r B`,
 
     .. math:: dx &= r w\,(g - C) - \gamma r^2 D\,(u - A)
-                    - r \hat{x} \left(\gamma r (E - 3 B D) + a D\right) \
-              d\gamma &= r M (E - B D) \
+                    - r \hat{x} \left(\gamma r (E - 3 B D) + a D\right) \\
+              d\gamma &= r M (E - B D) \\
               ddout &= \gamma r\,(u - A) + w \hat{x} + b
 
     Nothing is divided by gamma, so gamma = 0 is no special case. After a forward pass in test mode
