@@ -99,7 +99,8 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
     if not out.flags.writeable or not out.flags.aligned:
         raise ValueError("out must be writable and aligned, got a read-only or unaligned array")
     reach = 0
-    for stride, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape) if n > 1):
+    steps = [(abs(s), n) for s, n in zip(out.strides, out.shape) if n > 1]
+    for stride, length in sorted(steps) if out.size else ():  # empty: NumPy gives strides of 0
         if stride <= reach - (reach == 0) or stride < out.itemsize:
             raise ValueError(f"out must not overlap itself, got strides {out.strides}")
         reach += (length - 1) * stride

@@ -152,5 +152,5 @@ def spread_weights(shape, axis, kind, seed=5):
         return None
     shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
     w = np.random.default_rng(seed).integers(0, 4, shape)
-    w.flat[0] = 2
+    w.flat[:1] = 2
     return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]

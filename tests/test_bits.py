@@ -27,6 +27,8 @@ SHAPES_OF_ROADS = [  # each of the engine's ways to cut an array, and sizes that
     ((64, 48, 9, 9), 1),
     ((8, 40, 28, 28), 1),
     ((40000, 2), 1),
+    *(((n, 3, 1), 1) for n in (1, 2)),
+    *((shape, 1) for shape in ((0, 5), (4, 0), (3, 5, 0))),  # nothing to do
 ]
 
 
