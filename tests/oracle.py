@@ -34,15 +34,20 @@ def normalized(x, axis=1, eps=1e-5, mean=None, var=None, weights=None):
 
 
 def backward(
-    dout, x, gamma, axis=1, eps=1e-5, mean=None, var=None, weights=None, forward_pass=None
-):
-    """forward_pass: what `normalized` gives for the same arguments, if it is there already."""
+    dout, x, gamma, axis=1, eps=1e-5, mean=None, var=None, weights=None, forward_pass=None,
+    gated=False,
+):  # fmt: skip
+    """forward_pass: what `normalized` gives for the same arguments, if it is there already.
+
+    gated: dout has come through an activation, so that what its values have in common is not
+    known, and taken off, before they are added up.
+    """
     given = {"axis": axis, "eps": eps, "mean": mean, "var": var, "weights": weights}
     gradients = oracle_backward(dout, x, gamma, **given)
     others = tuple(d for d in range(np.ndim(x)) if d != axis % np.ndim(x))
     x_hat, _, var = forward_pass or normalized(x, **given)
     g = np.asarray(dout, np.longdouble)
-    centered = mean is None and weights is None and g.size
+    centered = mean is None and weights is None and g.size and not gated
     t = g - g.mean(axis=others, keepdims=True) if centered else g
     std = np.sqrt(var + np.longdouble(eps))
     inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))

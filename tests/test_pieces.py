@@ -41,16 +41,17 @@ def assert_moments(got, x, axis=1, limit=4):
     assert (np.abs(got.m2 - m2) <= 3 * tolerance * m2).all()
 
 
-def gradients_fit(got, dout, x, gamma, axis=1, limit=6):
+def gradients_fit(got, dout, x, gamma, axis=1, limit=6, far=1.0):
     """As check_gradients, but dx by the size of dout: sum_dout is rounded to float64, so a dout
     that repeats itself leaves a rounding where batchnorm_backward has 0."""
     # And dgamma by the sum of |dout|: a common offset of dout cannot be taken off a part's sums.
+    # `far` says by how much more where the mean, which float64 holds, is many deviations from 0.
     dx, dgamma, dbeta = got
     expected = oracle.backward(dout, x, gamma, axis)
     std = np.sqrt(exact_moments(x, axis)[2] / (x.size // x.shape[axis]) + 1e-5)
-    scale = float((np.abs(gamma) / std).max() * np.abs(dout).max())
+    scale = float((np.abs(gamma) / std).max() * np.abs(dout).max() * far)
     check("dx", dx, expected.dx, x, limit, scale)
-    check("dgamma", dgamma.astype(x.dtype), expected.dgamma, x, limit, expected.dbeta_scale)
+    check("dgamma", dgamma.astype(x.dtype), expected.dgamma, x, limit, expected.dbeta_scale * far)
     check("dbeta", dbeta.astype(x.dtype), expected.dbeta, x, limit, expected.dbeta_scale)
 
 

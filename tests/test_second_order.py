@@ -110,8 +110,12 @@ def test_layouts(shape, axis, layout, mode):
 @settings(few, max_examples=60)
 @given(data=st.data())
 def test_any_problem(half, data):
+    check_any_problem(half, data)
+
+
+def check_any_problem(half, data, wild=False):
     """Dtypes, axis, strides, mode, threads, and which gradients come in, together."""
-    x, dout, gamma, ddbeta, axis = data.draw(problems(dtypes=[half] if half else DTYPES))
+    x, dout, gamma, ddbeta, axis = data.draw(problems(wild, [half] if half else DTYPES))
     n = len(gamma)
     given = [data.draw(arrays(x.shape)), normal(n, np.float64, 6), ddbeta]
     mean, var = given_statistics(data.draw(st.sampled_from(MODES)), n)

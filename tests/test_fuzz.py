@@ -1,0 +1,94 @@
+"""Wild problems for every kind of call, against the oracle, for as long as one likes."""
+
+import os
+import time
+from collections import Counter
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from . import oracle, test_options, test_pieces, test_properties, test_second_order
+from .arrays import DTYPES, HALVES
+from .test_properties import EPS, MODES, problems
+
+
+def plain(data):
+    mode, eps = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(EPS))
+    test_properties.check_problem(data.draw(problems(wild=True)), mode, eps)
+
+
+def options(data):
+    test_options.check_any_options(None, data, wild=True)
+
+
+def second_order(data):
+    test_second_order.check_any_problem(None, data, wild=True)
+
+
+def half_types(data):
+    half = data.draw(st.sampled_from(HALVES))
+    check = data.draw(
+        st.sampled_from([test_options.check_any_options, test_second_order.check_any_problem])
+    )
+    check(half, data)
+
+
+def native(a):
+    """The array as the engine takes it, its memory order kept."""
+    return a if a.dtype in DTYPES and a.dtype.isnative else a.astype(np.float64, order="K")
+
+
+def pieces(data):
+    x, dout, gamma, beta, axis = data.draw(problems())
+    x = native(x)
+    dout = dout.astype(x.dtype, order="K")
+    axis %= x.ndim
+    along = data.draw(st.sampled_from([d for d in range(x.ndim) if d != axis]))
+    cuts = data.draw(st.lists(st.integers(0, x.shape[along]), max_size=5))
+    out, *gradients = test_pieces.in_pieces(x, dout, gamma, beta, cuts, axis=axis, along=along)
+    m, mean, m2 = test_pieces.exact_moments(x, axis)
+    far = 1 + np.abs(mean) / np.sqrt(m2 / m + 1e-5) if x.dtype == np.float64 else 1
+    far = float(np.max(far))  # by so much more does the rounding of the mean to float64 cost
+    terms = float(np.abs(gamma).max() + np.abs(beta).max())
+    test_pieces.check("out", out, oracle.forward(x, gamma, beta, axis), x, 6, terms * far)
+    test_pieces.gradients_fit(gradients, dout, x, gamma, axis, 8, far)
+
+
+KINDS = {
+    "plain": plain,
+    "options": options,
+    "half types": half_types,
+    "second order": second_order,
+    "pieces": pieces,
+}
+
+
+def fuzz(kind, seed, n, count):
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        test_properties.few,
+        max_examples=n,
+        derandomize=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(st.data())
+    def example(data):
+        count[kind] += 1
+        KINDS[kind](data)
+
+    example()
+
+
+@pytest.mark.long
+def test_fuzz():
+    """For FUZZ_MINUTES, from FUZZ_SEED on; hypothesis shows the smallest problem that fails."""
+    end = time.monotonic() + 60 * float(os.environ.get("FUZZ_MINUTES", "30"))
+    first = seed = int(os.environ.get("FUZZ_SEED", "1"))
+    count = Counter()
+    while time.monotonic() < end:
+        for kind in KINDS:
+            fuzz(kind, seed, 100, count)
+        seed += 1
+    print(f"fuzz: {dict(count)} problems without a finding, seeds {first} to {seed - 1}")
