@@ -58,5 +58,8 @@ def backward(
         sums = [np.abs(a).max(initial=0) for a in (gradients[1], gradients[2], x_hat)]
         largest = max(largest, share * (sums[1] + sums[2] * sums[0]))
     dx_scale = float(np.abs(gamma * inv_std).max(initial=0) * largest)
-    scales = (float(np.abs(a).sum(axis=others).max(initial=0)) for a in (t * x_hat, g))
+    scales = [float(np.abs(a).sum(axis=others).max(initial=0)) for a in (t * x_hat, g)]
+    # What the oracle itself rounds: of a constant feature with weights x_hat is not quite 0.
+    low = float(np.finfo(np.longdouble).eps * np.abs(inv_std).max(initial=0))
+    scales[0] += low * scales[1] * float(np.abs(np.asarray(x, np.float64)).max(initial=0))
     return Gradients(*gradients, dx_scale, *scales)

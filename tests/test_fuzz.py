@@ -87,8 +87,10 @@ def test_fuzz():
     end = time.monotonic() + 60 * float(os.environ.get("FUZZ_MINUTES", "30"))
     first = seed = int(os.environ.get("FUZZ_SEED", "1"))
     count = Counter()
-    while time.monotonic() < end:
-        for kind in KINDS:
-            fuzz(kind, seed, 100, count)
-        seed += 1
-    print(f"fuzz: {dict(count)} problems without a finding, seeds {first} to {seed - 1}")
+    try:
+        while time.monotonic() < end:
+            for kind in KINDS:
+                fuzz(kind, seed, 100, count)
+            seed += 1
+    finally:
+        print(f"fuzz: {dict(count)} problems, seeds {first} to {seed}")
