@@ -157,15 +157,18 @@ def options(
             overwritten = activation is not None and core.is_same(out, residual)
     if out is not None:
         _output(out, {"x": x, "beta": beta})
-    weights, total = (None, 0.0) if weights is None else _weights(weights, x, axis)
+    total = 0.0
+    if weights is not None:
+        weights, total, _ = element_weights(weights, x, axis)
     return Options(activation, slope, beta, residual, weights, total, overwritten)
 
 
-def _weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float]:
-    """Weights in the shape and dtype of x, and their sum; None where all are equal.
+def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float, float]:
+    """Weights in the shape and dtype of x, and their sum (None and 0 where all are equal); and
+    the sum of those that were given.
 
-    They are divided by a power of two near the largest. That changes no mean, and neither squares
-    nor sums leave the range because of it.
+    The first are divided by a power of two near the largest. That changes no mean, and neither
+    squares nor sums leave the range because of it.
     """
     w = _real_array(value, "weights").astype(np.float64)
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
@@ -180,11 +183,14 @@ def _weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float]:
         raise ValueError(
             f"weights must be finite and at least 0, got {highest if lowest >= 0 else lowest}"
         )
-    if lowest == highest > 0 or w.size == 0:
-        return None, 0.0
-    w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
     repeats = x.size // x.shape[axis] // w.size if x.size else 0
-    return np.broadcast_to(w, x.shape), float(w.sum(dtype=np.float64)) * repeats
+    with np.errstate(over="ignore"):
+        given = float(w.sum()) * repeats
+    if lowest == highest > 0 or w.size == 0:
+        return None, 0.0, given
+    w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
+    total = float(w.sum(dtype=np.float64)) * repeats
+    return np.broadcast_to(w, x.shape), total, given
 
 
 def images(x: Any) -> Array:

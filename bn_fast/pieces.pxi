@@ -1,8 +1,11 @@
 # One visit alone: the pieces from which statistics and gradients over several arrays are put
 # together.  stats are those of `forward`: mean, the mean's low part, inv_std, var.
 
-def moments(cnp.ndarray x not None, int axis, int n_threads):
-    """stats of x, as forward has them with eps = 0; x has at least one element."""
+def moments(
+    cnp.ndarray x not None, int axis, int n_threads, cnp.ndarray weights=None, double total=0,
+):
+    """stats of x, as forward has them with eps = 0; x has at least one element.  weights and total
+    are forward's too."""
     cdef Job job
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
     cdef cnp.npy_intp shape[2]
@@ -16,8 +19,9 @@ def moments(cnp.ndarray x not None, int axis, int n_threads):
     job.activation = IDENTITY
     job.eps = 0
     job.exact_mean = True
+    job.total = total
     set_statistics(&job, stats)
-    execute(&job, x, None, None, axis, n_threads, None, None)
+    execute(&job, x, None, None, axis, n_threads, None, None, None, None, weights)
     return stats
 
 

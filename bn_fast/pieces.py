@@ -7,6 +7,8 @@ A batch in several parts is normalized in three steps, and so is its gradient fo
     backward_reduce(dout, x, ...)   sum of both sums           backward_apply(dout, x, ...)
 """
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -19,7 +21,7 @@ from .functional import n_threads_for
 __all__ = ["Moments", "backward_apply", "backward_reduce", "moments", "normalize"]
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each feature, in one pass.
 
     Parameters
@@ -28,6 +30,9 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
         Of any dtype that `batchnorm_forward` takes and any strides; it may be empty.
     axis : int, default 1
         The feature axis; negative counts from the end.
+    weights : array_like, optional
+        Weight of each element: bool (a mask), or real and at least 0. Broadcasts to x with length 1
+        along `axis`. Integers say how often an element occurs.
 
     Returns
     -------
@@ -40,7 +45,8 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     TypeError
         If x is not real-valued.
     ValueError
-        If x has fewer than 2 dimensions.
+        If x has fewer than 2 dimensions, or the weights have a wrong shape or value or no finite
+        sum.
     MemoryError
         If the scratch memory cannot be had.
 
@@ -52,7 +58,9 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     -----
     For each feature, over its M values, ``mean = sum x / M`` and ``m2 = sum (x - mean)**2``; the
     sums are shifted and compensated, so a large mean costs no digits. Their roundings are those of
-    x's dtype, as in `batchnorm_forward`.
+    x's dtype, as in `batchnorm_forward`. With weights, whose sum is W, ``count = W``,
+    ``mean = sum w x / W`` and ``m2 = sum w (x - mean)**2``; an element of weight 0 has no
+    influence, not even as NaN, and where W = 0 there are no values.
 
     References
     ----------
@@ -69,15 +77,22 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     array([2., 4.])
     >>> m.var(ddof=1)
     array([ 4., 13.])
+    >>> moments(x, weights=[[2], [1], [0]])  # the first row twice, the second once
+    Moments(count=3, mean=[1.e+09 1.e+09], m2=[2.6667 2.6667])
     """
     x, axis = _checks.array_and_axis(x, axis)
-    if x.size == 0:
+    count = float(x.size // x.shape[axis]) if x.size else 0.0
+    total = 0.0
+    if weights is not None:
+        weights, total, count = _checks.element_weights(weights, x, axis)
+        if not count < math.inf:
+            raise ValueError("weights must have a finite sum, got one above the largest float64")
+    if count == 0:
         nothing = np.zeros(x.shape[axis])
         return Moments(0, nothing, nothing)
-    stats = core.moments(x, axis, n_threads_for(x))
-    count = x.size // x.shape[axis]
+    stats = core.moments(x, axis, n_threads_for(x), weights, total)
     with np.errstate(over="ignore"):
-        return moments_beyond(float(count), stats[0], stats[3] * count, stats[1])
+        return moments_beyond(count, stats[0], stats[3] * count, stats[1])
 
 
 def normalize(

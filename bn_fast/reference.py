@@ -922,7 +922,7 @@ class Moments(NamedTuple):
         return Moments(count, mean, self.m2 + other.m2 + d * d * (self.count * other.count / count))
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
     """Twin of `bn_fast.moments`, in two passes and float64.
 
     Examples
@@ -932,12 +932,18 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     >>> reference.moments(np.array([[1.0, 10.0], [3.0, 30.0]])).var()
     array([  1., 100.])
     """
-    values = np.moveaxis(_float_array(x, "x"), axis, -1).astype(np.float64)
+    x = _float_array(x, "x").astype(np.float64)
+    w, given = np.ones_like(x), 1.0
+    if weights is not None:
+        w = _weights(weights, x, axis)
+        given = np.max(weights, initial=0) / max(w.max(initial=0), 1)  # what _weights divided by
+    values, w = np.moveaxis(x, axis, -1), np.moveaxis(w, axis, -1)
+    values = np.where(w == 0, 0, values)
     others = tuple(range(values.ndim - 1))
-    count = math.prod(values.shape[:-1])
-    mean = values.sum(axis=others) / count if count else np.full(values.shape[-1], np.nan)
-    m2: Array = ((values - mean) ** 2).sum(axis=others)
-    return Moments(float(count), mean, m2)
+    total = w[..., :1].sum()
+    mean = (w * values).sum(axis=others) / total if total else np.full(values.shape[-1], np.nan)
+    m2: Array = (w * (values - mean) ** 2).sum(axis=others) if total else np.zeros_like(mean)
+    return Moments(float(total * given), mean, m2 * given)
 
 
 def normalize(

@@ -15,24 +15,26 @@ from bn_fast import Moments, backward_apply, backward_reduce, moments, normalize
 from bn_fast.reference import oracle_forward
 
 from . import oracle
-from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem
+from .arrays import DTYPES, LAYOUTS, SHAPES, TALL, normal, problem, spread_weights
 from .judge import assert_same_bits, check, roundings
 
 few = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 EPS64 = np.finfo(np.float64).eps
 
 
-def exact_moments(x, axis=1):
+def exact_moments(x, axis=1, weights=None):
     n = x.shape[axis]
-    _, mean, var = oracle_forward(x, np.ones(n), np.zeros(n), axis=axis)
+    _, mean, var = oracle_forward(x, np.ones(n), np.zeros(n), axis=axis, weights=weights)
     m = x.size // n
+    if weights is not None:
+        m = np.broadcast_to(weights, x.shape).take(0, axis).sum(dtype=np.longdouble)
     return m, mean, var * m
 
 
-def assert_moments(got, x, axis=1, limit=4):
+def assert_moments(got, x, axis=1, limit=4, weights=None):
     """float64 results: the mean to roundings of itself or of the deviation, m2 of itself."""
-    m, mean, m2 = exact_moments(x, axis)
-    assert got.count == m
+    m, mean, m2 = exact_moments(x, axis, weights)
+    assert got.count == m if weights is None else abs(got.count - m) <= 2 * EPS64 * m
     assert got.mean.dtype == got.m2.dtype == np.float64
     tolerance = limit * np.finfo(x.dtype).eps  # lanes are of x's dtype
     size = np.maximum(np.abs(mean), np.sqrt(m2 / m))
@@ -205,6 +207,66 @@ def test_empty_parts_change_nothing():
     assert dx.shape == (0, 3)
 
 
+@pytest.mark.parametrize("kind", ["mask", "integers", "real"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((300, 7), 1), ((5, 8, 40), 0), ((6, 5, 9, 9), 1)])
+def test_weighted_in_any_split(shape, axis, dtype, kind):
+    x = normal(shape, dtype) + dtype(100)
+    weights = spread_weights(shape, axis, kind)
+    along = 1 if axis == 0 else 0
+    cuts = shape[along] // 3, shape[along] // 3 + 1
+    whole = moments(x, axis=axis, weights=weights)
+    assert_moments(whole, x, axis, weights=weights)
+    pairs = zip(split(x, cuts, along), split(weights, cuts, along), strict=True)
+    merged = sum(moments(part, axis=axis, weights=w) for part, w in pairs)
+    assert_moments(merged, x, axis, weights=weights)
+    twin = reference.moments(x, axis=axis, weights=weights)
+    np.testing.assert_allclose(twin.count, whole.count, rtol=1e-14)
+    np.testing.assert_allclose(twin.mean, whole.mean, rtol=20 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(twin.m2, whole.m2, rtol=20 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-700, 2.0**700])
+def test_integer_weights_are_repeated_rows(dtype, scale):
+    x = normal((60, 5), dtype)
+    counts = np.random.default_rng(0).integers(0, 5, 60)
+    weighted = moments(x, weights=scale * counts[:, None])
+    repeated = moments(np.repeat(x, counts, axis=0))
+    assert weighted.count == scale * repeated.count == scale * counts.sum()
+    np.testing.assert_allclose(weighted.mean, repeated.mean, 0, 2 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(weighted.m2 / scale, repeated.m2, 12 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_weights_have_the_bits_of_none(dtype):
+    x = normal((60, 5), dtype)
+    plain = moments(x)
+    assert moments(x, weights=np.ones((60, 1))) == moments(x, weights=[[True]]) == plain
+    half = moments(x, weights=np.full((60, 1), 0.5))
+    assert half.count == 30
+    assert_same_bits([half.mean, half.var()], [plain.mean, plain.var()])
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_weight_0_hides_everything(module):
+    x = normal((60, 5), np.float64)
+    weights = spread_weights(x.shape, 1, "integers")
+    calm = module.moments(x, weights=weights)
+    for bad in (np.nan, np.inf, 1e300):
+        spoiled = np.where(weights == 0, bad, x)
+        got = module.moments(spoiled, weights=weights)
+        assert got.count == calm.count
+        np.testing.assert_allclose(got.mean, calm.mean, rtol=1e-13)
+        np.testing.assert_allclose(got.m2, calm.m2, rtol=1e-13)
+    nothing = module.moments(x, weights=np.zeros((60, 1)))
+    assert nothing.count == 0
+    assert np.isnan(nothing.mean).all()
+    assert (nothing.m2 == 0).all()
+    assert calm.merge(nothing).count == calm.count
+    assert module.moments(x[:0], weights=weights[:0]).count == 0
+
+
 def test_moments_are_values():
     m = moments(normal((7, 2), np.float64)) + moments(normal((3, 2), np.float64, 5))
     for twin in (pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
@@ -318,6 +380,14 @@ V = np.ones(3)
         (lambda: moments(None), TypeError, "x must be an array of real numbers, got None"),
         (lambda: moments(V), ValueError, "x must have 2 or more dimensions"),
         (lambda: moments(X, axis=2), ValueError, r"axis must be in \[-2, 2\)"),
+        (
+            lambda: moments(X, weights=X),
+            ValueError,
+            r"weights must broadcast to \(4, 1\), which is x without axis 1, got \(4, 3\)",
+        ),
+        (lambda: moments(X, weights=-1), ValueError, "weights must be finite and at least 0"),
+        (lambda: moments(X, weights="a"), TypeError, "weights must be an array of real numbers"),
+        (lambda: moments(X, weights=1e308), ValueError, "weights must have a finite sum"),
         (lambda: Moments(-1, V, V), ValueError, "count must be finite and at least 0, got -1"),
         (lambda: Moments(1, X, X), ValueError, "mean must have one dimension"),
         (lambda: Moments(1, V, V[:2]), ValueError, r"m2 must have the shape of mean, \(3,\)"),
