@@ -193,6 +193,11 @@ def pack(m: Moments) -> Float64:
     return np.concatenate([[m.count], m.mean, m.m2, m._mean_low, m._m2_low])
 
 
+def mean_low(m: Moments) -> Float64:
+    """What the mean has beyond float64."""
+    return m._mean_low
+
+
 def merge_packed(rows: Float64) -> Moments:
     """The rows' moments merged in their order."""
     parts = [_moments(float(row[0]), *row[1:].reshape(4, -1).copy()) for row in rows]

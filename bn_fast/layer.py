@@ -110,6 +110,8 @@ class BatchNorm:
     array([[0., 0.]])
     """
 
+    _warns_at = 3  # the frame that called `forward`, from `_update`
+
     def __init__(
         self,
         num_features: int,
@@ -317,7 +319,7 @@ class BatchNorm:
                         f"{what}: running_mean and running_var are left as they were (said once;"
                         " bad_batch='raise' or 'propagate' does otherwise)",
                         RuntimeWarning,
-                        stacklevel=3,
+                        stacklevel=self._warns_at,
                     )
                 self._has_warned = True
                 return

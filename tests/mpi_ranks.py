@@ -1,6 +1,12 @@
 """Run by test_mpi.py on each rank: a batch in parts against the whole batch in one process."""
 
+import copy
+import pickle
+import warnings
+from functools import partial
+
 import numpy as np
+import pytest
 from mpi4py import MPI
 
 from bn_fast import BatchNorm
@@ -46,5 +52,63 @@ layer = SyncBatchNorm(2, comm, eps=0)
 out = layer.forward(np.full((3, 2), 0.1, np.float32))
 assert (out == 0).all()
 assert (layer.backward(out + 1) == 0).all()
+
+# A large offset costs no digits: the mean is merged, and taken off, beyond float64.
+for offset in (1e3, 1e6, 1e9):
+    whole, sync = BatchNorm(4, dtype=float), SyncBatchNorm(4, comm, dtype=float)
+    x, dout = rng.standard_normal((2, 500, 4)) * [[[1.0]], [[0.3]]]
+    x += offset
+    rows = slice(500 * rank // size, 500 * (rank + 1) // size)
+    pairs = [
+        (sync.forward(x[rows]), whole.forward(x)[rows]),
+        (sync.backward(dout[rows]), whole.backward(dout)[rows]),
+        (sync.dgamma, whole.dgamma),
+    ]
+    for a, b in pairs:
+        assert np.abs(a - b).max() <= 1e-12 * max(1, np.abs(b).max()), (offset, np.abs(a - b).max())
+
+
+# What one rank does wrong raises there, and RuntimeError elsewhere; the layer stays as it was.
+def fails(call, own_error, by):
+    others = RuntimeError, f"rank {by} could not take part"
+    error, message = (own_error, None) if rank == by else others
+    with pytest.raises(error, match=message):
+        call()
+
+
+for by in range(size):
+    layer = SyncBatchNorm(3, comm, momentum=None)
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        layer.backward(np.ones((4, 3)))
+    x = np.arange(12.0).reshape(4, 3) + rank
+    layer.forward(x)
+    before = pickle.dumps(layer.state_dict())
+    for bad, error in ((np.ones((4, 2)), ValueError), (None, TypeError), (1j * x, TypeError)):
+        fails(partial(layer.forward, bad if rank == by else x), error, by)
+    fails(partial(layer.forward, x, "test" if rank == by else True), TypeError, by)
+    fails(partial(layer.backward, x[1:] if rank == by else x), ValueError, by)
+    assert layer.dgamma is None
+    layer.backward(x)  # of the last forward that went well, and all is well again
+    assert pickle.dumps(layer.state_dict()) == before
+    assert "_has_met" not in vars(layer)
+
+# Statistics that are bad on one rank are bad on all.
+bad = SyncBatchNorm(3, comm, bad_batch="raise")
+with pytest.raises(ValueError, match="bad_batch='raise'"):
+    bad.forward(np.full((4, 3), np.nan if rank == size - 1 else 1.0))
+assert bad.num_batches == 0
+quiet = SyncBatchNorm(3, comm)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    quiet.forward(np.ones((0, 3)))
+assert [w.filename for w in seen] == [__file__]
+
+# Copies take part too; settings are checked.
+for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    assert twin.comm == comm
+    twin.forward(x)
+    assert twin.num_batches == 2
+with pytest.raises(TypeError, match=r"comm must be an mpi4py\.MPI\.Intracomm, got str"):
+    SyncBatchNorm(3, "world")
 
 print(f"ok-{size}", end=" ", flush=True)
