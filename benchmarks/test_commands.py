@@ -1,6 +1,8 @@
 """Runs each command of this folder once, so that none of them rots."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,21 @@ def test_doors(tmp_path):
     pytest.importorskip("rich")
     shown = run("doors.py", "--quick", "--rounds", 1, cwd=tmp_path)
     assert "WRONG" not in shown
+
+
+def test_mpi_cost(tmp_path):
+    pytest.importorskip("mpi4py")
+    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("needs mpirun: pip install mpich")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # Open MPI asks
+    command = [mpirun, "-n", "2", sys.executable, HERE / "mpi_cost.py", "--rounds", "1"]
+    done = subprocess.run(
+        command, env=os.environ | root, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ranks: 2" in done.stdout
+    assert done.stdout.count("%") == 4
 
 
 def test_behaviour(tmp_path):
