@@ -6,7 +6,7 @@ from typing import Any, Self
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError("bn_fast.sklearn needs scikit-learn 1.6: pip install scikit-learn") from error
 
@@ -38,8 +38,8 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Mean and biased variance (÷M), from `moments_`.
     scale_ : ndarray, float64, shape (n_features_in_,)
         What is divided by: ``sqrt(var_ + eps)``, or 1 where that is 0.
-    n_samples_seen_ : int
-        M, the number of rows seen.
+    n_samples_seen_ : int or float
+        M, the number of rows seen; with weights their sum.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Only where the columns of X have names.
@@ -54,7 +54,7 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     `partial_fit` merges the moments of each part [1]_, so that any split of the rows gives the
     statistics of the whole, to a few roundings. float32 is computed and returned as such, with
-    statistics in float64. NaN, infinity and sparse input are refused.
+    statistics in float64, and weights of rows too. NaN, infinity and sparse input are refused.
 
     References
     ----------
@@ -78,27 +78,31 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     mean_: NDArray[np.float64]
     var_: NDArray[np.float64]
     scale_: NDArray[np.float64]
-    n_samples_seen_: int
+    n_samples_seen_: float
 
     def __init__(self, *, eps: float = 1e-5) -> None:
         self.eps = eps
 
-    def fit(self, X: ArrayLike, y: object = None) -> Self:
+    def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Self:
         """Learn the statistics of X, and forget what was learnt before.
 
         Parameters
         ----------
         X : array_like, shape (n_samples, n_features)
         y : ignored
+        sample_weight : array_like, shape (n_samples,), optional
+            Weight of each row, at least 0; integers say how often it occurs.
 
         Returns
         -------
         BatchNormalizer
             This one.
         """
-        return self._learn(X, reset=True)
+        return self._learn(X, sample_weight, reset=True)
 
-    def partial_fit(self, X: ArrayLike, y: object = None) -> Self:
+    def partial_fit(
+        self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Learn the statistics of X and of what was learnt before, as if it were one array.
 
         Parameters
@@ -106,28 +110,39 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X : array_like, shape (n_samples, n_features)
             One row or more.
         y : ignored
+        sample_weight : array_like, shape (n_samples,), optional
+            As for `fit`.
 
         Returns
         -------
         BatchNormalizer
             This one.
         """
-        return self._learn(X, reset=not hasattr(self, "moments_"))
+        return self._learn(X, sample_weight, reset=not hasattr(self, "moments_"))
 
-    def _learn(self, X: ArrayLike, reset: bool) -> Self:
+    def _learn(self, X: ArrayLike, sample_weight: ArrayLike | None, reset: bool) -> Self:
         eps = self.eps
         if isinstance(eps, bool) or not isinstance(eps, Real):
             raise TypeError(f"eps must be a real number, got {eps!r}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and at least 0, got {eps}")
         x = validate_data(self, X, reset=reset, dtype=_DTYPES)
-        part = moments(x)
-        self.moments_ = part if reset else self.moments_ + part
+        if sample_weight is None:
+            seen = moments(x)
+        else:
+            weights = _check_sample_weight(sample_weight, x, ensure_non_negative=True)
+            seen = moments(x, weights=weights[:, np.newaxis])
+        if not reset:
+            seen = self.moments_ + seen
+        if seen.count == 0:
+            raise ValueError("sample_weight must not be 0 for all rows, got no other")
+        self.moments_ = seen
         self.mean_ = self.moments_.mean
         self.var_ = self.moments_.var()
         scale = np.sqrt(self.var_ + eps)
         self.scale_ = np.where(scale == 0, 1.0, scale)
-        self.n_samples_seen_ = int(self.moments_.count)
+        whole = sample_weight is None and (reset or isinstance(self.n_samples_seen_, int))
+        self.n_samples_seen_ = int(seen.count) if whole else seen.count
         return self
 
     def transform(self, X: ArrayLike) -> Array:

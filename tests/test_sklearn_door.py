@@ -61,6 +61,50 @@ def test_without_eps_it_is_the_standard_scaler(digits):
     np.testing.assert_allclose(*back, rtol=1e-14, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_sample_weights_are_the_standard_scalers(digits, kind):
+    x, _ = digits
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 4, len(x)) if kind is int else rng.exponential(size=len(x))
+    ours = BatchNormalizer(eps=0).fit(x, sample_weight=weights)
+    theirs = StandardScaler().fit(x, sample_weight=weights)
+    parts = BatchNormalizer(eps=0)
+    for rows in np.array_split(np.arange(len(x)), 7):
+        parts.partial_fit(x[rows], sample_weight=weights[rows])
+    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-12)
+        np.testing.assert_allclose(getattr(parts, name), getattr(ours, name), rtol=1e-12)
+    if kind is int:
+        repeated = BatchNormalizer(eps=0).fit(np.repeat(x, weights, axis=0))
+        np.testing.assert_allclose(ours.transform(x), repeated.transform(x), atol=1e-12)
+
+
+def test_sample_weights_and_none(digits):
+    x, _ = digits
+    plain = BatchNormalizer().fit(x)
+    ones = BatchNormalizer().fit(x, sample_weight=np.ones(len(x)))
+    assert ones.moments_ == plain.moments_
+    assert type(plain.n_samples_seen_) is int
+    assert type(ones.n_samples_seen_) is float
+    mixed = BatchNormalizer().fit(x[:9], sample_weight=[1.0] * 9).partial_fit(x[9:])
+    assert type(mixed.n_samples_seen_) is float
+    assert type(mixed.fit(x).n_samples_seen_) is int
+
+
+def test_sample_weights_refused(digits):
+    x, _ = digits
+    norm = BatchNormalizer().fit(x)
+    before = norm.moments_
+    for wrong, message in (
+        (np.zeros(len(x)), "[Ss]ample.weight"),
+        (-np.ones(len(x)), "[Nn]egative"),
+        (np.ones(3), "sample_weight.shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            norm.fit(x, sample_weight=wrong)
+        assert norm.moments_ is before
+
+
 # scikit-learn takes byte-swapped float32 for something else, and makes it float64.
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"byte-swapped"}))
 @pytest.mark.parametrize("dtype", DTYPES)
