@@ -27,7 +27,9 @@ def n_features(value: Any) -> int:
 
 
 def flag(value: Any, name: str) -> bool:
-    if not isinstance(value, (bool, np.bool_)):  # 'test' would be true
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_):  # 'test' would be true
         raise TypeError(f"{name} must be True or False, got {value!r:.60}")
     return bool(value)
 

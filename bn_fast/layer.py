@@ -13,10 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _checks, _interchange, _layer_checks
+from ._cache import Cache
+from ._core import core
 from ._types import Array
-from .functional import batchnorm_backward, batchnorm_forward
+from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
 
 __all__ = ["BatchNorm"]
+
+_NO_BUFFER = None, None
 
 
 class BatchNorm:
@@ -227,7 +231,7 @@ class BatchNorm:
             layer is then as it was.
         """
         training = _layer_checks.flag(training, "training")
-        x = _layer_checks.features(x, self.num_features, self.axis)
+        x = self._features(x)
         out = self._buffer("out", x, x)
         if training:
             out, cache, count, mean, var = self._forward_batch(x, out)
@@ -280,6 +284,12 @@ class BatchNorm:
         self._keep("dx", x, dx)
         return dx
 
+    def _features(self, x: Any) -> Array:
+        if core.is_plain(x, self._gamma, self._beta, self.axis, None):  # the straight road
+            plain: Array = x
+            return plain
+        return _layer_checks.features(x, self.num_features, self.axis)
+
     # The two hooks, and the only place where running statistics change.
 
     def _forward_batch(
@@ -289,12 +299,14 @@ class BatchNorm:
 
         And what `_update` takes, of the batch: M, mean and biased variance.
         """
-        param = {"mode": "train", "eps": self.eps}
-        out, cache = batchnorm_forward(
-            x, self._gamma.copy(), self._beta, param, axis=self.axis, out=out
+        # Not through batchnorm_forward: all is checked, and its bn_param costs 3 us of 6.
+        axis = self.axis % x.ndim
+        gamma = self._gamma.copy()
+        out, stats = core.forward(
+            x, gamma, self._beta, axis, self.eps, out, None, None, n_threads_for(x)
         )
-        count = x.size // self.num_features
-        return out, cache, count, cache.stats[0], cache.stats[3]
+        cache = Cache(x, gamma, stats, axis, self.eps, False, True)
+        return out, cache, x.size // self.num_features, stats[0], stats[3]
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -338,7 +350,7 @@ class BatchNorm:
 
         Else None, for a new one.
         """
-        key, buffer = self._buffers.get(name, (None, None))
+        key, buffer = self._buffers.get(name, _NO_BUFFER)
         if buffer is None or key != _layout(like):
             return None
         arrays = (a for a in inputs if isinstance(a, np.ndarray))
