@@ -11,6 +11,7 @@ except ImportError as error:
 from numpy.typing import ArrayLike
 
 from ._cache import Cache
+from ._checks import GRADIENTS
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
@@ -108,10 +109,12 @@ def _forward(
 
 
 @primitive
-def _backward(dout: Array, x: Array, gamma: Array, kept: list[Cache]) -> tuple[Array, Array, Array]:
-    """dx, dgamma, dbeta as a function of dout, x and gamma, although the latter are in `kept`: so
-    autograd knows what a second derivative depends on."""
-    return batchnorm_backward(dout, kept[0])
+def _backward(
+    dout: Array, x: Array, gamma: Array, kept: list[Cache], needs: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """Those of dx, dgamma, dbeta that are needed, as a function of dout, x and gamma, although the
+    latter are in `kept`: so autograd knows what a second derivative depends on."""
+    return batchnorm_backward(dout, kept[0], needs=needs)[-len(needs) :]
 
 
 def _vjp(
@@ -122,9 +125,12 @@ def _vjp(
     if any(argnum > 2 for argnum in argnums):
         raise NotImplementedError("only x, gamma and beta can be differentiated")
 
+    needs = GRADIENTS[:3] if 0 in argnums else GRADIENTS[1:3]  # without dx no second pass
+
     def gradients(dout: Array) -> tuple[Array, ...]:
-        all_three = _backward(dout, x, gamma, kept)
-        return tuple(all_three[i].astype(args[i].dtype, copy=False) for i in argnums)
+        found = _backward(dout, x, gamma, kept, needs)
+        first = 3 - len(needs)
+        return tuple(found[i - first].astype(args[i].dtype, copy=False) for i in argnums)
 
     return gradients
 
@@ -134,7 +140,7 @@ defvjp_argnums(_forward, _vjp)
 
 @primitive
 def _double_backward(
-    ddx: Array,
+    ddx: Array | None,
     ddgamma: Array,
     ddbeta: Array,
     dout: Array,
@@ -149,10 +155,11 @@ def _double_backward(
 def _second_vjp(
     argnums: Sequence[int], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], tuple[Array, ...]]:
-    dout, x, gamma, kept = args
+    dout, x, gamma, kept, needs = args
 
     def gradients(second: Any) -> tuple[Array, ...]:
-        found = _double_backward(second[0], second[1], second[2], dout, x, gamma, kept)
+        ddx = second[0] if len(needs) == 3 else None
+        found = _double_backward(ddx, second[-2], second[-1], dout, x, gamma, kept)
         in_order = found[2], found[0], found[1]
         return tuple(in_order[i].astype(args[i].dtype, copy=False) for i in argnums)
 

@@ -15,6 +15,7 @@ import numpy as np
 from torch.autograd.function import once_differentiable
 
 from ._cache import Cache
+from ._checks import GRADIENTS
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
@@ -140,7 +141,7 @@ def _check_tensor(value: Any, name: str) -> None:
     """Looks at no data, which the wrapped tensors of torch.func do not have."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.device.type != "cpu" or value.layout is not torch.strided:
+    if not value.is_cpu or value.layout is not torch.strided:
         raise TypeError(
             f"{name} must be a dense tensor on the CPU, got one on {value.device} with layout"
             f" {value.layout}"
@@ -166,8 +167,10 @@ def _to_array(tensor: torch.Tensor) -> Array:
     array: Array
     if tensor.dtype is torch.bfloat16:  # which Tensor.numpy does not know
         array = tensor.detach().view(torch.int16).numpy(force=True).view(_bfloat16())
-    else:
+    elif tensor.requires_grad or tensor.is_neg():
         array = tensor.numpy(force=True)
+    else:
+        array = tensor.numpy()
     return array
 
 
@@ -217,11 +220,16 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        given = (dout, *ctx.saved_tensors, ctx.stats, ctx.eps, ctx.frozen)
+        input, weight = ctx.saved_tensors
+        given = dout, input, weight, ctx.stats, ctx.eps, ctx.frozen
+        wanted = ctx.needs_input_grad[:3]
         # Gradients are recorded here only under create_graph=True, for a second derivative.
-        function = _BatchNormBackward.apply if torch.is_grad_enabled() else _gradients
-        needed = zip(function(*given), ctx.needs_input_grad)
-        return (*(g if needs else None for g, needs in needed), *[None] * 5)
+        if torch.is_grad_enabled():
+            found = _BatchNormBackward.apply(*given)
+            found = tuple(g if needed else None for g, needed in zip(found, wanted))
+        else:
+            found = _gradients(*given, wanted=wanted)
+        return *found, None, None, None, None, None
 
 
 class _BatchNormBackward(torch.autograd.Function):
@@ -238,7 +246,8 @@ class _BatchNormBackward(torch.autograd.Function):
         ctx.save_for_backward(dout, input, weight)
         ctx.set_materialize_grads(False)  # None says that nothing depends on a gradient
         ctx.stats, ctx.eps, ctx.frozen = stats, eps, frozen
-        return _gradients(dout, input, weight, stats, eps, frozen)
+        gradients: tuple[torch.Tensor, ...] = _gradients(dout, input, weight, stats, eps, frozen)
+        return gradients
 
     @staticmethod
     @once_differentiable
@@ -259,10 +268,15 @@ def _gradients(
     stats: Array,
     eps: float,
     frozen: bool,
-) -> tuple[torch.Tensor, ...]:
+    wanted: tuple[bool, ...] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
     cache = _cache(input, weight, stats, eps, frozen)
-    arrays = batchnorm_backward(_to_array(dout), cache)
-    return tuple(_to_tensor(a, input.dtype) for a in arrays)
+    if all(wanted):
+        arrays = batchnorm_backward(_to_array(dout), cache)
+    else:
+        needs = [name for name, needed in zip(GRADIENTS, wanted) if needed]
+        arrays = batchnorm_backward(_to_array(dout), cache, needs=needs)
+    return tuple(None if a is None else _to_tensor(a, input.dtype) for a in arrays)
 
 
 def _cache(

@@ -109,12 +109,26 @@ def test_one_backward_pass_for_all_arguments(monkeypatch):
 
     calls = []
     backward = door.batchnorm_backward
-    monkeypatch.setattr(
-        door, "batchnorm_backward", lambda *args: calls.append(1) or backward(*args)
-    )
-    x, gamma, beta, _ = problem((5, 3), 1)
-    grad(lambda *given: np.sum(batch_norm(*given)), (0, 1, 2))(x, gamma, beta)
-    assert len(calls) == 1
+
+    def spy(*args, needs):
+        calls.append(needs)
+        return backward(*args, needs=needs)
+
+    monkeypatch.setattr(door, "batchnorm_backward", spy)
+    x, gamma, beta, dout = problem((5, 3), 1)
+
+    def loss(*given):
+        return np.sum(batch_norm(*given) * dout)
+
+    whole = grad(loss, (0, 1, 2))(x, gamma, beta)
+    assert calls == [("dx", "dgamma", "dbeta")]
+    # Without x none of its size: no second pass over x and dout.
+    for argnums in ((1, 2), (2, 1), (1,), (2,)):
+        found = grad(loss, argnums)(x, gamma, beta)
+        assert calls.pop() == ("dgamma", "dbeta")
+        for i, gradient in zip(argnums, found, strict=True):
+            assert (gradient == whole[i]).all()
+    check_grads(lambda *given: batch_norm(x, *given), modes=["rev"], order=2)(gamma, beta)
 
 
 def test_trains_on_digits_as_the_expression_does():

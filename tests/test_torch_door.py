@@ -182,8 +182,8 @@ def test_the_tensors_are_read_in_place(monkeypatch):
     seen = []
 
     def spy(function):
-        def call(*args):
-            result = function(*args)
+        def call(*args, **options):
+            result = function(*args, **options)
             seen.append((args, result))
             return result
 
@@ -202,6 +202,33 @@ def test_the_tensors_are_read_in_place(monkeypatch):
     assert backward[1].x.ctypes.data == x.data_ptr()
     assert out.ctypes.data == y.data_ptr()
     assert dx.ctypes.data == x.grad.data_ptr()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("needed", [(1, 1, 0), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
+def test_what_nobody_asked_for_is_not_computed(needed, training, monkeypatch):
+    import bn_fast.torch as door
+
+    asked = []
+
+    def spy(*args, needs=("dx", "dgamma", "dbeta")):
+        asked.append(tuple(needs))
+        return batchnorm_backward(*args, needs=needs)
+
+    batchnorm_backward = door.batchnorm_backward
+    x, mean, var, weight, bias, dout = tensors((6, 3, 4), torch.float64)
+    leaves = x, weight, bias
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = torch.autograd.grad(batch_norm(x, mean, var, weight, bias, training), leaves, dout)
+    for leaf, wanted in zip(leaves, needed):
+        leaf.requires_grad_(bool(wanted))
+    monkeypatch.setattr(door, "batchnorm_backward", spy)
+    batch_norm(x, mean, var, weight, bias, training).backward(dout)
+    names = zip(("dx", "dgamma", "dbeta"), needed)
+    assert asked == [tuple(name for name, wanted in names if wanted)]
+    for leaf, wanted, gradient in zip(leaves, needed, expected):
+        assert torch.equal(leaf.grad, gradient) if wanted else leaf.grad is None
 
 
 def test_it_serves_the_modules(monkeypatch):
