@@ -257,6 +257,21 @@ def test_equal_weights_are_none(dtype, value):
     assert_same_bits([equal["running_mean"]], [plain["running_mean"]])
 
 
+@pytest.mark.parametrize("lengths", [(6, 1, 1), (1, 1, 50), (1, 50), (6, 1, 50)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_elements_share(dtype, lengths):
+    x, dout, gamma, beta = problem((6, 3, 50), 1, dtype)
+    shared = np.abs(normal(lengths, np.float64, 5))
+    results = []
+    for weights in (shared, np.broadcast_to(shared, (6, 1, 50)).copy()):
+        param = {"mode": "train"}
+        out, cache = batchnorm_forward(x, gamma, beta, param, weights=weights)
+        averages = param["running_mean"], param["running_var"]
+        results.append([out, *batchnorm_backward(dout, cache), *averages])
+    assert_same_bits(*results)
+    judge(x, dout, gamma, beta, 1, "train", None, None, shared)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1, 1e-200, 1e200])
 def test_integers_are_repeated_rows(dtype, scale):
@@ -351,6 +366,19 @@ def test_what_is_not_needed_takes_no_memory(mode):
     assert got[3] is None
     assert_same_bits(got[1:3], expected[1:3])
     assert peak < x.nbytes / 10
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_each_gradient_alone(mode, activation):
+    x, dout, gamma, beta = problem((70, 33), 1, np.float32)
+    _, cache = batchnorm_forward(
+        x, gamma, beta, {"mode": mode}, activation=activation, residual=dout
+    )
+    for name, expected in zip(GRADIENTS, batchnorm_backward(dout, cache), strict=True):
+        alone = dict(zip(GRADIENTS, batchnorm_backward(dout, cache, needs=[name]), strict=True))
+        assert_same_bits([alone.pop(name)], [expected])
+        assert list(alone.values()) == [None] * 3
 
 
 def test_nothing_of_the_size_of_x_is_kept():
