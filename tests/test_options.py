@@ -323,6 +323,21 @@ def test_nothing_leaks_from_under_weight_0(shape, bad, bad_dout, dtype, mode):
     np.testing.assert_allclose(gradients[0][~hidden], right[0][~hidden], 1e-4, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(60, 5), (6, 3, 50), (2, 3, 400), (300, 40)])
+def test_dx_under_weight_0(shape, dtype):
+    """gamma r dout, whatever x is there."""
+    x, dout, gamma, beta = problem(shape, 1, dtype)
+    weights = spread_weights(shape, 1, "mask")
+    hidden = np.broadcast_to(~weights, shape)
+    x[hidden] = np.nan
+    _, cache = batchnorm_forward(x, gamma, beta, weights=weights)
+    factor = np.asarray(cache[1]).reshape([-1] + [1] * (len(shape) - 2))
+    right = factor * gamma.reshape(factor.shape) * dout
+    dx = batchnorm_backward(dout, cache)[0]
+    np.testing.assert_allclose(dx[hidden], right[hidden], 1e-5)
+
+
 @pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
 def test_no_weight_is_an_empty_batch(module):
     x, dout, gamma, beta = problem((30, 4), 1, np.float64)
