@@ -89,6 +89,27 @@ cdef struct Block:            # rows for the affine map; constants are columns o
     Activation activation
     double slope
 
+cdef struct Gradient:         # rows of x and dout, for their sums (y is NULL) or for dx
+    char** x
+    char** g
+    char** y
+    Py_ssize_t n_rows
+    Py_ssize_t width
+    Py_ssize_t ahead
+    bint along
+    const char* shift_x
+    const char* shift_g
+    const char* scale
+    const char* slope
+    const char* bias
+    double* sum_1
+    double* sum_2
+    Activation activation     # that dout still has to come through, and its constants in forward
+    const char* open_shift
+    const char* open_scale
+    const char* open_bias
+    double open_slope
+
 
 cdef void apply_rows(const Block* block, const real* type_tag) noexcept nogil:
     if block.activation == RELU:
@@ -131,3 +152,25 @@ cdef inline void apply_added(
         apply_along(block, type_tag, addend_tag, activation_tag, direction_tag)
     else:
         apply_across(block, type_tag, addend_tag, activation_tag, direction_tag)
+
+
+cdef void gradient_rows(const Gradient* block, const real* type_tag) noexcept nogil:
+    if block.activation == RELU:
+        gradient_activated[real, Relu](block, type_tag, NULL)
+    elif block.activation == LEAKY_RELU:
+        gradient_activated[real, LeakyRelu](block, type_tag, NULL)
+    else:
+        gradient_activated[real, Identity](block, type_tag, NULL)
+
+
+cdef inline void gradient_activated(
+    const Gradient* block, const real* type_tag, const activation* activation_tag,
+) noexcept nogil:
+    if block.y != NULL and block.along:
+        grad_apply_along(block, type_tag, activation_tag)
+    elif block.y != NULL:
+        grad_apply_across(block, type_tag, activation_tag)
+    elif block.along:
+        grad_stats_along(block, type_tag, activation_tag)
+    else:
+        grad_stats_across(block, type_tag, activation_tag)

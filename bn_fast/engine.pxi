@@ -64,11 +64,11 @@ cdef void run_tasks(
             start_tile[real](job, first, n_features, real_tag)
         if phase == SWEEP and job.reduces:
             for chunk in range(job.reduce.n_chunks):
-                reduce_chunk[real, real](
+                reduce_tile[real, real](
                     job, chunk, first, n_features, &s, real_tag, real_tag, False
                 )
         if phase == REDUCE:
-            reduce_chunk[real, real](
+            reduce_tile[real, real](
                 job, chunk, first, n_features, &s, real_tag, real_tag, False
             )
         if phase == SWEEP or phase == FINISH:
@@ -86,10 +86,15 @@ cdef void apply_one(
     Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, Scratch* s,
     const real* real_tag,
 ) noexcept nogil:
-    apply_chunk[real, real](job, chunk, first, n_features, s, real_tag, real_tag, False)
-    apply_chunk[real, double](
-        job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
-    )
+    cdef Py_ssize_t end = first + n_features
+    if job.apply.along:
+        n_features = 1
+    while first < end:
+        apply_chunk[real, real](job, chunk, first, n_features, s, real_tag, real_tag, False)
+        apply_chunk[real, double](
+            job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
+        )
+        first += n_features
 
 
 cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
@@ -207,11 +212,13 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
         job.tile = job.n_features
         sweep[0] = n_threads <= 1 and bytes * job.tile <= SWEEP_BYTES
     elif job.apply.runs:
+        if job.apply.along:
+            limit = min(limit, max(<Py_ssize_t> 1, ALONG_SWEEP_BYTES // bytes))
         job.tile = even_part(share, min(limit, RUN_SWEEP_BYTES // bytes), 1)
         # Else, as with three features for two threads, one of them would wait too long.
         sweep[0] = job.tile > 0 and 5 * job.n_features >= 4 * share * n_threads
         if not sweep[0]:
-            job.tile = limit
+            job.tile = 1 if job.apply.along else limit
     else:
         # Several tiles, from one cache line of the output to another; or all features as one.
         job.lead = columns_to_line(&job.apply, itemsize)
@@ -250,7 +257,7 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
 
 
 cdef Py_ssize_t widest(const Plan* plan, Py_ssize_t tile) noexcept:
-    return plan.segment[0].n_joined * tile * plan.segment[0].n_run
+    return plan.segment[0].n_joined * (1 if plan.along else tile) * plan.segment[0].n_run
 
 
 cdef bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -325,6 +332,8 @@ cdef void plan_visits(
     set_role(apply, R, residual if apply.gated or job.kind < BACKWARD or second else None)
     set_role(apply, D, dresidual if second else None)
     set_role(apply, W, weights if job.kind == BACKWARD else None)
+    reduce.gate_first = reduce.used[R] or reduce.used[W]
+    apply.gate_first = apply.used[R] or apply.used[W] or job.kind == BACKWARD_FROZEN
     set_role(apply, Y, out)
     make_plan(reduce, x, axis, itemsize)
     make_plan(apply, x, axis, itemsize)

@@ -60,9 +60,10 @@ cdef inline void prefetch_rows(
 cdef inline void stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* x4, const real* x5, const real* x6, const real* x7,
-    Py_ssize_t first, Py_ssize_t last, const real* shift, double* s, double* ss,
+    Py_ssize_t first, Py_ssize_t last, Py_ssize_t start, const real* shift, double* s, double* ss,
 ) noexcept nogil:
-    """Eight rows of the columns first .. last - 1 into their sums."""
+    """Eight rows of the columns first .. last - 1 into their sums; of the last row only those from
+    `start` on."""
     cdef Py_ssize_t j
     cdef real k, d0, d1, d2, d3, d4, d5, d6, d7
     for j in range(first, last):
@@ -74,26 +75,12 @@ cdef inline void stats_tree(
         d4 = x4[j] - k
         d5 = x5[j] - k
         d6 = x6[j] - k
-        d7 = x7[j] - k
+        d7 = x7[j] - k if j >= start else 0
         s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
         ss[j] += <double> (
             ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
             + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
         )
-
-
-cdef void last_rows(
-    const real* x, Py_ssize_t left, int n, const real* shift, const real** rows, real* last,
-) noexcept nogil:
-    """The `left` elements after a run's trees as the n rows of one more: what is missing is the
-    shift, which adds 0."""
-    cdef Py_ssize_t j, k, whole = left // LANES
-    for k in range(n):
-        rows[k] = x + k * LANES if k < whole else shift
-    if left % LANES:
-        for j in range(LANES):
-            last[j] = x[whole * LANES + j] if j < left % LANES else shift[j]
-        rows[whole] = last
 
 
 cdef void stats_across(
@@ -120,12 +107,31 @@ cdef void stats_across(
                 <const real*> rows[i + 2], <const real*> rows[i + 3],
                 <const real*> rows[i + 4], <const real*> rows[i + 5],
                 <const real*> rows[i + 6], <const real*> rows[i + 7],
-                strip, min(strip + step, width), shift, s, ss,
+                strip, min(strip + step, width), 0, shift, s, ss,
             )
             strip += step
     for j in range(width):
         sum_d[j] = s[j]
         sum_dd[j] = ss[j]
+
+
+cdef inline void run_rest(
+    const real* run, Py_ssize_t width, int n, const real* pad, const real** row, real* copy,
+) noexcept nogil:
+    """What a run has beyond trees of n rows, as one more tree: rows of LANES, then pads (which add 0),
+    and at last the last LANES elements, of which only the last width % LANES are to be counted."""
+    cdef Py_ssize_t j, tail = width % LANES
+    cdef Py_ssize_t k, whole = width // LANES % n
+    for k in range(n - 1):
+        row[k] = run + (width - tail) - (whole - k) * LANES if k < whole else pad
+    if tail == 0:
+        row[n - 1] = pad
+    elif width >= LANES:
+        row[n - 1] = run + width - LANES
+    else:
+        for j in range(LANES):
+            copy[j] = run[j - (LANES - tail)] if j >= LANES - tail else pad[j]
+        row[n - 1] = copy
 
 
 cdef void stats_along(
@@ -134,75 +140,113 @@ cdef void stats_along(
 ) noexcept nogil:
     """The same where a row is one feature's, wound up on LANES columns: a sequential read, which
     needs no prefetch (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
-    cdef Py_ssize_t i, j, r
+    cdef Py_ssize_t i, j, r, trees = width // (TREE_ROWS * LANES)
+    cdef bint rest = width % (TREE_ROWS * LANES) != 0
     cdef const real* x
     cdef double[LANES] s
     cdef double[LANES] ss
     cdef const real* row[TREE_ROWS]
-    cdef real[LANES] last
+    cdef real[LANES] copy
     for j in range(LANES):
         s[j] = sum_d[j]
         ss[j] = sum_dd[j]
     for r in range(n_rows):
         x = <const real*> rows[r]
-        i = 0
-        while i + TREE_ROWS * LANES <= width:
+        for i in range(trees):
             stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
-                0, LANES, shift, s, ss,
+                0, LANES, 0, shift, s, ss,
             )
             x += TREE_ROWS * LANES
-            i += TREE_ROWS * LANES
-        if i < width:
-            last_rows(x, width - i, TREE_ROWS, shift, row, last)
+        if rest:
+            run_rest(<const real*> rows[r], width, TREE_ROWS, shift, row, copy)
             stats_tree(
                 row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
-                0, LANES, shift, s, ss,
+                0, LANES, LANES - width % LANES, shift, s, ss,
             )
     for j in range(LANES):
         sum_d[j] = s[j]
         sum_dd[j] = ss[j]
 
 
+cdef inline real affine(
+    real x, real k, real a, real c, real r, const addend* addend_tag,
+) noexcept nogil:
+    if addend is Residual:
+        return ((x - k) * a + c) + r
+    else:
+        return (x - k) * a + c
+
+
+cdef inline real let_through(
+    real g, real x, real k, real a, real c, real slope, const activation* activation_tag,
+) noexcept nogil:
+    """What of dout comes through the activation: forward's own arithmetic decides, to the bit."""
+    if activation is Identity:
+        return g
+    else:
+        return gate(g, affine(x, k, a, c, x, <const Nothing*> NULL), slope, activation_tag)
+
+
 cdef inline void grad_stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* g0, const real* g1, const real* g2, const real* g3,
-    Py_ssize_t first, Py_ssize_t last, const real* shift_x, const real* shift_g,
-    double* s, double* ss,
+    Py_ssize_t first, Py_ssize_t last, Py_ssize_t start,
+    const real* shift_x, const real* shift_g, double* s, double* ss,
+    const real* open_shift, const real* open_scale, const real* open_bias, real open_slope,
+    const activation* activation_tag,
 ) noexcept nogil:
     """Four rows; eight pairs would fill the ways of a cache set where rows lie 4 KiB apart."""
     cdef Py_ssize_t j
-    cdef real k, m, t0, t1, t2, t3
+    cdef real k, m, d0, d1, d2, d3, t0, t1, t2, t3, o = 0, a = 0, c = 0
     for j in range(first, last):
         k = shift_x[j]
         m = shift_g[j]
-        t0 = g0[j] - m
-        t1 = g1[j] - m
-        t2 = g2[j] - m
-        t3 = g3[j] - m
+        if activation is not Identity:
+            o = open_shift[j]
+            a = open_scale[j]
+            c = open_bias[j]
+        d0 = x0[j] - k
+        d1 = x1[j] - k
+        d2 = x2[j] - k
+        d3 = x3[j] - k if j >= start else 0
+        t0 = let_through(g0[j], x0[j], o, a, c, open_slope, activation_tag)
+        t1 = let_through(g1[j], x1[j], o, a, c, open_slope, activation_tag)
+        t2 = let_through(g2[j], x2[j], o, a, c, open_slope, activation_tag)
+        t3 = let_through(g3[j], x3[j], o, a, c, open_slope, activation_tag)
+        t0 = t0 - m
+        t1 = t1 - m
+        t2 = t2 - m
+        t3 = t3 - m if j >= start else 0
         s[j] += <double> ((t0 + t1) + (t2 + t3))
-        ss[j] += <double> (
-            (t0 * (x0[j] - k) + t1 * (x1[j] - k)) + (t2 * (x2[j] - k) + t3 * (x3[j] - k))
-        )
+        ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
 
 
 cdef void grad_stats_across(
-    char** x_rows, char** g_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* shift_x, const real* shift_g, double* sum_t, double* sum_td, Py_ssize_t ahead,
+    const Gradient* block, const real* type_tag, const activation* activation_tag,
 ) noexcept nogil:
-    """sum_t[j] += sum_i t_ij,  sum_td[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
+    """sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
 
     Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
-    would cost its digits there.
+    would cost its digits there.  Behind an activation dout is what comes through it.
     """
-    cdef Py_ssize_t i, j, strip, step = STRIP if ahead else width
+    cdef const real* shift_x = <const real*> block.shift_x
+    cdef const real* shift_g = <const real*> block.shift_g
+    cdef const real* open_shift = <const real*> block.open_shift
+    cdef const real* open_scale = <const real*> block.open_scale
+    cdef const real* open_bias = <const real*> block.open_bias
+    cdef real open_slope = <real> block.open_slope
+    cdef char** x_rows = block.x
+    cdef char** g_rows = block.g
+    cdef Py_ssize_t i, j, strip, width = block.width, ahead = block.ahead
+    cdef Py_ssize_t step = STRIP if ahead else width
     cdef double[MAX_COLUMNS] s
     cdef double[MAX_COLUMNS] ss
     for j in range(width):
-        s[j] = sum_t[j]
-        ss[j] = sum_td[j]
-    for i in range(0, n_rows, 4):
+        s[j] = block.sum_1[j]
+        ss[j] = block.sum_2[j]
+    for i in range(0, block.n_rows, 4):
         strip = 0
         while strip < width:
             if ahead:
@@ -213,63 +257,61 @@ cdef void grad_stats_across(
                 <const real*> x_rows[i + 2], <const real*> x_rows[i + 3],
                 <const real*> g_rows[i], <const real*> g_rows[i + 1],
                 <const real*> g_rows[i + 2], <const real*> g_rows[i + 3],
-                strip, min(strip + step, width), shift_x, shift_g, s, ss,
+                strip, min(strip + step, width), 0, shift_x, shift_g, s, ss,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             strip += step
     for j in range(width):
-        sum_t[j] = s[j]
-        sum_td[j] = ss[j]
+        block.sum_1[j] = s[j]
+        block.sum_2[j] = ss[j]
 
 
 cdef void grad_stats_along(
-    char** x_rows, char** g_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* shift_x, const real* shift_g, double* sum_t, double* sum_td,
+    const Gradient* block, const real* type_tag, const activation* activation_tag,
 ) noexcept nogil:
     """The same where a row is one feature's, wound up on LANES columns."""
-    cdef Py_ssize_t i, j, r
+    cdef const real* shift_x = <const real*> block.shift_x
+    cdef const real* shift_g = <const real*> block.shift_g
+    cdef const real* open_shift = <const real*> block.open_shift
+    cdef const real* open_scale = <const real*> block.open_scale
+    cdef const real* open_bias = <const real*> block.open_bias
+    cdef real open_slope = <real> block.open_slope
+    cdef Py_ssize_t i, j, r, width = block.width, trees = width // (4 * LANES)
+    cdef bint rest = width % (4 * LANES) != 0
     cdef const real* x
     cdef const real* g
     cdef double[LANES] s
     cdef double[LANES] ss
     cdef const real* x_row[4]
     cdef const real* g_row[4]
-    cdef real[LANES] x_last
-    cdef real[LANES] g_last
+    cdef real[LANES] x_copy
+    cdef real[LANES] g_copy
     for j in range(LANES):
-        s[j] = sum_t[j]
-        ss[j] = sum_td[j]
-    for r in range(n_rows):
-        x = <const real*> x_rows[r]
-        g = <const real*> g_rows[r]
-        i = 0
-        while i + 4 * LANES <= width:
+        s[j] = block.sum_1[j]
+        ss[j] = block.sum_2[j]
+    for r in range(block.n_rows):
+        x = <const real*> block.x[r]
+        g = <const real*> block.g[r]
+        for i in range(trees):
             grad_stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 g, g + LANES, g + 2 * LANES, g + 3 * LANES,
-                0, LANES, shift_x, shift_g, s, ss,
+                0, LANES, 0, shift_x, shift_g, s, ss,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             x += 4 * LANES
             g += 4 * LANES
-            i += 4 * LANES
-        if i < width:
-            last_rows(x, width - i, 4, shift_x, x_row, x_last)
-            last_rows(g, width - i, 4, shift_g, g_row, g_last)
+        if rest:
+            run_rest(<const real*> block.x[r], width, 4, shift_x, x_row, x_copy)
+            run_rest(<const real*> block.g[r], width, 4, shift_g, g_row, g_copy)
             grad_stats_tree(
                 x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
-                0, LANES, shift_x, shift_g, s, ss,
+                0, LANES, LANES - width % LANES, shift_x, shift_g, s, ss,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
     for j in range(LANES):
-        sum_t[j] = s[j]
-        sum_td[j] = ss[j]
-
-
-cdef inline real affine(
-    real x, real k, real a, real c, real r, const addend* addend_tag,
-) noexcept nogil:
-    if addend is Residual:
-        return ((x - k) * a + c) + r
-    else:
-        return (x - k) * a + c
+        block.sum_1[j] = s[j]
+        block.sum_2[j] = ss[j]
 
 
 cdef inline void apply_four(
@@ -346,47 +388,44 @@ cdef void apply_across(
             strip += step
 
 
+cdef inline void apply_run(
+    const real* restrict x, const real* restrict r, const real* restrict g, real* restrict y,
+    Py_ssize_t width, real k, real a, real c, real slope,
+    const addend* addend_tag, const activation* activation_tag, const direction* direction_tag,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef real z
+    for j in range(width):
+        z = affine(x[j], k, a, c, r[j], addend_tag)
+        if direction is Forward:
+            y[j] = activate(z, slope, activation_tag)
+        else:
+            y[j] = gate(g[j], z, slope, activation_tag)
+
+
 cdef void apply_along(
     const Block* block, const real* type_tag,
     const addend* addend_tag, const activation* activation_tag, const direction* direction_tag,
 ) noexcept nogil:
-    """The same where a row is one feature's, wound up on LANES columns."""
-    cdef Py_ssize_t i, k, width = block.width
-    cdef const real* shift = <const real*> block.shift
-    cdef const real* scale = <const real*> block.scale
-    cdef const real* bias = <const real*> block.bias
-    cdef real slope = <real> block.slope
-    cdef const real* x
-    cdef const real* r
-    cdef const real* g
-    cdef real* y
-    cdef real[4 * LANES] dummy
-    for k in range(block.n_rows):
-        x = <const real*> block.x[k]
-        y = <real*> block.y[k]
-        r = <const real*> block.r[k] if addend is Residual else x
-        g = x if direction is Forward else <const real*> block.g[k]
-        if width < 4 * LANES:
-            for i in range(0, width, 16):  # LANES
-                apply_four(
-                    x + i, x + i, x + i, x + i, r + i, r + i, r + i, r + i,
-                    g + i, g + i, g + i, g + i,
-                    y + i, dummy, dummy + LANES, dummy + 2 * LANES,
-                    min(<Py_ssize_t> LANES, width - i), shift, scale, bias, slope,
-                    addend_tag, activation_tag, direction_tag,
-                )
-            continue
-        i = 0
-        while i < width:
-            i = min(i, width - 4 * LANES)  # the rest comes with some elements once more
-            apply_four(
-                x + i, x + i + LANES, x + i + 2 * LANES, x + i + 3 * LANES,
-                r + i, r + i + LANES, r + i + 2 * LANES, r + i + 3 * LANES,
-                g + i, g + i + LANES, g + i + 2 * LANES, g + i + 3 * LANES,
-                y + i, y + i + LANES, y + i + 2 * LANES, y + i + 3 * LANES,
-                LANES, shift, scale, bias, slope, addend_tag, activation_tag, direction_tag,
-            )
-            i += 4 * LANES
+    """The same where a row is one feature's."""
+    cdef Py_ssize_t i
+    cdef char* r
+    cdef char* g
+    for i in range(block.n_rows):
+        r = block.r[i] if addend is Residual else block.x[i]
+        g = block.x[i] if direction is Forward else block.g[i]
+        apply_run(
+            <const real*> block.x[i], <const real*> r, <const real*> g, <real*> block.y[i],
+            block.width, (<const real*> block.shift)[0], (<const real*> block.scale)[0],
+            (<const real*> block.bias)[0], <real> block.slope,
+            addend_tag, activation_tag, direction_tag,
+        )
+
+
+cdef inline real gradient(
+    real g, real x, real k, real m, real a, real b, real c,
+) noexcept nogil:
+    return ((g - m) * a - (x - k) * b) + c
 
 
 cdef inline void grad_apply_four(
@@ -397,29 +436,51 @@ cdef inline void grad_apply_four(
     real* restrict y0, real* restrict y1, real* restrict y2, real* restrict y3,
     Py_ssize_t width, const real* restrict shift_x, const real* restrict shift_g,
     const real* restrict scale, const real* restrict slope, const real* restrict bias,
+    const real* restrict open_shift, const real* restrict open_scale,
+    const real* restrict open_bias, real open_slope,
+    const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j
-    cdef real k, m, a, b, c
+    cdef real k, m, a, b, c, t0, t1, t2, t3, o = 0, oa = 0, oc = 0
     for j in range(width):
         k = shift_x[j]
         m = shift_g[j]
         a = scale[j]
         b = slope[j]
         c = bias[j]
-        y0[j] = ((g0[j] - m) * a - (x0[j] - k) * b) + c
-        y1[j] = ((g1[j] - m) * a - (x1[j] - k) * b) + c
-        y2[j] = ((g2[j] - m) * a - (x2[j] - k) * b) + c
-        y3[j] = ((g3[j] - m) * a - (x3[j] - k) * b) + c
+        if activation is not Identity:
+            o = open_shift[j]
+            oa = open_scale[j]
+            oc = open_bias[j]
+        t0 = let_through(g0[j], x0[j], o, oa, oc, open_slope, activation_tag)
+        t1 = let_through(g1[j], x1[j], o, oa, oc, open_slope, activation_tag)
+        t2 = let_through(g2[j], x2[j], o, oa, oc, open_slope, activation_tag)
+        t3 = let_through(g3[j], x3[j], o, oa, oc, open_slope, activation_tag)
+        y0[j] = gradient(t0, x0[j], k, m, a, b, c)
+        y1[j] = gradient(t1, x1[j], k, m, a, b, c)
+        y2[j] = gradient(t2, x2[j], k, m, a, b, c)
+        y3[j] = gradient(t3, x3[j], k, m, a, b, c)
 
 
 cdef void grad_apply_across(
-    char** x_rows, char** g_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* shift_x, const real* shift_g, const real* scale, const real* slope,
-    const real* bias, Py_ssize_t ahead,
+    const Gradient* block, const real* type_tag, const activation* activation_tag,
 ) noexcept nogil:
     """dx_ij = (dout_ij - shift_g_j) scale_j - (x_ij - shift_x_j) slope_j + bias_j."""
-    cdef Py_ssize_t i, strip, step = STRIP if ahead else width
-    for i in range(0, n_rows, 4):
+    cdef const real* shift_x = <const real*> block.shift_x
+    cdef const real* shift_g = <const real*> block.shift_g
+    cdef const real* scale = <const real*> block.scale
+    cdef const real* slope = <const real*> block.slope
+    cdef const real* bias = <const real*> block.bias
+    cdef const real* open_shift = <const real*> block.open_shift
+    cdef const real* open_scale = <const real*> block.open_scale
+    cdef const real* open_bias = <const real*> block.open_bias
+    cdef real open_slope = <real> block.open_slope
+    cdef char** x_rows = block.x
+    cdef char** g_rows = block.g
+    cdef char** y_rows = block.y
+    cdef Py_ssize_t i, strip, width = block.width, ahead = block.ahead
+    cdef Py_ssize_t step = STRIP if ahead else width
+    for i in range(0, block.n_rows, 4):
         strip = 0
         while strip < width:
             if ahead:
@@ -434,43 +495,38 @@ cdef void grad_apply_across(
                 <real*> y_rows[i + 2] + strip, <real*> y_rows[i + 3] + strip,
                 min(step, width - strip), shift_x + strip, shift_g + strip,
                 scale + strip, slope + strip, bias + strip,
+                open_shift + strip, open_scale + strip, open_bias + strip, open_slope,
+                activation_tag,
             )
             strip += step
 
 
-cdef void grad_apply_along(
-    char** x_rows, char** g_rows, char** y_rows, Py_ssize_t n_rows, Py_ssize_t width,
-    const real* shift_x, const real* shift_g, const real* scale, const real* slope,
-    const real* bias,
+cdef inline void grad_apply_run(
+    const real* restrict x, const real* restrict g, real* restrict y, Py_ssize_t width,
+    real k, real m, real a, real b, real c, real o, real oa, real oc, real open_slope,
+    const activation* activation_tag,
 ) noexcept nogil:
-    """The same where a row is one feature's, wound up on LANES columns."""
-    cdef Py_ssize_t i, r
-    cdef const real* x
-    cdef const real* g
-    cdef real* y
-    cdef real[4 * LANES] dummy
-    for r in range(n_rows):
-        x = <const real*> x_rows[r]
-        g = <const real*> g_rows[r]
-        y = <real*> y_rows[r]
-        if width < 4 * LANES:
-            for i in range(0, width, 16):
-                grad_apply_four(
-                    x + i, x + i, x + i, x + i, g + i, g + i, g + i, g + i,
-                    y + i, dummy, dummy + LANES, dummy + 2 * LANES,
-                    min(<Py_ssize_t> LANES, width - i), shift_x, shift_g, scale, slope, bias,
-                )
-            continue
-        i = 0
-        while i < width:
-            i = min(i, width - 4 * LANES)
-            grad_apply_four(
-                x + i, x + i + LANES, x + i + 2 * LANES, x + i + 3 * LANES,
-                g + i, g + i + LANES, g + i + 2 * LANES, g + i + 3 * LANES,
-                y + i, y + i + LANES, y + i + 2 * LANES, y + i + 3 * LANES,
-                LANES, shift_x, shift_g, scale, slope, bias,
-            )
-            i += 4 * LANES
+    cdef Py_ssize_t j
+    cdef real t
+    for j in range(width):
+        t = let_through(g[j], x[j], o, oa, oc, open_slope, activation_tag)
+        y[j] = gradient(t, x[j], k, m, a, b, c)
+
+
+cdef void grad_apply_along(
+    const Gradient* block, const real* type_tag, const activation* activation_tag,
+) noexcept nogil:
+    """The same where a row is one feature's."""
+    cdef Py_ssize_t i
+    for i in range(block.n_rows):
+        grad_apply_run(
+            <const real*> block.x[i], <const real*> block.g[i], <real*> block.y[i], block.width,
+            (<const real*> block.shift_x)[0], (<const real*> block.shift_g)[0],
+            (<const real*> block.scale)[0], (<const real*> block.slope)[0],
+            (<const real*> block.bias)[0], (<const real*> block.open_shift)[0],
+            (<const real*> block.open_scale)[0], (<const real*> block.open_bias)[0],
+            <real> block.open_slope, activation_tag,
+        )
 
 
 cdef inline Py_ssize_t regular_step(const Py_ssize_t* offset, Py_ssize_t width) noexcept nogil:

@@ -22,13 +22,14 @@ cdef enum:
     W = 5                     # weights, which repeat themselves along the features
     N_ROLES = 6
     MAX_DIMS = 64             # NumPy's own limit
-    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
+    BLOCK_ROWS = 256          # rows between two folds: 32 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     ALONG_RUN = 128           # a run from this length on is walked along, not across,
     PIECE = 1024              # in rows of no more than this, and
-    BLOCK_ELEMENTS = 8192     # this many between two folds
+    BLOCK_ELEMENTS = 32768    # this many between two folds
+    BLOCK_SHARE = 8           # float64 is folded so much sooner
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
     GATHER_COLUMNS = 64       # narrow, as a block's sums are taken up and laid down once a group
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
@@ -37,6 +38,7 @@ cdef enum:
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 1024 * 1024  # between these, threads share rows rather than features
     SPLIT_TO = 64 * 1024 * 1024
+    ALONG_SWEEP_BYTES = 128 * 1024  # long runs: features enough to share what a tile costs, in L2
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
     STREAM_BYTES = 20 * 1024 * 1024
     PREFETCH_BYTES = 4 * 1024 * 1024
@@ -72,7 +74,8 @@ cdef struct Plan:
     char* base[N_ROLES]
     cnp.npy_intp* stride[N_ROLES]  # as the arrays have them
     bint used[N_ROLES]
-    bint gated                # dout's rows go through the activation's gate
+    bint gated                # dout's rows go through the activation's gate,
+    bint gate_first           # not in the kernel but on their way there
     Access access[N_ROLES]
     Storage storage
     Py_ssize_t itemsize
@@ -189,10 +192,10 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
         for r in range(N_ROLES):
             main.run_stride[r] = step[r][n - 1]
         plan.along = length >= ALONG_RUN
-        cut_axis(plan, min(length, PIECE) if plan.along else length, False)
+        cut_axis(plan, even_piece(length) if plan.along else length, False)
         plan.max_tile = min(n_features, MAX_COLUMNS // length) if (
             stacked and not plan.along
-        ) else 1
+        ) else min(n_features, MAX_COLUMNS) if plan.along else 1
     elif n > 0 and 2 * n_features <= JOIN_COLUMNS and (stacked or n_features < NARROW):
         join = min(length, JOIN_COLUMNS // n_features)
         if join > 1:
@@ -221,10 +224,19 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     plan.chunk_rows = (main.n_rows // MAX_CHUNKS // unit + 1) * unit
     # float64's lanes are no more exact than what they add, so they are folded sooner (as late as
     # float32's: dbeta was off by up to 40 roundings at M = 1e5).
-    plan.block_rows = unit if itemsize <= 4 else max(1, unit // 4)
+    plan.block_rows = unit if itemsize <= 4 else max(1, unit // BLOCK_SHARE)
     plan.n_chunks = (
         (main.n_rows + plan.chunk_rows - 1) // plan.chunk_rows + plan.n_segments - 1
     )
+
+
+cdef Py_ssize_t even_piece(Py_ssize_t length) noexcept:
+    """The longest equal pieces of a run, PIECE at most; where none are found soon, PIECE and a rest."""
+    cdef Py_ssize_t parts = (length + PIECE - 1) // PIECE, tried
+    for tried in range(16):
+        if length % (parts + tried) == 0:
+            return length // (parts + tried)
+    return PIECE
 
 
 cdef void cut_axis(Plan* plan, Py_ssize_t piece, bint joined) noexcept:

@@ -4,9 +4,10 @@
 # and do not know.
 #
 #   (a) The gate.  dout's rows are replaced by what comes through the activation.  The gate is that
-#       of forward: its constants, and its lanes, which for some features (see finish_tile) are
-#       wide.  So rows are gated in the arrays' own dtype first, and the columns of such features
-#       once more in wide lanes; and whatever lanes the kernel wants comes last.
+#       of forward: its constants, and its lanes.  Alone, without a residual or weights, it is in the
+#       kernels of backward themselves, but for features whose lanes are wide (see finish_tile):
+#       then rows are gated in the arrays' own dtype first, and the columns of such features once
+#       more in wide lanes; and whatever lanes the kernel wants comes last.
 #   (b) Weights, statistics.  sum w d and sum w d^2, d = x - shift, are the sums that backward's
 #       kernel makes of w d and x.  Where w = 0 both are replaced, so that no NaN comes near a sum.
 #   (c) Weights, gradients.  The sums run over all elements, but for those of weight 0 whose x or
@@ -51,17 +52,20 @@ cdef void prepare_gate(
     Job* job, const Plan* plan, const Segment* segment, Py_ssize_t first, Py_ssize_t n_features,
     bint wide, Scratch* s, const real* real_tag,
 ) noexcept nogil:
-    """The columns of forward's constants, in the lanes that it had."""
+    """The columns of forward's constants, in the lanes that it had, if there is a gate."""
     cdef Py_ssize_t f, joined = segment.n_joined, lanes = segment.n_lanes
     cdef Py_ssize_t width = joined * n_features * segment.n_run
     cdef int r
+    s.gate_first = s.any_wide = False
+    if not plan.gated:
+        return
     expand[real](job.gate_shift, NULL, first, n_features, joined, lanes, <real*> s.gate_shift)
     expand[real](job.gate_scale, NULL, first, n_features, joined, lanes, <real*> s.gate_scale)
     expand[real](job.gate_bias, NULL, first, n_features, joined, lanes, <real*> s.gate_bias)
     set_all[real](<real*> s.gate_ones, width, 1)
-    s.any_wide = False
     for f in range(first, first + n_features):
         s.any_wide = s.any_wide or job.gate_wide[f] != 0
+    s.gate_first = plan.gate_first or s.any_wide or wide
     if not (s.any_wide or wide):
         return
     for r in range(Y):
@@ -159,7 +163,7 @@ cdef void fetch_inputs(
     bint wide,
 ) noexcept nogil:
     """Point s.rows at n rows of the inputs, as the options have made them."""
-    cdef bint again = plan.gated and (wide or s.any_wide)
+    cdef bint again = s.gate_first and (wide or s.any_wide)
     cdef Py_ssize_t i
     cdef int r
     if again:
@@ -172,7 +176,7 @@ cdef void fetch_inputs(
                 plan, segment, r, access[r], tile_first, j0, width, row, n, ahead,
                 s, real_tag, lane_tag, (<lane*> s.factor if r == X else <lane*> s.dummy) + j0,
             )
-    if plan.gated and not again:
+    if s.gate_first and not again:
         gate_rows[lane](
             job, plan, n, width, ahead, s, <char*> ((<lane*> s.gate_shift) + j0),
             <char*> ((<lane*> s.gate_scale) + j0), <char*> ((<lane*> s.gate_bias) + j0),

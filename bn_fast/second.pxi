@@ -89,23 +89,18 @@ cdef void mix_rows(
 
 
 cdef void second_rows(
-    const Plan* plan, Scratch* s, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j0,
-    Py_ssize_t ahead, const lane* lane_tag,
+    const Job* job, const Plan* plan, Scratch* s, Py_ssize_t n_rows, Py_ssize_t width,
+    Py_ssize_t j0, Py_ssize_t ahead, const lane* lane_tag,
 ) noexcept nogil:
     """Both outputs for rows that are in place.  Frozen statistics have only the second here."""
+    cdef Gradient block
     if plan.used[Y]:
         mix_rows[lane](plan, s, n_rows, width, j0, ahead, lane_tag)
-    if plan.along:
-        grad_apply_along[lane](
-            s.rows[X], s.rows[R], s.rows[D], n_rows, width, <lane*> s.shift_x, <lane*> s.shift_r,
-            <lane*> s.scale, <lane*> s.slope, <lane*> s.bias,
-        )
-    else:
-        grad_apply_across[lane](
-            s.rows[X], s.rows[R], s.rows[D], n_rows, width,
-            <lane*> s.shift_x + j0, <lane*> s.shift_r + j0, <lane*> s.scale + j0,
-            <lane*> s.slope + j0, <lane*> s.bias + j0, ahead,
-        )
+    set_gradient[lane](&block, job, plan, s, n_rows, j0, width, ahead, lane_tag)
+    block.g = s.rows[R]
+    block.y = s.rows[D]
+    block.shift_g = <char*> (<lane*> s.shift_r + j0)
+    gradient_rows[lane](&block, lane_tag)
 
 
 cdef void second_constants(

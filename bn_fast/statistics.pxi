@@ -134,7 +134,8 @@ cdef void drop_gated_shift(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
 ) noexcept nogil:
     """dout's shift is kept where the three values that it was guessed from come through: behind a
-    gate that is closed (a dead unit) only 0 leaves sums of exactly 0."""
+    gate that is closed (a dead unit) only 0 leaves sums of exactly 0.  It has to come through at
+    shift_x too, as the kernel's padding does."""
     cdef const Plan* plan = &job.reduce
     cdef char* x[3]
     cdef char* r[3]
@@ -142,6 +143,7 @@ cdef void drop_gated_shift(
     cdef float[3][MAX_COLUMNS] r_sample
     cdef Py_ssize_t f, k, x_step, r_step = 0
     cdef double z
+    cdef real at_shift
     x_step = sample_rows(plan, X, first, n_features, x, x_sample)
     if plan.used[R]:
         r_step = sample_rows(plan, R, first, n_features, r, r_sample)
@@ -153,6 +155,13 @@ cdef void drop_gated_shift(
                 z += (<const real*> (r[k] + f * r_step))[0]
             if not z > 0:
                 job.shift_g[first + f] = 0
+        at_shift = affine(
+            <real> job.shift_x[first + f], <real> job.gate_shift[first + f],
+            <real> job.gate_scale[first + f], <real> job.gate_bias[first + f],
+            0, <const Nothing*> NULL,
+        )
+        if not at_shift > 0:
+            job.shift_g[first + f] = 0
 
 
 cdef void start_tile(
@@ -462,7 +471,7 @@ cdef void finish_tile(
                 if job.retry[f] != 0:
                     prepare_retry[real](job, f, real_tag)
             for chunk in range(job.reduce.n_chunks):
-                reduce_chunk[real, double](
+                reduce_tile[real, double](
                     job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
                 )
             merge_chunks(job, first, n_features)

@@ -123,6 +123,7 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     double* wide_factor
     double* wide_ones
     bint any_wide             # of the tile's gates
+    bint gate_first           # dout comes through its gate on its way to the kernel, not in it
     char* weigh_shift
     char* weigh_slope
     char* weigh_rest
@@ -187,10 +188,10 @@ cdef inline void tile_range(
 
 
 cdef Py_ssize_t group_rows(
-    const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step,
+    const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step, bint gate_first,
 ) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
-    cdef bint direct = not (plan.gated or plan.used[W])
+    cdef bint direct = not (gate_first or plan.used[W])
     cdef int r
     for r in range(W):
         direct = direct and access[r] == DIRECT
@@ -283,6 +284,35 @@ cdef void store_rows(
         i += run
 
 
+cdef void set_gradient(
+    Gradient* block, const Job* job, const Plan* plan, Scratch* s, Py_ssize_t n_rows,
+    Py_ssize_t j0, Py_ssize_t width, Py_ssize_t ahead, const lane* lane_tag,
+) noexcept nogil:
+    """What both visits of backward tell their kernels."""
+    block.x = s.rows[X]
+    block.g = s.rows[G]
+    block.y = NULL
+    block.n_rows = n_rows
+    block.width = width
+    block.ahead = ahead
+    block.along = plan.along
+    block.shift_x = <char*> (<lane*> s.shift_x + j0)
+    block.shift_g = <char*> (<lane*> s.shift_g + j0)
+    block.scale = <char*> (<lane*> s.scale + j0)
+    block.slope = <char*> (<lane*> s.slope + j0)
+    block.bias = <char*> (<lane*> s.bias + j0)
+    block.sum_1 = s.sum_1 + j0
+    block.sum_2 = s.sum_2 + j0
+    block.activation = IDENTITY
+    block.open_shift = block.open_scale = block.open_bias = block.shift_x
+    block.open_slope = job.negative_slope
+    if plan.gated and not s.gate_first:
+        block.activation = job.activation
+        block.open_shift = <char*> (<lane*> s.gate_shift + j0)
+        block.open_scale = <char*> (<lane*> s.gate_scale + j0)
+        block.open_bias = <char*> (<lane*> s.gate_bias + j0)
+
+
 cdef void set_all(lane* columns, Py_ssize_t width, lane value) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
@@ -299,30 +329,24 @@ cdef void reduce_rows(
     cdef bint products = plan.used[G] or plan.used[W]
     cdef lane* shift_x = <lane*> s.shift_x + j0
     cdef lane* shift_g = <lane*> s.shift_g + j0
+    cdef Gradient block
     fetch_inputs[real, lane](
         job, plan, segment, access, first, n_features, j0, width, row, n, ahead,
         s, real_tag, lane_tag, wide,
     )
     if plan.used[D] and not wide:
         store_gradient[real](job, plan, segment, first, j0, width, row, n, s, real_tag)
-    if plan.storage != NATIVE or plan.gated:
+    if plan.storage != NATIVE or s.gate_first:
         ahead = 0
-    if plan.along:
-        if products:
-            grad_stats_along[lane](
-                s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1, s.sum_2
-            )
-        else:
-            stats_along[lane](s.rows[X], n, width, shift_x, s.sum_1, s.sum_2)
-        return
-    while n % TREE_ROWS:
+    while n % TREE_ROWS and not plan.along:
         s.rows[X][n] = <char*> shift_x
         s.rows[G][n] = <char*> shift_g
         n += 1
     if products:
-        grad_stats_across[lane](
-            s.rows[X], s.rows[G], n, width, shift_x, shift_g, s.sum_1 + j0, s.sum_2 + j0, ahead
-        )
+        set_gradient[lane](&block, job, plan, s, n, j0, width, ahead, lane_tag)
+        gradient_rows[lane](&block, lane_tag)
+    elif plan.along:
+        stats_along[lane](s.rows[X], n, width, shift_x, s.sum_1, s.sum_2)
     else:
         stats_across[lane](
             s.rows[X], n, width, shift_x, s.sum_1 + j0, s.sum_2 + j0, ahead
@@ -347,12 +371,13 @@ cdef void reduce_chunk(
         access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
+    prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
     piece = width
     if not plan.along and (
-        access[X] != DIRECT or access[G] != DIRECT or plan.gated or plan.used[W]
+        access[X] != DIRECT or access[G] != DIRECT or s.gate_first or plan.used[W]
     ):
         piece = min(width, <Py_ssize_t> GATHER_COLUMNS)
-    group = group_rows(plan, access, piece, TREE_ROWS)
+    group = group_rows(plan, access, piece, TREE_ROWS, s.gate_first)
     ahead = 0
     if job.prefetch and not wide and not plan.along:
         ahead = rows_ahead(width * plan.itemsize)
@@ -378,8 +403,6 @@ cdef void reduce_chunk(
         set_all[lane](<lane*> s.weigh_ones, width, 1)
         prepare_weights[lane](job, plan, segment, first, n_features, s, lane_tag)
         memset(s.shift_g, 0, n_columns * sizeof(double))
-    if plan.gated:
-        prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
     for r in range(4):
         memset(total + r * job.stride, 0, n_features * sizeof(double))
     while row < row_end:
@@ -402,6 +425,19 @@ cdef void reduce_chunk(
         add_compensated(total + 2 * job.stride, total + 3 * job.stride, s.sum_2, n_features)
 
 
+cdef void reduce_tile(
+    Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, Scratch* s,
+    const real* real_tag, const lane* lane_tag, bint wide,
+) noexcept nogil:
+    """The same for a tile, feature by feature where runs are walked along."""
+    cdef Py_ssize_t end = first + n_features
+    if job.reduce.along:
+        n_features = 1
+    while first < end:
+        reduce_chunk[real, lane](job, chunk, first, n_features, s, real_tag, lane_tag, wide)
+        first += n_features
+
+
 cdef void apply_columns(
     Job* job, const Segment* segment, Py_ssize_t row, Py_ssize_t row_end, Py_ssize_t tile_first,
     Py_ssize_t n_features, Py_ssize_t j0, Py_ssize_t width, const Access* access, Scratch* s,
@@ -410,14 +446,17 @@ cdef void apply_columns(
     """The second visit: columns j0 .. j0 + width - 1 of a tile, for a range of rows."""
     cdef Plan* plan = &job.apply
     cdef bint affine = not plan.used[G] or job.kind == BACKWARD_FROZEN
-    cdef Py_ssize_t n, n_padded, i, group = group_rows(plan, access, width, APPLY_ROWS)
+    cdef Py_ssize_t n, n_padded, i, group = group_rows(
+        plan, access, width, APPLY_ROWS, s.gate_first
+    )
     cdef Py_ssize_t ahead = 0, kernel_ahead
     cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
     cdef Block block
+    cdef Gradient gradient
     cdef int r
     if job.prefetch_again and access[X] != GATHERED and not plan.along:
         ahead = rows_ahead(width * plan.itemsize)
-    kernel_ahead = ahead if plan.storage == NATIVE and not plan.gated else 0
+    kernel_ahead = ahead if plan.storage == NATIVE and not s.gate_first else 0
     while row < row_end:
         n = min(group, row_end - row)
         fetch_inputs[real, lane](
@@ -445,7 +484,7 @@ cdef void apply_columns(
                 s.rows[D][n_padded] = s.rows[Y][n_padded]
             n_padded += 1
         if job.kind == SECOND:
-            second_rows[lane](plan, s, n_padded, width, j0, kernel_ahead, lane_tag)
+            second_rows[lane](job, plan, s, n_padded, width, j0, kernel_ahead, lane_tag)
         elif affine:
             block.x = s.rows[G if plan.used[G] else X]
             block.r = s.rows[R] if plan.used[R] and not plan.used[G] else NULL
@@ -461,17 +500,12 @@ cdef void apply_columns(
             block.activation = job.activation if job.kind < BACKWARD else IDENTITY
             block.slope = job.negative_slope
             apply_rows[lane](&block, lane_tag)
-        elif plan.along:
-            grad_apply_along[lane](
-                s.rows[X], s.rows[G], s.rows[Y], n, width, <lane*> s.shift_x, <lane*> s.shift_g,
-                <lane*> s.scale, <lane*> s.slope, <lane*> s.bias,
-            )
         else:
-            grad_apply_across[lane](
-                s.rows[X], s.rows[G], s.rows[Y], n_padded, width,
-                <lane*> s.shift_x + j0, <lane*> s.shift_g + j0, <lane*> s.scale + j0,
-                <lane*> s.slope + j0, <lane*> s.bias + j0, kernel_ahead,
+            set_gradient[lane](
+                &gradient, job, plan, s, n_padded, j0, width, kernel_ahead, lane_tag
             )
+            gradient.y = s.rows[Y]
+            gradient_rows[lane](&gradient, lane_tag)
         for r in range(Y, W):
             if plan.used[r] and access[r] != DIRECT:
                 store_rows[real, lane](
@@ -526,8 +560,7 @@ cdef void apply_chunk(
     if plan.used[W]:
         set_all[lane](<lane*> s.weigh_ones, width, 1)
         prepare_weights[lane](job, plan, segment, first, n_features, s, lane_tag)
-    if plan.gated:
-        prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
+    prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
     if wanted == n_features:
         apply_columns[real, lane](
             job, segment, row, row_end, first, n_features, 0, width, access, s,
