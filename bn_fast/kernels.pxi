@@ -118,8 +118,8 @@ cdef void stats_across(
 cdef inline void run_rest(
     const real* run, Py_ssize_t width, int n, const real* pad, const real** row, real* copy,
 ) noexcept nogil:
-    """What a run has beyond trees of n rows, as one more tree: rows of LANES, then pads (which add 0),
-    and at last the last LANES elements, of which only the last width % LANES are to be counted."""
+    """What a run has beyond trees of n rows, as one more tree: rows of LANES, pads (they add 0) and
+    at last the last LANES elements, of which only the last width % LANES are to be counted."""
     cdef Py_ssize_t j, tail = width % LANES
     cdef Py_ssize_t k, whole = width // LANES % n
     for k in range(n - 1):

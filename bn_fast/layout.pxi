@@ -231,7 +231,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
 
 
 cdef Py_ssize_t even_piece(Py_ssize_t length) noexcept:
-    """The longest equal pieces of a run, PIECE at most; where none are found soon, PIECE and a rest."""
+    """The longest equal pieces of a run, PIECE at most; PIECE where none are found soon."""
     cdef Py_ssize_t parts = (length + PIECE - 1) // PIECE, tried
     for tried in range(16):
         if length % (parts + tried) == 0:

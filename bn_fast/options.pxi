@@ -4,7 +4,7 @@
 # and do not know.
 #
 #   (a) The gate.  dout's rows are replaced by what comes through the activation.  The gate is that
-#       of forward: its constants, and its lanes.  Alone, without a residual or weights, it is in the
+#       of forward: its constants, and its lanes.  Without a residual and weights it is in the
 #       kernels of backward themselves, but for features whose lanes are wide (see finish_tile):
 #       then rows are gated in the arrays' own dtype first, and the columns of such features once
 #       more in wide lanes; and whatever lanes the kernel wants comes last.

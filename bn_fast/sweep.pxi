@@ -380,7 +380,9 @@ cdef void reduce_chunk(
     group = group_rows(plan, access, piece, TREE_ROWS, s.gate_first)
     ahead = 0
     if job.prefetch and not wide and not plan.along:
-        ahead = rows_ahead(width * plan.itemsize)
+        # A half type's are widened in pieces of some columns, so that more rows are on their way:
+        # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
+        ahead = rows_ahead(width * plan.itemsize) if plan.storage == NATIVE else AHEAD_ROWS
     n_columns = segment.n_joined * n_features * segment.n_lanes
     expand[lane](
         job.shift_x, job.factor if wide else NULL, first, n_features,
