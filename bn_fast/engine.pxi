@@ -215,8 +215,12 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
         if job.apply.along:
             limit = min(limit, max(<Py_ssize_t> 1, ALONG_SWEEP_BYTES // bytes))
         job.tile = even_part(share, min(limit, RUN_SWEEP_BYTES // bytes), 1)
-        # Else, as with three features for two threads, one of them would wait too long.
-        sweep[0] = job.tile > 0 and 5 * job.n_features >= 4 * share * n_threads
+        # Else, as with three features for two threads, one of them would wait too long; or all of
+        # them would have pages in common, every few of one's runs beside those of another.
+        sweep[0] = job.tile > 0 and 5 * job.n_features >= 4 * share * n_threads and (
+            n_threads <= 1 or job.reduce.n_chunks < n_threads
+            or share * job.apply.segment[0].n_run * itemsize >= PAGE_BYTES
+        )
         if not sweep[0]:
             job.tile = 1 if job.apply.along else limit
     else:

@@ -22,31 +22,33 @@ cdef enum:
     W = 5                     # weights, which repeat themselves along the features
     N_ROLES = 6
     MAX_DIMS = 64             # NumPy's own limit
-    BLOCK_ROWS = 256          # rows between two folds: 32 trees deep, see kernels.pxi (a)
+    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     ALONG_RUN = 128           # a run from this length on is walked along, not across,
     PIECE = 1024              # in rows of no more than this, and
-    BLOCK_ELEMENTS = 32768    # this many between two folds
-    BLOCK_SHARE = 8           # float64 is folded so much sooner
+    BLOCK_ELEMENTS = 16384    # this many between two folds
+    BLOCK_SHARE = 4           # float64 is folded so much sooner
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
     GATHER_COLUMNS = 64       # narrow, as a block's sums are taken up and laid down once a group
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
-    SPLIT_FROM = 1024 * 1024  # between these, threads share rows rather than features
+    SPLIT_FROM = 256 * 1024   # between these, threads share rows rather than features
     SPLIT_TO = 64 * 1024 * 1024
-    ALONG_SWEEP_BYTES = 128 * 1024  # long runs: features enough to share what a tile costs, in L2
+    ALONG_SWEEP_BYTES = 32 * 1024  # long runs: small features share what a tile costs, in L1
     RUN_SWEEP_BYTES = 8 * 1024 * 1024
+    PAGE_BYTES = 4096
     STREAM_BYTES = 20 * 1024 * 1024
     PREFETCH_BYTES = 4 * 1024 * 1024
 
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
 # 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.  A narrow
 # tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
-# of 128 bytes, 16 as chunks of rows.
+# of 128 bytes, 16 as chunks of rows.  So it is for threads in cache: (256, 512) forward, 41 us on two
+# threads as tiles of 256 features, 25 as rows.
 
 # How a kernel comes to a row of an array: where it lies; through a buffer (to be read before it is
 # overwritten, or converted); the same but written past the caches; or column by column.
