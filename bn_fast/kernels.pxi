@@ -60,10 +60,9 @@ cdef inline void prefetch_rows(
 cdef inline void stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* x4, const real* x5, const real* x6, const real* x7,
-    Py_ssize_t first, Py_ssize_t last, Py_ssize_t start, const real* shift, double* s, double* ss,
+    Py_ssize_t first, Py_ssize_t last, const real* shift, double* s, double* ss,
 ) noexcept nogil:
-    """Eight rows of the columns first .. last - 1 into their sums; of the last row only those from
-    `start` on."""
+    """Eight rows of the columns first .. last - 1 into their sums."""
     cdef Py_ssize_t j
     cdef real k, d0, d1, d2, d3, d4, d5, d6, d7
     for j in range(first, last):
@@ -75,7 +74,7 @@ cdef inline void stats_tree(
         d4 = x4[j] - k
         d5 = x5[j] - k
         d6 = x6[j] - k
-        d7 = x7[j] - k if j >= start else 0
+        d7 = x7[j] - k
         s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
         ss[j] += <double> (
             ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
@@ -107,7 +106,7 @@ cdef void stats_across(
                 <const real*> rows[i + 2], <const real*> rows[i + 3],
                 <const real*> rows[i + 4], <const real*> rows[i + 5],
                 <const real*> rows[i + 6], <const real*> rows[i + 7],
-                strip, min(strip + step, width), 0, shift, s, ss,
+                strip, min(strip + step, width), shift, s, ss,
             )
             strip += step
     for j in range(width):
@@ -115,23 +114,19 @@ cdef void stats_across(
         sum_dd[j] = ss[j]
 
 
-cdef inline void run_rest(
-    const real* run, Py_ssize_t width, int n, const real* pad, const real** row, real* copy,
+cdef void last_rows(
+    const real* x, Py_ssize_t left, int n, const real* shift, const real** rows, real* last,
 ) noexcept nogil:
-    """What a run has beyond trees of n rows, as one more tree: rows of LANES, pads (they add 0) and
-    at last the last LANES elements, of which only the last width % LANES are to be counted."""
-    cdef Py_ssize_t j, tail = width % LANES
-    cdef Py_ssize_t k, whole = width // LANES % n
-    for k in range(n - 1):
-        row[k] = run + (width - tail) - (whole - k) * LANES if k < whole else pad
-    if tail == 0:
-        row[n - 1] = pad
-    elif width >= LANES:
-        row[n - 1] = run + width - LANES
-    else:
+    """The `left` elements after a run's trees as the n rows of one more: what is missing is the
+    shift, which adds 0.  (Its last LANES elements with a mask instead of a copy of some cost 30 %,
+    (32, 256, 14, 14) backward.)"""
+    cdef Py_ssize_t j, k, whole = left // LANES
+    for k in range(n):
+        rows[k] = x + k * LANES if k < whole else shift
+    if left % LANES:
         for j in range(LANES):
-            copy[j] = run[j - (LANES - tail)] if j >= LANES - tail else pad[j]
-        row[n - 1] = copy
+            last[j] = x[whole * LANES + j] if j < left % LANES else shift[j]
+        rows[whole] = last
 
 
 cdef void stats_along(
@@ -140,13 +135,13 @@ cdef void stats_along(
 ) noexcept nogil:
     """The same where a row is one feature's, wound up on LANES columns: a sequential read, which
     needs no prefetch (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
-    cdef Py_ssize_t i, j, r, trees = width // (TREE_ROWS * LANES)
-    cdef bint rest = width % (TREE_ROWS * LANES) != 0
+    cdef Py_ssize_t i, j, r
+    cdef Py_ssize_t trees = width // (TREE_ROWS * LANES), left = width % (TREE_ROWS * LANES)
     cdef const real* x
     cdef double[LANES] s
     cdef double[LANES] ss
     cdef const real* row[TREE_ROWS]
-    cdef real[LANES] copy
+    cdef real[LANES] last
     for j in range(LANES):
         s[j] = sum_d[j]
         ss[j] = sum_dd[j]
@@ -156,14 +151,14 @@ cdef void stats_along(
             stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
-                0, LANES, 0, shift, s, ss,
+                0, LANES, shift, s, ss,
             )
             x += TREE_ROWS * LANES
-        if rest:
-            run_rest(<const real*> rows[r], width, TREE_ROWS, shift, row, copy)
+        if left:
+            last_rows(x, left, TREE_ROWS, shift, row, last)
             stats_tree(
                 row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
-                0, LANES, LANES - width % LANES, shift, s, ss,
+                0, LANES, shift, s, ss,
             )
     for j in range(LANES):
         sum_d[j] = s[j]
@@ -192,8 +187,8 @@ cdef inline real let_through(
 cdef inline void grad_stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* g0, const real* g1, const real* g2, const real* g3,
-    Py_ssize_t first, Py_ssize_t last, Py_ssize_t start,
-    const real* shift_x, const real* shift_g, double* s, double* ss,
+    Py_ssize_t first, Py_ssize_t last, const real* shift_x, const real* shift_g,
+    double* s, double* ss,
     const real* open_shift, const real* open_scale, const real* open_bias, real open_slope,
     const activation* activation_tag,
 ) noexcept nogil:
@@ -210,7 +205,7 @@ cdef inline void grad_stats_tree(
         d0 = x0[j] - k
         d1 = x1[j] - k
         d2 = x2[j] - k
-        d3 = x3[j] - k if j >= start else 0
+        d3 = x3[j] - k
         t0 = let_through(g0[j], x0[j], o, a, c, open_slope, activation_tag)
         t1 = let_through(g1[j], x1[j], o, a, c, open_slope, activation_tag)
         t2 = let_through(g2[j], x2[j], o, a, c, open_slope, activation_tag)
@@ -218,7 +213,7 @@ cdef inline void grad_stats_tree(
         t0 = t0 - m
         t1 = t1 - m
         t2 = t2 - m
-        t3 = t3 - m if j >= start else 0
+        t3 = t3 - m
         s[j] += <double> ((t0 + t1) + (t2 + t3))
         ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
 
@@ -257,7 +252,7 @@ cdef void grad_stats_across(
                 <const real*> x_rows[i + 2], <const real*> x_rows[i + 3],
                 <const real*> g_rows[i], <const real*> g_rows[i + 1],
                 <const real*> g_rows[i + 2], <const real*> g_rows[i + 3],
-                strip, min(strip + step, width), 0, shift_x, shift_g, s, ss,
+                strip, min(strip + step, width), shift_x, shift_g, s, ss,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             strip += step
@@ -276,16 +271,16 @@ cdef void grad_stats_along(
     cdef const real* open_scale = <const real*> block.open_scale
     cdef const real* open_bias = <const real*> block.open_bias
     cdef real open_slope = <real> block.open_slope
-    cdef Py_ssize_t i, j, r, width = block.width, trees = width // (4 * LANES)
-    cdef bint rest = width % (4 * LANES) != 0
+    cdef Py_ssize_t i, j, r
+    cdef Py_ssize_t trees = block.width // (4 * LANES), left = block.width % (4 * LANES)
     cdef const real* x
     cdef const real* g
     cdef double[LANES] s
     cdef double[LANES] ss
     cdef const real* x_row[4]
     cdef const real* g_row[4]
-    cdef real[LANES] x_copy
-    cdef real[LANES] g_copy
+    cdef real[LANES] x_last
+    cdef real[LANES] g_last
     for j in range(LANES):
         s[j] = block.sum_1[j]
         ss[j] = block.sum_2[j]
@@ -296,17 +291,17 @@ cdef void grad_stats_along(
             grad_stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 g, g + LANES, g + 2 * LANES, g + 3 * LANES,
-                0, LANES, 0, shift_x, shift_g, s, ss,
+                0, LANES, shift_x, shift_g, s, ss,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             x += 4 * LANES
             g += 4 * LANES
-        if rest:
-            run_rest(<const real*> block.x[r], width, 4, shift_x, x_row, x_copy)
-            run_rest(<const real*> block.g[r], width, 4, shift_g, g_row, g_copy)
+        if left:
+            last_rows(x, left, 4, shift_x, x_row, x_last)
+            last_rows(g, left, 4, shift_g, g_row, g_last)
             grad_stats_tree(
                 x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
-                0, LANES, LANES - width % LANES, shift_x, shift_g, s, ss,
+                0, LANES, shift_x, shift_g, s, ss,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
     for j in range(LANES):

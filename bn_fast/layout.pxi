@@ -47,8 +47,8 @@ cdef enum:
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
 # 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.  A narrow
 # tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
-# of 128 bytes, 16 as chunks of rows.  So it is for threads in cache: (256, 512) forward, 41 us on two
-# threads as tiles of 256 features, 25 as rows.
+# of 128 bytes, 16 as chunks of rows.  So it is for threads in cache: (256, 512) forward, two
+# threads: 41 us as tiles of 256 features, 25 as chunks of rows.
 
 # How a kernel comes to a row of an array: where it lies; through a buffer (to be read before it is
 # overwritten, or converted); the same but written past the caches; or column by column.
