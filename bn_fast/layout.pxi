@@ -28,7 +28,7 @@ cdef enum:
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     ALONG_RUN = 128           # a run from this length on is walked along, not across,
     PIECE = 1024              # in rows of no more than this, and
-    BLOCK_ELEMENTS = 16384    # this many between two folds
+    BLOCK_ELEMENTS = 8192     # this many between two folds
     BLOCK_SHARE = 4           # float64 is folded so much sooner
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
     GATHER_COLUMNS = 64       # narrow, as a block's sums are taken up and laid down once a group
