@@ -8,6 +8,8 @@ import os
 from math import ceil
 from typing import SupportsIndex
 
+import numpy as np
+
 from ._core import cpu
 
 
@@ -85,7 +87,9 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     global _chosen
     if n is not None:
         try:
-            if isinstance(n, bool):  # True would mean one thread, the opposite of what it says
+            if isinstance(
+                n, (bool, np.bool)
+            ):  # True would mean one thread, the opposite of what it says
                 raise TypeError
             n = operator.index(n)
         except TypeError:
