@@ -87,9 +87,8 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     global _chosen
     if n is not None:
         try:
-            if isinstance(
-                n, (bool, np.bool)
-            ):  # True would mean one thread, the opposite of what it says
+            # True would mean one thread, the opposite of what it says.
+            if isinstance(n, (bool, np.bool)):
                 raise TypeError
             n = operator.index(n)
         except TypeError:
