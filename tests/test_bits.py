@@ -129,6 +129,27 @@ def test_threads(threads_always, shape, axis, dtype, mode):
             assert_same_bits(results(shape, axis, dtype, layout, mode), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_sums_that_cancel(threads_always, dtype):
+    """One value a block, of any size, and later its negative: compensated sums lose what lies 106
+    bits below, and so tell how the blocks are cut into chunks."""
+    rng = np.random.default_rng(0)
+    terms = rng.standard_normal((64, 130)) * 10.0 ** rng.uniform(-30, 30, (64, 130))
+    rows = np.concatenate([terms, rng.permuted(-terms, axis=0)]).astype(dtype)
+    sparse = np.zeros((128 * len(rows), 130), dtype)
+    sparse[::128] = rows
+    x = normal(sparse.shape, dtype)
+    ones = np.ones(130, dtype)
+    expected = None
+    for n_threads in (1, 2, 3, 5):
+        bn_fast.set_num_threads(n_threads)
+        dbeta = batchnorm_backward(sparse, batchnorm_forward(x, ones, ones)[1])[2]
+        mean = batchnorm_forward(sparse, ones, ones)[1][0]
+        expected = expected or [dbeta, mean]
+        assert_same_bits([dbeta, mean], expected)
+    assert np.any(expected[0])  # rests of what cancels
+
+
 def some_cases():
     """Each shape with each kind of call; dtypes, layouts and modes take turns."""
     for number, (shape, axis) in enumerate(SHAPES_OF_ROADS):

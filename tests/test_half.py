@@ -138,6 +138,17 @@ def test_any_layout(dtype, shape, axis, layout, mode):
         assert np.max(np.abs(a.astype(float) - b)) <= limit * np.max(np.abs(b))
 
 
+@pytest.mark.parametrize("length", [512, 513, 1000])
+def test_long_runs_element_by_element(dtype, length):
+    """Rows of one feature's, wider than half.pxi's HALF_PIECE of 512, gathered and scattered."""
+    x, dout, gamma, beta = half_problem((2, 3, length), 1, dtype)
+    expected = call(x, dout, gamma, beta, 1)
+    sliced = LAYOUTS["sliced"]
+    out, cache = batchnorm_forward(sliced(x), gamma, beta, out=sliced(x))
+    got = [out, *batchnorm_backward(sliced(dout), cache, out=sliced(x))]
+    assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize(("shape", "axis"), SHAPES[::5], ids=str)
 def test_error_is_one_rounding_of_the_half_type(dtype, shape, axis):
     x, dout, gamma, beta = half_problem(shape, axis, dtype)
