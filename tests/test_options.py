@@ -338,6 +338,25 @@ def test_dx_under_weight_0(shape, dtype):
     np.testing.assert_allclose(dx[hidden], right[hidden], 1e-5)
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 40), (300, 3), (6, 3, 50), (2, 3, 400)], ids=str)
+def test_closed_units(shape, dtype, has_residual):
+    """Behind a relu that lets nothing through all gradients are 0, to the bit."""
+    x, dout, gamma, beta = problem(shape, 1, dtype)
+    dout += dtype(3)  # so that its sums have a shift
+    residual = normal(shape, dtype, 7)
+    beta[0] = -100
+    gamma[1] = beta[1] = residual[:, 1] = 0
+    beta[2], residual[:, 2] = (10, -100) if has_residual else (-20, 0)
+    _, cache = batchnorm_forward(
+        x, gamma, beta, activation="relu", residual=residual if has_residual else None
+    )
+    for gradient in batchnorm_backward(dout, cache):
+        closed = gradient[:, :3] if gradient.ndim > 1 else gradient[:3]
+        np.testing.assert_array_equal(closed, np.zeros_like(closed))
+
+
 @pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
 def test_no_weight_is_an_empty_batch(module):
     x, dout, gamma, beta = problem((30, 4), 1, np.float64)
