@@ -249,9 +249,12 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
 cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = job.count * job.n_features * itemsize
+    cdef Py_ssize_t n_arrays = 0
     cdef Plan* plan = &job.apply
     cdef int r
-    job.stream = BN_STREAMS and bytes >= STREAM_BYTES
+    for r in range(W):
+        n_arrays += job.reduce.used[r] or plan.used[r]
+    job.stream = BN_STREAMS and n_arrays * bytes >= STREAM_BYTES
     job.stream_gradient = job.stream and job.reduce.used[D] and not sweep
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
