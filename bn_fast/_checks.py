@@ -125,7 +125,10 @@ def forward_arrays(
     x, axis = array_and_axis(x, axis)
     gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
     beta = _parameter(beta, "beta", x.shape[axis], axis)
-    return x, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma})
+    out = _output(out, {"x": x, "gamma": gamma})
+    if out is not None and np.may_share_memory(out, beta):
+        beta = beta.copy()  # it is read tile by tile, when there is output already
+    return x, gamma, beta, axis, out
 
 
 def options(
@@ -155,8 +158,6 @@ def options(
         if out is not None:
             _output(out, {"residual": residual})
             overwritten = activation is not None and core.is_same(out, residual)
-    if out is not None:
-        _output(out, {"x": x, "beta": beta})
     total = 0.0
     if weights is not None:
         weights, total, _ = element_weights(weights, x, axis)
@@ -206,8 +207,8 @@ class Settings(NamedTuple):
     train: bool
     eps: float
     momentum: float
-    running_mean: Array
-    running_var: Array
+    running_mean: Array | None  # None: zeros
+    running_var: Array | None
 
 
 def _number(value: Any, name: str) -> float:
@@ -251,13 +252,11 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     mean = bn_param.get("running_mean")
     var = bn_param.get("running_var")
     n_features = x.shape[axis]
-    if mean is None:
-        mean = np.zeros(n_features, parameter_dtype(x.dtype))
-    if var is None:
-        var = np.zeros(n_features, parameter_dtype(x.dtype))
     if not core.are_plain_statistics(mean, var, n_features):
-        mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
-        var = variance(var, "bn_param['running_var']", n_features, axis)
+        if mean is not None:
+            mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
+        if var is not None:
+            var = variance(var, "bn_param['running_var']", n_features, axis)
     return Settings(mode == "train", eps, momentum, mean, var)
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 from ._types import Array
 
 activations: dict[str, int]
@@ -23,7 +25,7 @@ def backward(
     needs_dx: bool = True,
     needs_sums: bool = True,
     needs_dresidual: bool = False,
-) -> tuple[Array | None, Array, Array, Array | None]: ...
+) -> tuple[Array | None, ...]: ...
 def backward_dx(
     dout: Array,
     x: Array,
@@ -72,5 +74,30 @@ def is_plain_gradient(dout: object, x: Array, gamma: Array, out: object) -> bool
 def moments(
     x: Array, axis: int, n_threads: int, weights: Array | None = None, total: float = 0.0
 ) -> Array: ...
-def running_average(old: Array, x: Array) -> Array: ...
+def plain_backward(
+    dout: object,
+    x: Array,
+    gamma: Array,
+    stats: Array,
+    axis: int,
+    eps: float,
+    out: object,
+    frozen: bool,
+    exact_mean: bool,
+    options: tuple[object, ...] | None,
+    size: int,
+) -> tuple[Array, ...] | None: ...
+def plain_forward(
+    x: object,
+    gamma: object,
+    beta: object,
+    bn_param: object,
+    axis: object,
+    out: object,
+    activation: object,
+    negative_slope: object,
+    residual: object,
+    size: int,
+) -> tuple[Array, Array, Array, Array, float, bool, tuple[Any, ...] | None] | None: ...
+def running_average(old: Array | None, x: Array, axis: int) -> Array: ...
 def update_average(average: Array, stats: Array, row: int, weight: float) -> None: ...

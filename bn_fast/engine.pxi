@@ -17,7 +17,7 @@
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, sqrt
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.stdint cimport INTPTR_MAX
 from libc.string cimport memcpy, memset
 
@@ -172,6 +172,13 @@ cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noe
     run_phase[real](job, FINISH, job.n_tiles, n_threads, real_tag)
     if job.applies:
         run_phase[real](job, APPLY, job.n_tiles * job.apply.n_chunks, n_threads, real_tag)
+
+
+cdef void run_typed(Job* job, bint single, bint sweep, int n_threads) noexcept nogil:
+    if single:
+        run_job[float](job, sweep, n_threads, <const float*> NULL)
+    else:
+        run_job[double](job, sweep, n_threads, <const double*> NULL)
 
 
 cdef Py_ssize_t columns_to_line(const Plan* plan, Py_ssize_t itemsize) noexcept:
@@ -416,53 +423,14 @@ cdef int execute(
         lay_out(job, values, n, 0)
         job.scratch = <char*> (values + n_values)
         n_threads = bn_startable(n_threads)
-        with nogil:
-            if single:
-                run_job[float](job, sweep, n_threads, <const float*> NULL)
-            else:
-                run_job[double](job, sweep, n_threads, <const double*> NULL)
+        if n_threads <= 1 and cnp.PyArray_SIZE(x) < HELD_SIZE:
+            run_typed(job, single, sweep, 1)
+        else:
+            with nogil:
+                run_typed(job, single, sweep, n_threads)
     finally:
         free(memory)
     return 0
-
-
-cdef inline bint is_plain_array(object array) noexcept:
-    """An ndarray proper, float16, float32 or float64, aligned and native."""
-    cdef int kind
-    if not cnp.PyArray_CheckExact(array):
-        return False
-    kind = cnp.PyArray_TYPE(array)
-    return (
-        kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64 or kind == cnp.NPY_FLOAT16
-    ) and cnp.PyArray_ISBEHAVED_RO(array)
-
-
-cdef bint is_plain_twin(object array, cnp.ndarray like) noexcept:
-    """A plain array with the type and shape of another."""
-    cdef int d
-    if (
-        not is_plain_array(array)
-        or cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(like)
-        or cnp.PyArray_NDIM(array) != cnp.PyArray_NDIM(like)
-    ):
-        return False
-    for d in range(cnp.PyArray_NDIM(like)):
-        if cnp.PyArray_DIMS(array)[d] != cnp.PyArray_DIMS(like)[d]:
-            return False
-    return True
-
-
-cdef bint is_plain_output(object out, cnp.ndarray like, cnp.ndarray other) noexcept:
-    """None, or a contiguous array to write to, away from the inputs or exactly the first."""
-    if out is None:
-        return True
-    return (
-        is_plain_twin(out, like)
-        and cnp.PyArray_ISWRITEABLE(out)
-        and (cnp.PyArray_IS_C_CONTIGUOUS(out) or cnp.PyArray_IS_F_CONTIGUOUS(out))
-        and (not overlap(out, like) or is_same_buffer(out, like))
-        and (other is None or not overlap(out, other))
-    )
 
 
 cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -475,68 +443,22 @@ cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
-cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
-    return (
-        is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
-        and cnp.PyArray_NDIM(values) == 1
-        and cnp.PyArray_DIMS(values)[0] == n
-    )
-
-
-def is_plain(x, gamma, beta, axis, out):
-    """Whether a forward call's arguments need no conversion and no check: the straight road."""
-    cdef Py_ssize_t n
-    if not is_plain_array(x) or cnp.PyArray_NDIM(x) < 2:
-        return False
-    if type(axis) is not int or not 0 <= axis < cnp.PyArray_NDIM(x):
-        return False
-    n = cnp.PyArray_DIMS(x)[<int> axis]
-    return (
-        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
-        and is_plain_output(out, x, None) and (out is None or not overlap(out, gamma))
-    )
-
-
-def is_plain_gradient(dout, x, gamma, out):
-    """The same for a backward call, whose x and gamma have been checked before."""
-    return (
-        is_plain_twin(dout, x) and is_plain_output(out, dout, x)
-        and (out is None or not overlap(out, gamma))
-    )
-
-
-def is_same(a, b):
+def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
     """Whether two arrays are one buffer, element by element."""
     return is_same_buffer(a, b)
 
 
-def are_plain_statistics(mean, var, Py_ssize_t n_features):
-    """Whether running averages need no conversion and no check; no variance is negative."""
-    cdef char* data
-    cdef Py_ssize_t f, stride
-    if not (is_plain_parameter(mean, n_features) and is_plain_parameter(var, n_features)):
-        return False
-    data = <char*> cnp.PyArray_DATA(var)
-    stride = cnp.PyArray_STRIDES(var)[0]
-    for f in range(n_features):
-        if cnp.PyArray_TYPE(var) == cnp.NPY_FLOAT32:
-            if (<float*> (data + f * stride))[0] < 0:
-                return False
-        elif (<double*> (data + f * stride))[0] < 0:
-            return False
-    return True
-
-
-def running_average(cnp.ndarray old not None, x):
-    """A new array for an average, with the old values: float32 only where both old and the
-    parameters of x are."""
-    cdef cnp.npy_intp length = cnp.PyArray_DIMS(old)[0]
-    cdef bint narrow = (
-        cnp.PyArray_TYPE(old) == cnp.NPY_FLOAT32 and parameter_type(x) == cnp.NPY_FLOAT32
-    )
-    cdef cnp.ndarray new = cnp.PyArray_EMPTY(
-        1, &length, cnp.NPY_FLOAT32 if narrow else cnp.NPY_FLOAT64, 0
-    )
+cpdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
+    """A new array for an average beside x, with the old values (None: zeros): float32 only where
+    both old and the parameters of x are."""
+    cdef cnp.npy_intp length = cnp.PyArray_DIMS(x)[axis]
+    cdef int kind = parameter_type(x)
+    cdef cnp.ndarray new
+    if old is None:
+        return cnp.PyArray_ZEROS(1, &length, kind, 0)
+    if cnp.PyArray_TYPE(old) != cnp.NPY_FLOAT32:
+        kind = cnp.NPY_FLOAT64
+    new = cnp.PyArray_EMPTY(1, &length, kind, 0)
     cnp.PyArray_CopyInto(new, old)
     return new
 
@@ -552,9 +474,9 @@ cdef void set_statistics(Job* job, cnp.ndarray stats) noexcept:
     job.mean_kept = NULL
 
 
-def update_average(
-    cnp.ndarray average not None, cnp.ndarray stats not None, int row, double weight,
-):
+cpdef void update_average(
+    cnp.ndarray average, cnp.ndarray stats, int row, double weight,
+) noexcept:
     """average = weight * average + (1 - weight) * stats[row], in double."""
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(average)[0]
     cdef double* batch = <double*> cnp.PyArray_DATA(stats) + row * n
@@ -567,20 +489,11 @@ def update_average(
             values[f] = weight * values[f] + (1 - weight) * batch[f]
 
 
-def forward(
-    cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
-    double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
-    int activation=0, double negative_slope=0, cnp.ndarray residual=None,
-    cnp.ndarray weights=None, double total=0,
+cdef tuple run_forward(
+    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, double eps, cnp.ndarray out,
+    cnp.ndarray mean, cnp.ndarray var, int n_threads, int activation, double negative_slope,
+    cnp.ndarray residual, cnp.ndarray weights, double total,
 ):
-    """Normalize x along every axis but one.
-
-    mean and var: None for those of the batch, else frozen statistics, float64 and contiguous.
-    activation: a value of `activations`.  residual and weights have the shape and dtype of x, and
-    total is the sum of the weights of a feature.
-    Returns out (new if None), stats (4, n_features) float64: mean, the mean's low part, inv_std,
-    var.
-    """
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
     cdef cnp.npy_intp shape[2]
@@ -617,35 +530,47 @@ def forward(
     return out, stats
 
 
-def backward(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
-    cnp.ndarray stats not None, int axis, double eps, cnp.ndarray out, bint frozen,
-    bint exact_mean, int n_threads, int activation=0, double negative_slope=0,
-    cnp.ndarray beta=None, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
-    bint needs_dx=True, bint needs_sums=True, bint needs_dresidual=False,
+def forward(
+    cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
+    double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
+    int activation=0, double negative_slope=0, cnp.ndarray residual=None,
+    cnp.ndarray weights=None, double total=0,
 ):
-    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
-    and dresidual where it is needed, else None.
+    """Normalize x along every axis but one.
 
-    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
-    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
-    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
-    mean nothing.
+    mean and var: None for those of the batch, else frozen statistics, float64 and contiguous.
+    activation: a value of `activations`.  residual and weights have the shape and dtype of x, and
+    total is the sum of the weights of a feature.
+    Returns out (new if None), stats (4, n_features) float64: mean, the mean's low part, inv_std,
+    var.
     """
+    return run_forward(
+        x, gamma, beta, axis, eps, out, mean, var, n_threads, activation, negative_slope,
+        residual, weights, total,
+    )
+
+
+cdef tuple run_backward(
+    cnp.ndarray dout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray stats, int axis, double eps,
+    cnp.ndarray out, bint frozen, bint exact_mean, int n_threads, int activation,
+    double negative_slope, cnp.ndarray beta, cnp.ndarray residual, cnp.ndarray weights,
+    double total, bint needs_dx, bint needs_sums, bint needs_dresidual,
+):
     cdef Job job
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.ndarray dgamma, dbeta, sums, dresidual = None
-    cdef cnp.npy_intp shape[2]
+    cdef cnp.npy_intp length = n
+    cdef cnp.ndarray dgamma, dbeta, dresidual = None
+    cdef double* sums
     if needs_dresidual:
         dresidual = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if out is None and needs_dx:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    shape[0] = 2
-    shape[1] = n
-    sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     # Whatever may fail for want of memory comes before anything is written to out.
-    dgamma = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
-    dbeta = cnp.PyArray_EMPTY(1, &shape[1], parameter_type(x), 0)
+    dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+    dbeta = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+    sums = <double*> calloc(2 * n + 1, sizeof(double))
+    if sums == NULL:
+        raise MemoryError("bn_fast: no memory for the sums of this call")
     job.kind = BACKWARD_FROZEN if frozen else BACKWARD
     job.reduces = needs_sums or needs_dresidual or (needs_dx and not frozen)
     job.applies = needs_dx
@@ -656,15 +581,39 @@ def backward(
     job.eps = eps if weights is None else -1
     job.total = total
     set_statistics(&job, stats)
-    job.dgamma = <double*> cnp.PyArray_DATA(sums)
+    job.dgamma = sums
     job.dbeta = job.dgamma + n
-    if cnp.PyArray_SIZE(x) > 0 and (job.reduces or job.applies):
-        execute(
-            &job, x, dout, out, axis, n_threads, gamma, beta, residual, dresidual, weights
-        )
-    store_parameter(job.dgamma, dgamma)
-    store_parameter(job.dbeta, dbeta)
-    return out, dgamma, dbeta, dresidual
+    try:
+        if cnp.PyArray_SIZE(x) > 0 and (job.reduces or job.applies):
+            execute(
+                &job, x, dout, out, axis, n_threads, gamma, beta, residual, dresidual, weights
+            )
+        store_parameter(job.dgamma, dgamma)
+        store_parameter(job.dbeta, dbeta)
+    finally:
+        free(sums)
+    return (out, dgamma, dbeta) if dresidual is None else (out, dgamma, dbeta, dresidual)
+
+
+def backward(
+    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
+    cnp.ndarray stats not None, int axis, double eps, cnp.ndarray out, bint frozen,
+    bint exact_mean, int n_threads, int activation=0, double negative_slope=0,
+    cnp.ndarray beta=None, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
+    bint needs_dx=True, bint needs_sums=True, bint needs_dresidual=False,
+):
+    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
+    and dresidual where it is needed.
+
+    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
+    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
+    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
+    mean nothing.
+    """
+    return run_backward(
+        dout, x, gamma, stats, axis, eps, out, frozen, exact_mean, n_threads, activation,
+        negative_slope, beta, residual, weights, total, needs_dx, needs_sums, needs_dresidual,
+    )
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
@@ -678,3 +627,4 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
 
 include "pieces.pxi"
 include "second.pxi"
+include "straight.pxi"

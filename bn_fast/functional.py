@@ -1,6 +1,7 @@
 """The public functions: check, one call down, return."""
 
 from collections.abc import Container, MutableMapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -172,13 +173,35 @@ def batchnorm_forward(
     >>> out.dtype
     dtype('float16')
     """
-    x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
-    n_threads = n_threads_for(x)
-    options = None
-    more: tuple[Any, ...] = ()
-    if activation is not None or residual is not None or weights is not None:
-        options = _checks.options(x, beta, axis, out, activation, negative_slope, residual, weights)
-        more = _for_core(options)
+    plain = weights is None and core.plain_forward(
+        x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, _SERIAL_SIZE
+    )
+    if plain:  # the straight road
+        x, gamma, y, stats, eps, frozen, kept = plain
+        options = None if kept is None else Options(*kept)
+    else:
+        x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
+        options = None
+        if activation is not None or residual is not None or weights is not None:
+            options = _checks.options(
+                x, beta, axis, out, activation, negative_slope, residual, weights
+            )
+        y, stats, eps, frozen = _checked_forward(x, gamma, beta, axis, bn_param, out, options)
+    overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
+    return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
+
+
+def _checked_forward(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    axis: int,
+    bn_param: MutableMapping[str, Any] | None,
+    out: Array | None,
+    options: Options | None,
+) -> tuple[Array, Array, float, bool]:
+    """out, stats, eps and whether the statistics were given or none."""
+    more: tuple[Any, ...] = () if options is None else _for_core(options)
     no_weight = options is not None and options.weights is not None and options.total == 0
     param = None if bn_param is None else _checks.settings(bn_param, x, axis)
     eps = 1e-5 if param is None else param.eps
@@ -186,22 +209,20 @@ def batchnorm_forward(
     mean = var = None
     if param is not None:
         # Made before anything is written to out: there may be no memory, and out may lie over them.
-        running_mean = core.running_average(param.running_mean, x)
-        running_var = core.running_average(param.running_var, x)
-    if param is not None and not train:
-        mean, var = param.running_mean, param.running_var
-    elif no_weight:  # no statistics: x_hat = 0
+        running_mean = core.running_average(param.running_mean, x, axis)
+        running_var = core.running_average(param.running_var, x, axis)
+        if not train:
+            mean, var = running_mean, running_var
+    if train and no_weight:  # no statistics: x_hat = 0
         mean = np.zeros(x.shape[axis])
         var = np.full_like(mean, np.inf)
-    y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads, *more)
+    y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads_for(x), *more)
     if bn_param is not None and param is not None:
         if train and x.size and not no_weight:
             core.update_average(running_mean, stats, 0, param.momentum)
             core.update_average(running_var, stats, 3, param.momentum)
         bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
-    overwritten = "" if out is None or not core.is_same(out, x) else "batchnorm_forward"
-    frozen = not train or no_weight
-    return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
+    return y, stats, eps, not train or no_weight
 
 
 def _for_core(options: Options) -> tuple[Any, ...]:
@@ -307,13 +328,47 @@ def batchnorm_backward(
            [0.],
            [3.]])
     """
-    wanted = None if needs is GRADIENTS else _checks.needs(needs, out)
-    dout, kept, out = _checks.backward_arrays(dout, cache, out)
-    x = kept.x
-    n_threads = n_threads_for(x)
-    arguments = (
+    gradients: tuple[Any, ...] | None = None
+    if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:
+        kept = cache
+        gradients = core.plain_backward(  # the straight road
+            dout,
+            kept.x,
+            kept.gamma,
+            kept.stats,
+            kept.axis,
+            kept.eps,
+            out,
+            kept.frozen,
+            kept.exact_mean,
+            kept.options,
+            _SERIAL_SIZE,
+        )
+    if gradients is None:
+        wanted = _checks.needs(needs, out)
+        dout, kept, out = _checks.backward_arrays(dout, cache, out)
+        gradients = _checked_backward(dout, kept, out, wanted)
+    if out is not None and core.is_same(out, kept.x):
+        kept.overwritten = "batchnorm_backward"
+    return gradients
+
+
+def _checked_backward(
+    dout: Array, kept: Cache, out: Array | None, wanted: Container[str]
+) -> tuple[Array | None, ...]:
+    more: dict[str, Any] = {}
+    n = 3
+    if kept.options is not None:
+        activation, slope, residual, weights, total = _for_core(kept.options)
+        more = {"activation": activation, "negative_slope": slope, "beta": kept.options.beta}
+        more |= {"residual": residual, "weights": weights, "total": total}
+        n += residual is not None
+    more["needs_dx"] = "dx" in wanted
+    more["needs_sums"] = "dgamma" in wanted or "dbeta" in wanted
+    more["needs_dresidual"] = n == 4 and "dresidual" in wanted
+    gradients = core.backward(
         dout,
-        x,
+        kept.x,
         kept.gamma,
         kept.stats,
         kept.axis,
@@ -321,34 +376,10 @@ def batchnorm_backward(
         out,
         kept.frozen,
         kept.exact_mean,
-        n_threads,
+        n_threads_for(kept.x),
+        **more,
     )
-    options = kept.options
-    if wanted is None and options is None:  # the straight road
-        gradients = core.backward(*arguments)[:3]
-    else:
-        gradients = _chosen_gradients(arguments, options, GRADIENTS if wanted is None else wanted)
-    if out is not None and core.is_same(out, x):
-        kept.overwritten = "batchnorm_backward"
-    return gradients
-
-
-def _chosen_gradients(
-    arguments: tuple[Any, ...], options: Options | None, wanted: Container[str]
-) -> tuple[Any, ...]:
-    """Those of core.backward, with what the forward call was asked for."""
-    more: dict[str, Any] = {}
-    n = 3
-    if options is not None:
-        activation, slope, residual, weights, total = _for_core(options)
-        more = {"activation": activation, "negative_slope": slope, "beta": options.beta}
-        more |= {"residual": residual, "weights": weights, "total": total}
-        n += residual is not None
-    more["needs_dx"] = "dx" in wanted
-    more["needs_sums"] = "dgamma" in wanted or "dbeta" in wanted
-    more["needs_dresidual"] = n == 4 and "dresidual" in wanted
-    gradients = core.backward(*arguments, **more)
-    named = zip(GRADIENTS[:n], gradients, strict=False)
+    named = zip_longest(GRADIENTS[:n], gradients)
     return tuple(gradient if name in wanted else None for name, gradient in named)
 
 

@@ -43,6 +43,7 @@ cdef enum:
     PAGE_BYTES = 4096         # of a row that a thread has for itself, or threads share rows
     STREAM_BYTES = 28 * 1024 * 1024  # all arrays of a call: the share of L3 that is left, see below
     PREFETCH_BYTES = 4 * 1024 * 1024
+    HELD_SIZE = 1 << 14       # elements below which the GIL is not worth handing on
 
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
 # 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.  A narrow

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+import bn_fast
 from bn_fast import (
     batchnorm_backward,
     batchnorm_backward_alt,
@@ -159,6 +160,67 @@ def test_out_over_what_is_not_kept():
         assert_same_bits([got], [expected])
         for name in ("running_mean", "running_var"):
             assert_same_bits([param[name]], [apart[name]])
+
+
+@pytest.mark.parametrize("shape", [(16, 4096), (8, 64, 28, 28)], ids=str)
+def test_out_over_a_beta_that_is_read_tile_by_tile(shape):
+    x, n = normal(shape, np.float32), shape[1]
+    out = normal(shape, np.float32, 1)
+    beta = out.reshape(-1)[n // 2 : n // 2 + n]
+    expected, _ = batchnorm_forward(x, np.ones(n), beta.copy())
+    assert_same_bits([batchnorm_forward(x, np.ones(n), beta, out=out)[0]], [expected])
+
+
+PARAMS = [
+    None,
+    {"mode": "train"},
+    {"mode": "test", "eps": 1e-3},
+    {"mode": "train", "momentum": 0.5, "running_mean": None, "running_var": np.ones(5)},
+    {"mode": "test", "running_mean": np.arange(5.0), "running_var": np.ones(5, np.float32)},
+    {"mode": "train", "eps": 0.0, "running_mean": np.arange(5, dtype=np.float32), "other": 1},
+]
+
+
+@pytest.mark.parametrize("param", PARAMS, ids=str)
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("residual", [None, True])
+@pytest.mark.parametrize("out", [None, "new", "x", "residual"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_straight_road_leads_where_the_other_does(
+    param, activation, residual, out, dtype, monkeypatch
+):
+    """A small call whose arguments need no conversion, and the same where every one is checked."""
+
+    def results():
+        x, dout, r = (normal((6, 5), dtype, seed) for seed in range(3))
+        gamma, beta = normal(5, np.float32, 3), normal(5, np.float64, 4)
+        where = {"x": x, "residual": r, "new": np.empty_like(x)}.get(out)
+        given = None if param is None else dict(param)
+        y, cache = batchnorm_forward(
+            x, gamma, beta, given, out=where, activation=activation,
+            negative_slope=0.25, residual=r if residual else None,
+        )  # fmt: skip
+        assert where is None or y is where
+        said = [cache.axis, cache.eps, cache.frozen, cache.overwritten, cache.options and (
+            cache.activation, cache.negative_slope, cache.options.residual_overwritten
+        )]  # fmt: skip
+        averages = [] if given is None else [given["running_mean"], given["running_var"]]
+        try:
+            gradients = batchnorm_backward(dout, cache)
+            into = np.empty_like(dout)
+            assert batchnorm_backward(dout, cache, out=into)[0] is into
+            said.append(cache.overwritten)
+            gradients = [*gradients, into]
+        except ValueError as error:
+            gradients = []
+            said.append(str(error))
+        return [y, cache.stats, *averages, *gradients], said
+
+    straight, said = results()
+    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
+    checked, also_said = results()
+    assert said == also_said
+    assert_same_bits(straight, checked)
 
 
 class Refusing:
