@@ -31,7 +31,7 @@ cdef enum:
     BLOCK_ELEMENTS = 8192     # this many between two folds
     BLOCK_SHARE = 4           # float64 is folded so much sooner
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
-    GATHER_COLUMNS = 64       # narrow, as a block's sums are taken up and laid down once a group
+    GATHER_COLUMNS = 256      # not wide, as a block's sums are taken up and laid down once a group
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below

@@ -336,7 +336,7 @@ cdef void reduce_rows(
     )
     if plan.used[D] and not wide:
         store_gradient[real](job, plan, segment, first, j0, width, row, n, s, real_tag)
-    if plan.storage != NATIVE or s.gate_first:
+    if plan.storage != NATIVE or s.gate_first or plan.used[W]:
         ahead = 0
     while n % TREE_ROWS and not plan.along:
         s.rows[X][n] = <char*> shift_x
@@ -458,7 +458,9 @@ cdef void apply_columns(
     cdef int r
     if job.prefetch_again and access[X] != GATHERED and not plan.along:
         ahead = rows_ahead(width * plan.itemsize)
-    kernel_ahead = ahead if plan.storage == NATIVE and not s.gate_first else 0
+    kernel_ahead = ahead
+    if plan.storage != NATIVE or s.gate_first or plan.used[W]:
+        kernel_ahead = 0
     while row < row_end:
         n = min(group, row_end - row)
         fetch_inputs[real, lane](
