@@ -557,11 +557,14 @@ def test_past_the_caches(shape, axis):
     gamma, beta = normal(shape[axis], np.float32, 3), normal(shape[axis], np.float32, 4)
     weights = spread_weights(shape, axis, "integers")
     some = slice(0, shape[axis], 13)
-    for activation, w in (("leaky_relu", None), ("relu", weights), (None, None)):
+    for activation, r, w in (
+        ("leaky_relu", residual, None), ("relu", residual, weights), (None, residual, None),
+        ("leaky_relu", None, None), ("relu", None, weights),
+    ):  # fmt: skip
         options = {"activation": activation, "weights": w, "axis": axis}
-        out, cache = batchnorm_forward(x, gamma, beta, residual=residual, **options)
+        out, cache = batchnorm_forward(x, gamma, beta, residual=r, **options)
         results = [out, *batchnorm_backward(dout, cache)]
-        part = [np.ascontiguousarray(a[:, some]) for a in (x, dout, residual)]
+        part = [a if a is None else np.ascontiguousarray(a[:, some]) for a in (x, dout, r)]
         out, cache = batchnorm_forward(
             part[0], gamma[some], beta[some], residual=part[2], **options
         )
