@@ -93,6 +93,23 @@ static inline int bn_startable(int n) {
 static inline int bn_startable(int n) { return n; }
 #endif
 
+/* x + y on the units that multiply, as x * 1 + y: rounded once like any sum, so the same bits. CPUs
+ * whose adders are apart (Zen) have these units to spare in a sum of differences. The compiler must
+ * not know the 1, or it adds. */
+#if defined(__FMA__) && (defined(__GNUC__) || defined(__clang__))
+static inline double bn_one(void) {
+    double one = 1;
+    __asm__("" : "+x"(one));
+    return one;
+}
+#define bn_plus(x, y, one) __builtin_fma(x, one, y)
+#define bn_plusf(x, y, one) __builtin_fmaf(x, one, y)
+#else
+static inline double bn_one(void) { return 1; }
+#define bn_plus(x, y, one) ((x) + (y))
+#define bn_plusf(x, y, one) ((x) + (y))
+#endif
+
 /* Ask for n bytes before they are needed: the hardware does not follow a tile's rows, which lie a page
  * or more apart. A hint: any address is allowed. */
 #if defined(__GNUC__) || defined(__clang__)

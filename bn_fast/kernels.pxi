@@ -16,8 +16,8 @@
 #   (d) Rows come in multiples of TREE_ROWS for sums, of APPLY_ROWS for output; the caller pads with
 #       rows equal to the shift, which add exactly 0, and with a dummy to write to, instead of a
 #       second loop here for the rest.
-#   (e) Sums are kept in local arrays during a block: nothing else can point at them, so that no
-#       compiler has to ask at run time whether it may vectorize.
+#   (e) Sums are `restrict`: nothing else points at them, so that no compiler has to ask at run time
+#       whether it may vectorize.
 #   (f) Wide rows are walked strip by strip of STRIP columns, and the rows that come next are
 #       prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight rows:
 #       summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows 13, in
@@ -38,6 +38,9 @@ cdef extern from "_native.h" nogil:
     void bn_stream(char* to, const char* from_, Py_ssize_t n)
     void bn_stream_end()
     bint BN_STREAMS
+    double bn_one()
+    double bn_plus(double x, double y, double one)
+    float bn_plusf(float x, float y, float one)
 
 cdef enum:
     TREE_ROWS = 8
@@ -45,6 +48,14 @@ cdef enum:
     MAX_COLUMNS = 512
     STRIP = 64
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
+
+
+cdef inline real plus(real x, real y, real one) noexcept nogil:
+    """x + y, by the units that multiply where there are such; `one` is bn_one()."""
+    if real is float:
+        return bn_plusf(x, y, one)
+    else:
+        return bn_plus(x, y, one)
 
 
 cdef inline void prefetch_rows(
@@ -60,22 +71,25 @@ cdef inline void prefetch_rows(
 cdef inline void stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* x4, const real* x5, const real* x6, const real* x7,
-    Py_ssize_t first, Py_ssize_t last, const real* shift, double* s, double* ss,
+    Py_ssize_t first, Py_ssize_t last, const real* shift, real one,
+    double* restrict s, double* restrict ss,
 ) noexcept nogil:
     """Eight rows of the columns first .. last - 1 into their sums."""
     cdef Py_ssize_t j
     cdef real k, d0, d1, d2, d3, d4, d5, d6, d7
     for j in range(first, last):
         k = shift[j]
-        d0 = x0[j] - k
-        d1 = x1[j] - k
-        d2 = x2[j] - k
-        d3 = x3[j] - k
-        d4 = x4[j] - k
-        d5 = x5[j] - k
-        d6 = x6[j] - k
-        d7 = x7[j] - k
-        s[j] += <double> (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)))
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
+        d4 = plus(x4[j], -k, one)
+        d5 = plus(x5[j], -k, one)
+        d6 = plus(x6[j], -k, one)
+        d7 = plus(x7[j], -k, one)
+        s[j] += <double> (
+            (plus(d0, d1, one) + (d2 + d3)) + (plus(d4, d5, one) + (d6 + d7))
+        )
         ss[j] += <double> (
             ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
             + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
@@ -90,12 +104,8 @@ cdef void stats_across(
 
     If `ahead` is not 0, that many rows more are known and are prefetched.
     """
-    cdef Py_ssize_t i, j, strip, step = STRIP if ahead else width
-    cdef double[MAX_COLUMNS] s
-    cdef double[MAX_COLUMNS] ss
-    for j in range(width):
-        s[j] = sum_d[j]
-        ss[j] = sum_dd[j]
+    cdef Py_ssize_t i, strip, step = STRIP if ahead else width
+    cdef real one = <real> bn_one()
     for i in range(0, n_rows, 8):  # TREE_ROWS; Cython wants a literal step
         strip = 0
         while strip < width:
@@ -106,12 +116,9 @@ cdef void stats_across(
                 <const real*> rows[i + 2], <const real*> rows[i + 3],
                 <const real*> rows[i + 4], <const real*> rows[i + 5],
                 <const real*> rows[i + 6], <const real*> rows[i + 7],
-                strip, min(strip + step, width), shift, s, ss,
+                strip, min(strip + step, width), shift, one, sum_d, sum_dd,
             )
             strip += step
-    for j in range(width):
-        sum_d[j] = s[j]
-        sum_dd[j] = ss[j]
 
 
 cdef void last_rows(
@@ -137,6 +144,7 @@ cdef void stats_along(
     needs no prefetch (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
     cdef Py_ssize_t i, j, r
     cdef Py_ssize_t trees = width // (TREE_ROWS * LANES), left = width % (TREE_ROWS * LANES)
+    cdef real one = <real> bn_one()
     cdef const real* x
     cdef double[LANES] s
     cdef double[LANES] ss
@@ -151,14 +159,14 @@ cdef void stats_along(
             stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
-                0, LANES, shift, s, ss,
+                0, LANES, shift, one, s, ss,
             )
             x += TREE_ROWS * LANES
         if left:
             last_rows(x, left, TREE_ROWS, shift, row, last)
             stats_tree(
                 row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
-                0, LANES, shift, s, ss,
+                0, LANES, shift, one, s, ss,
             )
     for j in range(LANES):
         sum_d[j] = s[j]
@@ -188,7 +196,7 @@ cdef inline void grad_stats_tree(
     const real* x0, const real* x1, const real* x2, const real* x3,
     const real* g0, const real* g1, const real* g2, const real* g3,
     Py_ssize_t first, Py_ssize_t last, const real* shift_x, const real* shift_g,
-    double* s, double* ss,
+    real one, double* restrict s, double* restrict ss,
     const real* open_shift, const real* open_scale, const real* open_bias, real open_slope,
     const activation* activation_tag,
 ) noexcept nogil:
@@ -202,18 +210,18 @@ cdef inline void grad_stats_tree(
             o = open_shift[j]
             a = open_scale[j]
             c = open_bias[j]
-        d0 = x0[j] - k
-        d1 = x1[j] - k
-        d2 = x2[j] - k
-        d3 = x3[j] - k
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
         t0 = let_through(g0[j], x0[j], o, a, c, open_slope, activation_tag)
         t1 = let_through(g1[j], x1[j], o, a, c, open_slope, activation_tag)
         t2 = let_through(g2[j], x2[j], o, a, c, open_slope, activation_tag)
         t3 = let_through(g3[j], x3[j], o, a, c, open_slope, activation_tag)
-        t0 = t0 - m
-        t1 = t1 - m
-        t2 = t2 - m
-        t3 = t3 - m
+        t0 = plus(t0, -m, one)
+        t1 = plus(t1, -m, one)
+        t2 = plus(t2, -m, one)
+        t3 = plus(t3, -m, one)
         s[j] += <double> ((t0 + t1) + (t2 + t3))
         ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
 
@@ -234,13 +242,9 @@ cdef void grad_stats_across(
     cdef real open_slope = <real> block.open_slope
     cdef char** x_rows = block.x
     cdef char** g_rows = block.g
-    cdef Py_ssize_t i, j, strip, width = block.width, ahead = block.ahead
+    cdef Py_ssize_t i, strip, width = block.width, ahead = block.ahead
     cdef Py_ssize_t step = STRIP if ahead else width
-    cdef double[MAX_COLUMNS] s
-    cdef double[MAX_COLUMNS] ss
-    for j in range(width):
-        s[j] = block.sum_1[j]
-        ss[j] = block.sum_2[j]
+    cdef real one = <real> bn_one()
     for i in range(0, block.n_rows, 4):
         strip = 0
         while strip < width:
@@ -252,13 +256,10 @@ cdef void grad_stats_across(
                 <const real*> x_rows[i + 2], <const real*> x_rows[i + 3],
                 <const real*> g_rows[i], <const real*> g_rows[i + 1],
                 <const real*> g_rows[i + 2], <const real*> g_rows[i + 3],
-                strip, min(strip + step, width), shift_x, shift_g, s, ss,
+                strip, min(strip + step, width), shift_x, shift_g, one, block.sum_1, block.sum_2,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             strip += step
-    for j in range(width):
-        block.sum_1[j] = s[j]
-        block.sum_2[j] = ss[j]
 
 
 cdef void grad_stats_along(
@@ -273,6 +274,7 @@ cdef void grad_stats_along(
     cdef real open_slope = <real> block.open_slope
     cdef Py_ssize_t i, j, r
     cdef Py_ssize_t trees = block.width // (4 * LANES), left = block.width % (4 * LANES)
+    cdef real one = <real> bn_one()
     cdef const real* x
     cdef const real* g
     cdef double[LANES] s
@@ -291,7 +293,7 @@ cdef void grad_stats_along(
             grad_stats_tree(
                 x, x + LANES, x + 2 * LANES, x + 3 * LANES,
                 g, g + LANES, g + 2 * LANES, g + 3 * LANES,
-                0, LANES, shift_x, shift_g, s, ss,
+                0, LANES, shift_x, shift_g, one, s, ss,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
             x += 4 * LANES
@@ -301,7 +303,7 @@ cdef void grad_stats_along(
             last_rows(g, left, 4, shift_g, g_row, g_last)
             grad_stats_tree(
                 x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
-                0, LANES, shift_x, shift_g, s, ss,
+                0, LANES, shift_x, shift_g, one, s, ss,
                 open_shift, open_scale, open_bias, open_slope, activation_tag,
             )
     for j in range(LANES):
@@ -418,9 +420,9 @@ cdef void apply_along(
 
 
 cdef inline real gradient(
-    real g, real x, real k, real m, real a, real b, real c,
+    real g, real x, real k, real m, real a, real b, real c, real one,
 ) noexcept nogil:
-    return ((g - m) * a - (x - k) * b) + c
+    return ((g - m) * a - plus(x, -k, one) * b) + c
 
 
 cdef inline void grad_apply_four(
@@ -432,7 +434,7 @@ cdef inline void grad_apply_four(
     Py_ssize_t width, const real* restrict shift_x, const real* restrict shift_g,
     const real* restrict scale, const real* restrict slope, const real* restrict bias,
     const real* restrict open_shift, const real* restrict open_scale,
-    const real* restrict open_bias, real open_slope,
+    const real* restrict open_bias, real open_slope, real one,
     const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j
@@ -451,10 +453,10 @@ cdef inline void grad_apply_four(
         t1 = let_through(g1[j], x1[j], o, oa, oc, open_slope, activation_tag)
         t2 = let_through(g2[j], x2[j], o, oa, oc, open_slope, activation_tag)
         t3 = let_through(g3[j], x3[j], o, oa, oc, open_slope, activation_tag)
-        y0[j] = gradient(t0, x0[j], k, m, a, b, c)
-        y1[j] = gradient(t1, x1[j], k, m, a, b, c)
-        y2[j] = gradient(t2, x2[j], k, m, a, b, c)
-        y3[j] = gradient(t3, x3[j], k, m, a, b, c)
+        y0[j] = gradient(t0, x0[j], k, m, a, b, c, one)
+        y1[j] = gradient(t1, x1[j], k, m, a, b, c, one)
+        y2[j] = gradient(t2, x2[j], k, m, a, b, c, one)
+        y3[j] = gradient(t3, x3[j], k, m, a, b, c, one)
 
 
 cdef void grad_apply_across(
@@ -469,7 +471,7 @@ cdef void grad_apply_across(
     cdef const real* open_shift = <const real*> block.open_shift
     cdef const real* open_scale = <const real*> block.open_scale
     cdef const real* open_bias = <const real*> block.open_bias
-    cdef real open_slope = <real> block.open_slope
+    cdef real open_slope = <real> block.open_slope, one = <real> bn_one()
     cdef char** x_rows = block.x
     cdef char** g_rows = block.g
     cdef char** y_rows = block.y
@@ -491,7 +493,7 @@ cdef void grad_apply_across(
                 min(step, width - strip), shift_x + strip, shift_g + strip,
                 scale + strip, slope + strip, bias + strip,
                 open_shift + strip, open_scale + strip, open_bias + strip, open_slope,
-                activation_tag,
+                one, activation_tag,
             )
             strip += step
 
@@ -499,13 +501,13 @@ cdef void grad_apply_across(
 cdef inline void grad_apply_run(
     const real* restrict x, const real* restrict g, real* restrict y, Py_ssize_t width,
     real k, real m, real a, real b, real c, real o, real oa, real oc, real open_slope,
-    const activation* activation_tag,
+    real one, const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j
     cdef real t
     for j in range(width):
         t = let_through(g[j], x[j], o, oa, oc, open_slope, activation_tag)
-        y[j] = gradient(t, x[j], k, m, a, b, c)
+        y[j] = gradient(t, x[j], k, m, a, b, c, one)
 
 
 cdef void grad_apply_along(
@@ -513,6 +515,7 @@ cdef void grad_apply_along(
 ) noexcept nogil:
     """The same where a row is one feature's."""
     cdef Py_ssize_t i
+    cdef real one = <real> bn_one()
     for i in range(block.n_rows):
         grad_apply_run(
             <const real*> block.x[i], <const real*> block.g[i], <real*> block.y[i], block.width,
@@ -520,7 +523,7 @@ cdef void grad_apply_along(
             (<const real*> block.scale)[0], (<const real*> block.slope)[0],
             (<const real*> block.bias)[0], (<const real*> block.open_shift)[0],
             (<const real*> block.open_scale)[0], (<const real*> block.open_bias)[0],
-            <real> block.open_slope, activation_tag,
+            <real> block.open_slope, one, activation_tag,
         )
 
 
