@@ -42,7 +42,7 @@ cdef Py_ssize_t sample_rows(
     float[MAX_COLUMNS]* sample,
 ) noexcept nogil:
     """Addresses of the first, middle and last value of a tile's first feature, and how far the next
-    feature's lie; half types are taken to `sample`."""
+    feature's lie, in bytes; half types are taken to `sample`."""
     cdef Py_ssize_t offset[MAX_COLUMNS]
     cdef Py_ssize_t f, step = plan.feature_stride[role]
     cdef const Segment* segment = &plan.segment[0]
@@ -64,6 +64,34 @@ cdef Py_ssize_t sample_rows(
     return sizeof(float)
 
 
+cdef inline void sample_features(
+    const char* row_a, const char* row_b, const char* row_c, Py_ssize_t step, Py_ssize_t n,
+    bint around_zero, double* restrict shift, const real* real_tag,
+) noexcept nogil:
+    """shift[f] from three values of each of n features, which lie `step` bytes apart."""
+    cdef Py_ssize_t f
+    cdef real a, b, c, low, high, middle, gap, big, size
+    cdef real digits = 1.5 * 2.0 ** 21 if real is float else 1.5 * 2.0 ** 50
+    for f in range(n):
+        a = (<const real*> (row_a + f * step))[0]
+        b = (<const real*> (row_b + f * step))[0]
+        c = (<const real*> (row_c + f * step))[0]
+        low = a if a < b else b
+        high = b if a < b else a
+        middle = c if c < high else high
+        middle = low if middle < low else middle
+        low = low if low < c else c
+        high = high if high > c else c
+        gap = middle - low if middle - low < high - middle else high - middle
+        big = digits * gap
+        middle = (middle + big) - big
+        if around_zero:
+            size = middle if middle >= 0 else -middle
+            big = middle if size > high - low else 0
+            middle = big if gap > 0 else middle
+        shift[f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
+
+
 cdef void sample_shift(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* restrict shift,
     const real* real_tag,
@@ -82,29 +110,24 @@ cdef void sample_shift(
     """
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
-    cdef Py_ssize_t f, step
-    cdef real a, b, c, low, high, middle, gap, big
-    cdef real digits = 1.5 * 2.0 ** 21 if real is float else 1.5 * 2.0 ** 50
-    step = sample_rows(plan, role, first, n_features, row, sample)
-    for f in range(n_features):
-        a = (<const real*> (row[0] + f * step))[0]
-        b = (<const real*> (row[1] + f * step))[0]
-        c = (<const real*> (row[2] + f * step))[0]
-        low = a if a < b else b
-        high = b if a < b else a
-        middle = c if c < high else high
-        middle = low if middle < low else middle
-        low = low if low < c else c
-        high = high if high > c else c
-        gap = middle - low if middle - low < high - middle else high - middle
-        big = digits * gap
-        middle = (middle + big) - big
-        if role == G and fabs(middle) <= high - low and gap > 0:
-            middle = 0
-        shift[first + f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
+    cdef Py_ssize_t step = sample_rows(plan, role, first, n_features, row, sample)
+    cdef bint around_zero = role == G
+    shift += first
+    if step != sizeof(real):
+        sample_features(
+            row[0], row[1], row[2], step, n_features, around_zero, shift, real_tag
+        )
+    elif around_zero:  # what the compiler knows it can vectorize
+        sample_features(
+            row[0], row[1], row[2], sizeof(real), n_features, True, shift, real_tag
+        )
+    else:
+        sample_features(
+            row[0], row[1], row[2], sizeof(real), n_features, False, shift, real_tag
+        )
 
 
-cdef void gate_constants(
+cdef inline void gate_constants(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const real* real_tag,
 ) noexcept nogil:
     forward_constants[real](
@@ -122,6 +145,8 @@ cdef void start_gate(
     read_parameter(&job.gamma_given, first, n_features, job.gamma + first)
     read_parameter(&job.beta_given, first, n_features, job.beta + first)
     gate_constants[real](job, first, n_features, False, real_tag)
+    if fold_run(job.gate_wide + first, n_features) == 0:  # none
+        return
     for f in range(first, first + n_features):
         if job.gate_wide[f] != 0:
             if real is double:
@@ -168,8 +193,7 @@ cdef void start_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
 ) noexcept nogil:
     cdef Py_ssize_t f
-    cdef double step, shift
-    cdef bint coarse = job.kind == BACKWARD
+    cdef double step, shift, steps = 1.5 * 2.0 ** 49 if job.kind == BACKWARD else 0
     for f in range(first, first + n_features):
         job.factor[f] = 1
     if job.gated:
@@ -185,7 +209,7 @@ cdef void start_tile(
     # by up to 100 roundings (M = 8e5).  Adding and taking away 2^52 steps rounds to a step.  A
     # constant feature keeps its value, for dgamma = 0, and so does a mean that was given.
     for f in range(first, first + n_features):
-        step = 1.5 * 2.0 ** 49 * sqrt(job.var[f]) if coarse and job.var[f] > 0 else 0.0
+        step = steps * sqrt(job.var[f])
         shift = (job.mean[f] + step) - step
         job.shift_x[f] = <double> (<real> (shift if fabs(shift) < INFINITY else job.mean[f]))
         job.shift_g[f] = 0
@@ -201,56 +225,63 @@ cdef inline double finish_sum(double high, double low) noexcept nogil:
     return high + low if fabs(high) < INFINITY else high
 
 
-cdef inline double is_far(double s1, double s2, double m) noexcept nogil:
-    """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while
-    (mean - shift)^2 <= 9 var, which the median of three keeps but for contrived data."""
-    return 1.0 if s1 / m * s1 > 9 * (s2 - s1 / m * s1) else 0.0
+cdef inline double is_far(double delta, double s1, double s2) noexcept nogil:
+    """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while delta^2 <= 9 var, where
+    delta = S1/M = mean - shift; the median of three keeps that but for contrived data."""
+    return 1.0 if delta * s1 > 9 * (s2 - delta * s1) else 0.0
 
 
-cdef double settle_forward(
+cdef inline double settle_forward(
     const double* restrict s1_high, const double* restrict s1_low,
     const double* restrict s2_high, const double* restrict s2_low,
     const double* restrict shift, const double* restrict factor,
     double* restrict mean, double* restrict mean_low, double* restrict inv_std,
     double* restrict var, double* restrict retry,
-    Py_ssize_t n, double m, double eps, double low, double first_try,
+    Py_ssize_t n, double m, double eps, double low, bint first_try,
 ) noexcept nogil:
     """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
-    mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked)."""
+    mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked).
+
+    The first try is in native lanes, whose factor is 1.  Divisions are what this loop costs.
+    """
     cdef Py_ssize_t f
-    cdef double s1, s2, delta, delta_low, part, high, m2, spread, scaled_eps, finite, sank
-    cdef double count = 0
+    cdef double s1, s2, delta, delta_low, part, high, m2, spread, back, scaled_eps, finite, sank
+    cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
+        back = 1.0 if first_try else 1 / factor[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
         finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
-        delta = s1 / m
+        delta = s1 * per
         m2 = s2 - delta * s1
-        spread = m2 / m if m2 > 0 else 0.0
+        spread = m2 * per if m2 > 0 else 0.0
         sank = (
             (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
             * (1.0 if fabs(shift[f]) < 1e140 else 0.0)
         )
-        retry[f] = finite * is_far(s1, s2, m) + first_try * (1 - finite + sank)
+        retry[f] = finite * is_far(delta, s1, s2) + again * (1 - finite + sank)
         count += retry[f]
-        # What the division left: delta m is subtracted in two products that are exact.
+        # What that left of S1: delta m is subtracted in two products that are exact.
         part = delta * (2.0 ** 27 + 1)
         part = part - (part - delta)
-        delta_low = (((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]) / m
-        delta_low = (delta_low if fabs(delta) < 1e290 else 0.0) / factor[f]
-        delta = delta / factor[f]
+        delta_low = (((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]) * per
+        delta_low = (delta_low if fabs(delta) < 1e290 else 0.0) * back
+        delta = delta * back
         high = shift[f] + delta
         delta_low = ((shift[f] - high) + delta) + delta_low
         mean[f] = high
         mean_low[f] = delta_low if finite > 0 else 0.0
         spread = spread if finite > 0 else NAN
-        var[f] = spread / factor[f] / factor[f]
-        scaled_eps = eps * factor[f] * factor[f]
-        inv_std[f] = factor[f] / sqrt(spread + scaled_eps) if spread + scaled_eps != 0 else 0.0
+        var[f] = spread * back * back
+        scaled_eps = eps if first_try else eps * factor[f] * factor[f]
+        inv_std[f] = (
+            (1.0 if first_try else factor[f]) / sqrt(spread + scaled_eps)
+            if spread + scaled_eps != 0 else 0.0
+        )
     return count
 
 
-cdef double settle_backward(
+cdef inline double settle_backward(
     const double* restrict s1_high, const double* restrict s1_low,
     const double* restrict s2_high, const double* restrict s2_low,
     const double* restrict shift_x, const double* restrict shift_g,
@@ -258,13 +289,14 @@ cdef double settle_backward(
     const double* restrict mean_low, const double* restrict multiplier,
     double* restrict dgamma, double* restrict dbeta,
     double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
-    Py_ssize_t n, double m, double low, double first_try,
+    Py_ssize_t n, double m, double low, bint first_try,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Returns how many need
     another try (marked)."""
     cdef Py_ssize_t f
     cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, count = 0
+    cdef double per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
@@ -272,7 +304,7 @@ cdef double settle_backward(
         finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         dead = 1.0 if fabs(s1) + fabs(s2) == 0 else 0.0
         sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
-        retry[f] = first_try * (1 - finite + sank)
+        retry[f] = again * (1 - finite + sank)
         count += retry[f]
         part = shift_g[f] * (2.0 ** 27 + 1)
         part = part - (part - shift_g[f])
@@ -282,14 +314,15 @@ cdef double settle_backward(
         high = s1_high[f] + t
         rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
         dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f])
-        t = s1 / m
-        part = t * (2.0 ** 27 + 1)  # what the division left, as in forward
+        t = s1 * per
+        part = t * (2.0 ** 27 + 1)  # what that left, as in forward
         part = part - (part - t)
-        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) / m
+        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per
         mean_g[f] = shift_g[f] + t
         mean_g_low[f] = ((shift_g[f] - mean_g[f]) + t) + (t_low if fabs(t) < 1e290 else 0.0)
         dgamma[f] = (
-            multiplier[f] / factor[f] * s2 - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
+            (multiplier[f] if first_try else multiplier[f] / factor[f]) * s2
+            - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
         )
     return count
 
@@ -307,7 +340,7 @@ cdef void merge_chunks(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
             fold_halves(total + stride, part + stride, n)
 
 
-cdef double settle(
+cdef inline double settle(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, const real* real_tag,
 ) noexcept nogil:
     cdef double* sums = job.sums + f
@@ -342,7 +375,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
         job.shift_x[f] = job.mean[f]
         if real is double:
             job.factor[f] = power_of_two(job.inv_std[f])
-    elif finite and is_far(s1, s2, m) != 0:
+    elif finite and is_far(s1 * (1 / m), s1, s2) != 0:
         job.shift_x[f] += s1 / m / job.factor[f]
     elif real is double:
         job.factor[f] = ldexp(1.0, 540 if finite else -540)
@@ -355,7 +388,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
 # those features whose constants the native lanes cannot hold; for them it is done again, `wide`,
 # with factor set.
 
-cdef void forward_constants(
+cdef inline void forward_constants(
     const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
     const double* restrict gamma, const double* restrict beta,
     double* restrict shift, double* restrict factor, double* restrict scale,
@@ -371,7 +404,7 @@ cdef void forward_constants(
         shift[f] = mean[f] if wide else <double> (<real> mean[f])
         rest = (mean[f] - shift[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
-        scale[f] = gamma[f] * (r / factor[f])
+        scale[f] = gamma[f] * (r / factor[f]) if wide else a
         bias[f] = beta[f] - (rest * a if rest != 0 else 0.0)
         wide_mark[f] = (
             beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + beyond(bias[f], low)
@@ -379,7 +412,7 @@ cdef void forward_constants(
         )
 
 
-cdef void backward_constants(
+cdef inline void backward_constants(
     const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
     const double* restrict gamma, const double* restrict dgamma,
     const double* restrict mean_g, const double* restrict mean_g_low,
@@ -398,21 +431,21 @@ cdef void backward_constants(
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
-    cdef double divisor = INFINITY if two or m <= 1 else m
+    cdef double per = 0 if two or m <= 1 else 1 / m
     eps = eps * two
     for f in range(n):
         r = inv_std[f]
         share = eps * r * r
         a = gamma[f] * r * (share if share > least else least)
-        q = dgamma[f] / divisor
+        q = dgamma[f] * per
         shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
         scale[f] = a
-        slope[f] = a * q * (r / factor[f])
+        slope[f] = a * q * (r / factor[f] if wide else r)
         bias[f] = (
-            (slope[f] * (factor[f] * rest) if rest != 0 else 0.0)
+            (slope[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
             - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
         )
         wide_mark[f] = (
@@ -422,7 +455,7 @@ cdef void backward_constants(
         )
 
 
-cdef void set_constants(
+cdef inline void set_constants(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const real* real_tag,
 ) noexcept nogil:
     cdef double low = low_limit(real_tag)
@@ -492,6 +525,8 @@ cdef void finish_tile(
     if job.beta_given.data != NULL:
         read_parameter(&job.beta_given, first, n_features, job.beta + first)
     set_constants[real](job, first, n_features, False, real_tag)
+    if fold_run(job.wide + first, n_features) == 0:  # none
+        return
     for f in range(first, first + n_features):
         if job.wide[f] != 0:
             if real is double:

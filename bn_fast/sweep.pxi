@@ -167,14 +167,18 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
 
 
 cdef void read_parameter(
-    const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* values,
+    const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* restrict values,
 ) noexcept nogil:
     cdef Py_ssize_t f
     cdef const char* data = given.data + first * given.stride
-    for f in range(n):
-        if given.single:
+    if given.single and given.stride == sizeof(float):
+        for f in range(n):
+            values[f] = (<const float*> data)[f]
+    elif given.single:
+        for f in range(n):
             values[f] = (<const float*> (data + f * given.stride))[0]
-        else:
+    else:
+        for f in range(n):
             values[f] = (<const double*> (data + f * given.stride))[0]
 
 
@@ -364,6 +368,7 @@ cdef void reduce_chunk(
     cdef Access access[N_ROLES]
     cdef Py_ssize_t row, row_end, block_end, n, group, width, ahead, n_columns, piece, j0
     cdef double* total = job.sums + chunk * 4 * job.stride + first
+    cdef bint first_block = True
     chunk_range(plan, chunk, &index, &row, &row_end)
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
@@ -405,8 +410,6 @@ cdef void reduce_chunk(
         set_all[lane](<lane*> s.weigh_ones, width, 1)
         prepare_weights[lane](job, plan, segment, first, n_features, s, lane_tag)
         memset(s.shift_g, 0, n_columns * sizeof(double))
-    for r in range(4):
-        memset(total + r * job.stride, 0, n_features * sizeof(double))
     while row < row_end:
         block_end = min(row + plan.block_rows, row_end)
         memset(s.sum_1, 0, n_columns * sizeof(double))
@@ -423,8 +426,15 @@ cdef void reduce_chunk(
             row += n
         fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_lanes)
         fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_lanes)
-        add_compensated(total, total + job.stride, s.sum_1, n_features)
-        add_compensated(total + 2 * job.stride, total + 3 * job.stride, s.sum_2, n_features)
+        if first_block:
+            first_block = False
+            memcpy(total, s.sum_1, n_features * sizeof(double))
+            memcpy(total + 2 * job.stride, s.sum_2, n_features * sizeof(double))
+            memset(total + job.stride, 0, n_features * sizeof(double))
+            memset(total + 3 * job.stride, 0, n_features * sizeof(double))
+        else:
+            add_compensated(total, total + job.stride, s.sum_1, n_features)
+            add_compensated(total + 2 * job.stride, total + 3 * job.stride, s.sum_2, n_features)
 
 
 cdef void reduce_tile(
@@ -528,7 +538,8 @@ cdef void apply_chunk(
     cdef Segment* segment
     cdef int index, r
     cdef Access access[N_ROLES]
-    cdef Py_ssize_t row, row_end, width, q, f, f_end, j, wanted = 0
+    cdef Py_ssize_t row, row_end, width, q, f, f_end, j
+    cdef Py_ssize_t wanted = <Py_ssize_t> fold_run(job.wide + first, n_features)
     cdef const double** values = [
         job.scale, job.bias, job.slope, job.shift_g, job.second.shift_r, job.second.mix_g,
         job.second.mix_r, job.second.mix_x, job.second.mix_bias,
@@ -537,8 +548,8 @@ cdef void apply_chunk(
         <lane*> s.scale, <lane*> s.bias, <lane*> s.slope, <lane*> s.shift_g,
         <lane*> s.shift_r, <lane*> s.mix_g, <lane*> s.mix_r, <lane*> s.mix_x, <lane*> s.mix_bias,
     ]
-    for f in range(first, first + n_features):
-        wanted += job.wide[f] == wide
+    if not wide:
+        wanted = n_features - wanted
     if wanted == 0:
         return
     chunk_range(plan, chunk, &index, &row, &row_end)
