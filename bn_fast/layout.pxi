@@ -26,7 +26,8 @@ cdef enum:
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
     NARROW = 16               # fewer features than this are joined even if they must be gathered
-    ALONG_RUN = 128           # a run from this length on is walked along, not across,
+    ALONG_RUN = 256           # a run from this length on is walked along, not across,
+    TREE_RUN = 128            # or from this, if along fewer places of trees stay empty
     PIECE = 1024              # in rows of no more than this, and
     BLOCK_ELEMENTS = 8192     # this many between two folds
     BLOCK_SHARE = 4           # float64 is folded so much sooner
@@ -122,6 +123,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     cdef int r, d, k, n = 0, ndim = cnp.PyArray_NDIM(key)
     cdef Py_ssize_t length, join, unit
     cdef Py_ssize_t n_features = shape[axis]
+    cdef Py_ssize_t rows
     cdef bint merge, side_by_side, stacked
     cdef Segment* main = &plan.segment[0]
     cdef Segment* rest = &plan.segment[1]
@@ -163,6 +165,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     if n > 0:
         n = k + 1
     length = size[n - 1] if n > 0 else 1
+    rows = cnp.PyArray_SIZE(key) // (n_features * length)
 
     plan.runs = n > 0 and (
         n_features == 1
@@ -198,7 +201,9 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     if plan.runs:
         for r in range(N_ROLES):
             main.run_stride[r] = step[r][n - 1]
-        plan.along = length >= ALONG_RUN
+        plan.along = length >= ALONG_RUN or (
+            length >= TREE_RUN and empty(length, TREE_RUN) * rows < empty(rows, 8) * length
+        )
         cut_axis(plan, even_piece(length) if plan.along else length, False)
         plan.max_tile = min(n_features, MAX_COLUMNS // length) if (
             stacked and not plan.along
@@ -235,6 +240,11 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     plan.n_chunks = (
         (main.n_rows + plan.chunk_rows - 1) // plan.chunk_rows + plan.n_segments - 1
     )
+
+
+cdef inline Py_ssize_t empty(Py_ssize_t n, Py_ssize_t places) noexcept:
+    """Places that stay empty in the last tree over n elements."""
+    return (places - n % places) % places
 
 
 cdef Py_ssize_t even_piece(Py_ssize_t length) noexcept:
