@@ -75,7 +75,7 @@ LAYOUTS = {
 }
 
 # (shape, axis). The numbers around which they lie are the limits of bn_fast/layout.pxi: NARROW 16,
-# BLOCK_ROWS and ALONG_RUN 128, JOIN_COLUMNS 256, MAX_COLUMNS 512, PIECE 1024; and LANES 16.
+# BLOCK_ROWS, TREE_RUN 128, JOIN_COLUMNS, ALONG_RUN 256, MAX_COLUMNS 512, PIECE 1024; and LANES 16.
 SHAPES = [
     ((1, 5), 1),  # one value for each feature
     ((2, 5), 1),
