@@ -181,6 +181,7 @@ cdef void fetch_inputs(
 ) noexcept nogil:
     """Point s.rows at n rows of the inputs, as the options have made them."""
     cdef bint again = s.gate_first and (wide or s.any_wide)
+    cdef bint runs_ahead = plan.along and job.prefetch and not wide
     cdef Py_ssize_t i
     cdef int r
     if again:
@@ -190,7 +191,8 @@ cdef void fetch_inputs(
     for r in range(Y):
         if plan.used[r] and not (again and r != X):
             fetch_rows[real, lane](
-                plan, segment, r, access[r], tile_first, j0, width, row, n, ahead,
+                plan, segment, r, access[r], tile_first, j0, width, row, n,
+                AHEAD_RUNS if runs_ahead and (r == R or plan.storage != NATIVE) else ahead,
                 s, real_tag, lane_tag, (<lane*> s.factor if r == X else <lane*> s.dummy) + j0,
             )
     if s.gate_first and not again:

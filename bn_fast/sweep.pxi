@@ -219,7 +219,7 @@ cdef void fetch_rows(
     Py_ssize_t ahead, Scratch* s, const real* real_tag, const lane* lane_tag, const lane* factor,
 ) noexcept nogil:
     """Point s.rows[role] at n rows (and `ahead` more, to prefetch) of the columns from j0 on."""
-    cdef Py_ssize_t i, known
+    cdef Py_ssize_t i, k, known, run
     cdef char* start = plan.base[role] + tile_first * plan.feature_stride[role]
     cdef lane* buffer = <lane*> s.buffer[role]
     cdef lane* packed
@@ -229,16 +229,29 @@ cdef void fetch_rows(
     row_pointers(segment, role, start, row, known, s.rows[role])
     for i in range(known, n + ahead):
         s.rows[role][i] = s.rows[role][known - 1]
+    if plan.along and ahead:
+        for i in range(n):
+            bn_prefetch(s.rows[role][i + ahead], width * plan.itemsize)
+        ahead = 0
     if access == DIRECT:
         return
-    for i in range(n):
+    i = 0
+    while i < n:
         packed = buffer + i * width
+        run = 1
+        if plan.storage != NATIVE and access == COPIED:  # rows that touch go as one
+            while (
+                (run + 1) * width <= MAX_COLUMNS and i + run < n
+                and s.rows[role][i + run] == s.rows[role][i] + run * width * plan.itemsize
+            ):
+                run += 1
         if plan.storage != NATIVE and ahead:  # the kernel cannot: its rows are those in the buffer
-            bn_prefetch(s.rows[role][i + ahead], width * plan.itemsize)
+            for k in range(i, i + run):
+                bn_prefetch(s.rows[role][k + ahead], width * plan.itemsize)
         if access == COPIED and plan.storage == NATIVE:
             memcpy(packed, s.rows[role][i], width * sizeof(real))
         elif access == COPIED:
-            widen(plan.storage, s.rows[role][i], width, <float*> packed)
+            widen(plan.storage, s.rows[role][i], run * width, <float*> packed)
         elif plan.storage != NATIVE:
             gather_half_row[lane](
                 plan.storage, s.rows[role][i], s.offset[role] + j0, width, packed
@@ -247,7 +260,9 @@ cdef void fetch_rows(
             gather_row[real, lane](
                 real_tag, s.rows[role][i], s.offset[role] + j0, width, factor, packed
             )
-        s.rows[role][i] = <char*> packed
+        for k in range(run):
+            s.rows[role][i + k] = <char*> (packed + k * width)
+        i += run
 
 
 cdef void store_rows(
