@@ -474,19 +474,38 @@ cdef void set_statistics(Job* job, cnp.ndarray stats) noexcept:
     job.mean_kept = NULL
 
 
-cpdef void update_average(
-    cnp.ndarray average, cnp.ndarray stats, int row, double weight,
+cdef void average_in(
+    cnp.ndarray average, const char* batch, Py_ssize_t stride, double old, double new,
 ) noexcept:
-    """average = weight * average + (1 - weight) * stats[row], in double."""
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(average)[0]
-    cdef double* batch = <double*> cnp.PyArray_DATA(stats) + row * n
+    cdef Py_ssize_t f
+    cdef double value
     cdef float* narrow = <float*> cnp.PyArray_DATA(average)
     cdef double* values = <double*> cnp.PyArray_DATA(average)
-    for f in range(n):
+    for f in range(cnp.PyArray_DIMS(average)[0]):
+        value = (<const double*> (batch + f * stride))[0]
         if cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT32:
-            narrow[f] = <float> (weight * narrow[f] + (1 - weight) * batch[f])
+            narrow[f] = <float> (old * narrow[f] + new * value)
         else:
-            values[f] = weight * values[f] + (1 - weight) * batch[f]
+            values[f] = old * values[f] + new * value
+
+
+def update_average(
+    cnp.ndarray average not None, cnp.ndarray batch not None, double old, double new,
+):
+    """average = old * average + new * batch, in double; average is contiguous, batch float64."""
+    average_in(
+        average, <char*> cnp.PyArray_DATA(batch), cnp.PyArray_STRIDES(batch)[0], old, new
+    )
+
+
+def are_finite(cnp.ndarray values not None):
+    """Of float64, one dimension."""
+    cdef Py_ssize_t f, stride = cnp.PyArray_STRIDES(values)[0]
+    cdef const char* data = <const char*> cnp.PyArray_DATA(values)
+    for f in range(cnp.PyArray_DIMS(values)[0]):
+        if not isfinite((<const double*> (data + f * stride))[0]):
+            return False
+    return True
 
 
 cdef tuple run_forward(

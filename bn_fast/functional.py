@@ -219,8 +219,8 @@ def _checked_forward(
     y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads_for(x), *more)
     if bn_param is not None and param is not None:
         if train and x.size and not no_weight:
-            core.update_average(running_mean, stats, 0, param.momentum)
-            core.update_average(running_var, stats, 3, param.momentum)
+            core.update_average(running_mean, stats[0], param.momentum, 1 - param.momentum)
+            core.update_average(running_var, stats[3], param.momentum, 1 - param.momentum)
         bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
     return y, stats, eps, not train or no_weight
 

@@ -230,9 +230,10 @@ class BatchNorm:
             If x has another number of features, or is a bad batch and `bad_batch` is 'raise'. The
             layer is then as it was.
         """
-        training = _layer_checks.flag(training, "training")
+        if training is not True:
+            training = _layer_checks.flag(training, "training")
         x = self._features(x)
-        out = self._buffer("out", x, x)
+        out = self._buffer("out", x, x) if self._buffers else None
         if training:
             out, cache, count, mean, var = self._forward_batch(x, out)
             self._update(count, mean, var)
@@ -248,7 +249,8 @@ class BatchNorm:
                 x, self._gamma.copy(), self._beta, param, axis=self.axis, out=out
             )
         self._cache, self._trained = cache, training
-        self._keep("out", x, out)
+        if self.reuse_buffers:
+            self._buffers["out"] = _layout(x), out
         return out
 
     def backward(self, dout: ArrayLike) -> Array:
@@ -277,11 +279,14 @@ class BatchNorm:
             raise RuntimeError("backward needs a forward before it, and there was none")
         gradients = self._backward_batch if self._trained else _backward
         x = self._cache.x
-        dx, dgamma, dbeta = gradients(dout, self._cache, self._buffer("dx", x, dout, x))
+        out = self._buffer("dx", x, dout, x) if self._buffers else None
+        dx, dgamma, dbeta = gradients(dout, self._cache, out)
         if self.affine:
-            self.dgamma = dgamma.astype(self.dtype, copy=False)
-            self.dbeta = dbeta.astype(self.dtype, copy=False)
-        self._keep("dx", x, dx)
+            fits = dgamma.dtype == self.dtype
+            self.dgamma = dgamma if fits else dgamma.astype(self.dtype)
+            self.dbeta = dbeta if fits else dbeta.astype(self.dtype)
+        if self.reuse_buffers:
+            self._buffers["dx"] = _layout(x), dx
         return dx
 
     def _features(self, x: Any) -> Array:
@@ -319,8 +324,8 @@ class BatchNorm:
         what = ""
         if count < 2:  # one value has no variance: its 0 would pull running_var down
             what = f"the batch has {count} values for each feature, and a variance needs 2"
-        elif not np.isfinite(mean + var).all():
-            feature = np.flatnonzero(~np.isfinite(mean + var))[0]
+        elif not (core.are_finite(mean) and core.are_finite(var)):
+            feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:
             if self.bad_batch == "raise":
@@ -340,8 +345,9 @@ class BatchNorm:
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
         if self.ddof:
             var = var * (count / (count - self.ddof) if count > self.ddof else np.nan)
-        running_mean = old * self._running_mean + new * mean
-        running_var = old * self._running_var + new * var
+        running_mean, running_var = self._running_mean.copy(), self._running_var.copy()
+        core.update_average(running_mean, mean, old, new)
+        core.update_average(running_var, var, old, new)
         self._running_mean, self._running_var = running_mean, running_var
         self.num_batches = n + 1
 
@@ -355,10 +361,6 @@ class BatchNorm:
             return None
         arrays = (a for a in inputs if isinstance(a, np.ndarray))
         return None if any(np.may_share_memory(buffer, a) for a in arrays) else buffer
-
-    def _keep(self, name: str, like: Array, result: Array) -> None:
-        if self.reuse_buffers:
-            self._buffers[name] = _layout(like), result
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Copies of gamma, beta (with `affine`), running_mean, running_var and num_batches.

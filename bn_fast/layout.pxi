@@ -24,7 +24,9 @@ cdef enum:
     MAX_DIMS = 64             # NumPy's own limit
     BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
-    JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns
+    JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns,
+    SHORT_COLUMNS = 64        # up to this many where fewer than
+    JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see below
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     ALONG_RUN = 256           # a run from this length on is walked along, not across,
     TREE_RUN = 128            # or from this, if along fewer places of trees stay empty
@@ -60,6 +62,10 @@ cdef enum:
 #
 # What does not fit L3 together goes past it: (32768, 128) forward, 34 MB, 1.90 to 0.98 ms, (16, 64,
 # 56, 56) backward, 39 MB, 1.13 to 0.81; but its forward, 26 MB, 0.47 to 0.50.
+
+# Few rows of many columns cost more than more rows of fewer, as each column has sums and constants:
+# (32, 64) forward 1.92 us as 8 rows of 256 columns, 1.82 as 32 of 64; (64, 33) 2.8 us as 9 rows of
+# 231 and one of 33, 1.8 as 32 of 66.
 
 # How a kernel comes to a row of an array: where it lies; through a buffer (to be read before it is
 # overwritten, or converted); the same but written past the caches; or column by column.
@@ -214,7 +220,8 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
             stacked and not plan.along
         ) else min(n_features, MAX_COLUMNS) if plan.along else 1
     elif n > 0 and 2 * n_features <= JOIN_COLUMNS and (stacked or n_features < NARROW):
-        join = min(length, JOIN_COLUMNS // n_features)
+        join = max(SHORT_COLUMNS // n_features, length // JOIN_ROWS)
+        join = min(join, length, JOIN_COLUMNS // n_features)
         if join > 1:
             for r in range(N_ROLES):
                 main.joined_stride[r] = step[r][n - 1]

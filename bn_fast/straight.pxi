@@ -135,7 +135,9 @@ def plain_forward(
     cdef double eps = 1e-5, momentum = 0.9, slope
     cdef bint train = True
     cdef int code
-    cdef cnp.ndarray mean = None, var = None
+    cdef cnp.ndarray y, stats, mean = None, var = None
+    cdef const char* batch
+    cdef Py_ssize_t row
     cdef tuple kept = None
     if not (
         is_plain(x, gamma, beta, axis, out) and 0 < cnp.PyArray_SIZE(x) < size
@@ -179,8 +181,10 @@ def plain_forward(
         slope, residual, None, 0,
     )
     if train:
-        update_average(mean, stats, 0, momentum)
-        update_average(var, stats, 3, momentum)
+        batch = <char*> cnp.PyArray_DATA(stats)
+        row = cnp.PyArray_STRIDES(stats)[0]
+        average_in(mean, batch, sizeof(double), momentum, 1 - momentum)
+        average_in(var, batch + 3 * row, sizeof(double), momentum, 1 - momentum)
     bn_param["running_mean"] = mean
     bn_param["running_var"] = var
     return x, gamma, y, stats, given_eps, not train, kept

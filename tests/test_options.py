@@ -282,8 +282,9 @@ def test_integers_are_repeated_rows(dtype, scale):
     expected, cache = batchnorm_forward(repeated, gamma, beta, many)
     weights = scale * counts[:, None].astype(float)
     out, other = batchnorm_forward(x, gamma, beta, weighted, weights=weights)
+    # Two sums in another order: a variance in float64 is off by up to 13 roundings (300 draws).
     for key in ("running_mean", "running_var"):
-        np.testing.assert_allclose(weighted[key], many[key], 4 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(weighted[key], many[key], 16 * np.finfo(dtype).eps)
     check("out", np.repeat(out, counts, axis=0), expected.astype(np.longdouble), x, 4)
     # gradients of the parameters: each copy has its part of the row's dout
     parts = np.repeat(dout / np.maximum(counts, 1)[:, None], counts, axis=0).astype(dtype)
