@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from timing import measure
@@ -85,8 +86,8 @@ def with_threads(n: int, call: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    times = measure(calls, rounds, lambda: None)
+def medians(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    times = measure(dict(calls), rounds, lambda: None)
     return {name: figures["median"] for name, figures in times.items()}
 
 
@@ -174,6 +175,52 @@ def latency(rounds: int) -> None:
         sample("busy")
     show("10 000 calls, us", ["call", "machine", "median", "99 %", "longest"], rows)
 
+
+def small(rounds: int) -> None:
+    """What a small call costs, plain and with each option, against the NumPy reference."""
+    x, dout, residual = normal((32, 64)), normal((32, 64))[::-1].copy(), normal((32, 64))[:, ::-1]
+    gamma, beta, residual = np.ones(64, x.dtype), np.zeros(64, x.dtype), residual.copy()
+    averages = {"running_mean": beta.copy(), "running_var": gamma.copy()}
+    kinds: dict[str, dict[str, object]] = {
+        "plain": {},
+        "out=": {"out": np.empty_like(x)},
+        "bn_param, train": {"bn_param": {"mode": "train", **averages}},
+        "bn_param, test": {"bn_param": {"mode": "test", **averages}},
+        "relu": {"activation": "relu"},
+        "residual": {"residual": residual},
+        "relu, residual": {"activation": "relu", "residual": residual},
+        "weights": {"weights": x[:, :1] > 0},
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, given in kinds.items():
+        for who in (bn_fast, bn_fast.reference):
+            if who is bn_fast.reference and "out" in given:
+                continue
+            _, cache = who.batchnorm_forward(x, gamma, beta, **given)
+            label = f"{who.__name__} {name}"
+            calls[f"{label} forward"] = partial(who.batchnorm_forward, x, gamma, beta, **given)
+            calls[f"{label} backward"] = partial(who.batchnorm_backward, dout, cache)
+    layer = bn_fast.BatchNorm(64)
+    layer.forward(x)
+    calls["bn_fast layer forward"] = partial(layer.forward, x)
+    calls["bn_fast layer backward"] = partial(layer.backward, dout)
+    times = medians(calls, rounds)
+    rows = []
+    for name in (*kinds, "layer"):
+        row = [name]
+        for what in ("forward", "backward"):
+            ours = times[f"bn_fast {name} {what}"]
+            theirs = times.get(f"bn_fast.reference {name} {what}", times[f"{PLAIN} {what}"])
+            row += [micro(ours), micro(theirs), f"{theirs / ours:.1f}"]
+        rows.append(row)
+    show(
+        "(32, 64) float32, us",
+        ["call", "forward", "NumPy", "x faster", "backward", "NumPy", "x faster"],
+        rows,
+    )
+
+
+PLAIN = "bn_fast.reference plain"
 
 MEMORY = """
 import json, resource, sys
@@ -308,7 +355,7 @@ def isa(rounds: int) -> None:
     show("us, by instruction set", ["call", *names, "fastest"], rows)
 
 
-MEASUREMENTS = {one.__name__: one for one in (threads, latency, memory, fresh, strides, isa)}
+MEASUREMENTS = {one.__name__: one for one in (threads, small, latency, memory, fresh, strides, isa)}
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def test_mpi_cost(tmp_path):
 
 def test_behaviour(tmp_path):
     pytest.importorskip("rich")
-    shown = run("behaviour.py", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
+    shown = run("behaviour.py", "small", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
     assert "every other column" in shown
 
 
