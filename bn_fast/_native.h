@@ -59,11 +59,19 @@ static inline int bn_cpu_v4(void) { return 0; }
  * child has no workers but libgomp's memory of them, and waits for them for ever (GCC PR 60035), so
  * this is called before a fork. The function is looked up at run time, because linking it would
  * demand a libgomp of OpenMP 5.0, while the one found may be another package's older copy.
- * Returns 1 if it was done, 0 if it could not be. */
+ * Returns 1 if it was done, 0 if it could not be.
+ *
+ * LLVM's runtime readies the child itself, unless it is told not to, as by an import of joblib. Then
+ * nothing helps: pausing does not end its workers ("hard", in libomp 14, where the child is readied
+ * as well, fails an assertion). */
 #if defined(_OPENMP) && !defined(_WIN32)
 #include <dlfcn.h>
+#include <stdlib.h>
 static inline int bn_pause(void) {
     int (*pause_all)(int) = (int (*)(int))dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+    const char *ready = getenv("KMP_INIT_AT_FORK");
+    if (ready != 0 && strchr("1TtYy", ready[0]) == 0 && dlsym(RTLD_DEFAULT, "__kmpc_fork_call"))
+        return 0;
     return pause_all != 0 && pause_all(1 /* omp_pause_soft */) == 0;
 }
 #else

@@ -8,7 +8,8 @@ import textwrap
 
 def run(code, prefix=(), args=(), timeout=60, **env):
     """What `code` (or a script, a Path) prints; it must end well, and in time."""
-    keep = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ours = "OMP_NUM_THREADS", "KMP_INIT_AT_FORK"  # the second is set by an import of joblib
+    keep = {name: value for name, value in os.environ.items() if name not in ours}
     # -P: the installed package, never the folder that the tests were started in.
     code = ["-c", textwrap.dedent(code)] if isinstance(code, str) else [os.fspath(code)]
     done = subprocess.run(

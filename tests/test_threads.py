@@ -14,6 +14,7 @@ from bn_fast import _threads
 from .process import run
 
 OPENMP = bn_fast.build_info()["openmp"]
+LLVM = bn_fast.build_info()["compiler"].startswith("clang")
 needs_openmp = pytest.mark.skipif(not OPENMP, reason="built without OpenMP: always one thread")
 
 
@@ -175,6 +176,14 @@ FORK = """
 def test_forked_child_works_and_so_does_its_parent():
     """libgomp alone hangs here: the child waits for workers that were not forked with it."""
     assert run(FORK.format(change="", threads=2 if OPENMP else 1)) == "0 True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("ready", ["FALSE", "TRUE"])
+def test_forked_child_of_llvm_openmp(ready):
+    """It hangs where the runtime is told to do nothing about a fork, as joblib tells it."""
+    threads = 1 if not OPENMP or (LLVM and ready == "FALSE") else 2
+    assert run(FORK.format(change="", threads=threads), KMP_INIT_AT_FORK=ready) == "0 True"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
