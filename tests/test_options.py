@@ -503,6 +503,14 @@ def test_residual_and_out():
         batchnorm_backward(X, cache)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
+def test_dresidual_of_a_dout_whose_rows_lie_apart(dtype):
+    """Without an activation dresidual is dout: its rows touch, those of this dout do not."""
+    x, dout = normal((300, 40), dtype, 1), normal((300, 64), dtype, 2)[:, :40]
+    _, cache = batchnorm_forward(x, np.ones(40), np.zeros(40), residual=x)
+    assert_same_bits(batchnorm_backward(dout, cache)[3], dout)
+
+
 @pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
 def test_second_order_refuses_options(module):
     _, cache = module.batchnorm_forward(X, np.ones(3), np.zeros(3), activation="relu")
