@@ -154,3 +154,16 @@ def spread_weights(shape, axis, kind, seed=5):
     w = np.random.default_rng(seed).integers(0, 4, shape)
     w.flat[:1] = 2
     return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]
+
+
+def widened(half):
+    """A half type's array as float32 in the same layout: of its bits, or its sums', none differ."""
+    if half.size == 0 or any(step % 2 for step in half.strides):
+        return half.astype(np.float32)
+    ends = [(n - 1) * step // 2 for n, step in zip(half.shape, half.strides, strict=True)]
+    first = -sum(min(0, end) for end in ends)
+    memory = np.zeros(first + 1 + sum(max(0, end) for end in ends), np.float32)
+    steps = [2 * step for step in half.strides]
+    wide = np.lib.stride_tricks.as_strided(memory[first:], half.shape, steps)
+    wide[...] = half
+    return wide
