@@ -343,7 +343,7 @@ def isa(rounds: int) -> None:
     for _ in range(3):
         for name in names:
             done = subprocess.run(
-                [sys.executable, "-c", ISA, os.path.dirname(__file__), str(rounds)],
+                [sys.executable, "-P", "-c", ISA, os.path.dirname(__file__), str(rounds)],
                 env=os.environ | {"BN_FAST_ISA": name},
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
