@@ -8,18 +8,19 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 from timing import measure
 
 import bn_fast
+import bn_fast.functional
 
 try:
     from rich.console import Console
@@ -317,42 +318,30 @@ def strides(rounds: int) -> None:
     )
 
 
-ISA = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import behaviour
-print(json.dumps(behaviour.isa_times(int(sys.argv[2]))))
-"""
+def isa(rounds: int) -> None:
+    """Every instruction set of this CPU, in one process: pages lie otherwise in another one."""
+    modules = {
+        name: import_module(f"bn_fast._core_{name}")
+        for name in bn_fast.build_info()["isa_available"]
+    }
 
+    def on(name: str, call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            bn_fast.functional.core = modules[name]
+            call()
 
-def isa_times(rounds: int) -> dict[str, float]:
-    times = {}
+        return run
+
+    rows = []
     for dtype in (np.float32, np.float64):
         for shape, axis in SHAPES:
             layer = Layer(normal(shape).astype(dtype), axis)
-            calls = {name: getattr(layer, name) for name in ("forward", "backward")}
-            label = f"{shape} {np.dtype(dtype)}"
-            times |= {f"{label} {k}": t for k, t in medians(calls, rounds).items()}
-    return times
-
-
-def isa(rounds: int) -> None:
-    """Every instruction set of this CPU, in turn, a process each."""
-    names = bn_fast.build_info()["isa_available"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(3):
-        for name in names:
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", ISA, os.path.dirname(__file__), str(rounds)],
-                env=os.environ | {"BN_FAST_ISA": name},
-                check=True, capture_output=True, text=True,
-            )  # fmt: skip
-            found[name].append(json.loads(done.stdout))
-    rows = []
-    for label in found[names[0]][0]:
-        best = {name: statistics.median(run[label] for run in runs) for name, runs in found.items()}
-        rows.append([label, *map(micro, best.values()), min(best, key=best.__getitem__)])
-    show("us, by instruction set", ["call", *names, "fastest"], rows)
+            for what in ("forward", "backward"):
+                times = medians({n: on(n, getattr(layer, what)) for n in modules}, rounds)
+                label = f"{shape} {np.dtype(dtype)} {what}"
+                rows.append([label, *map(micro, times.values()), min(times, key=times.__getitem__)])
+    bn_fast.functional.core = modules[bn_fast.build_info()["isa"]]
+    show("us, by instruction set", ["call", *modules, "fastest"], rows)
 
 
 MEASUREMENTS = {one.__name__: one for one in (threads, small, latency, memory, fresh, strides, isa)}
