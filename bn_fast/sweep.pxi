@@ -171,7 +171,7 @@ cdef void read_parameter(
 ) noexcept nogil:
     cdef Py_ssize_t f
     cdef const char* data = given.data + first * given.stride
-    if given.single and given.stride == sizeof(float):
+    if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
         for f in range(n):
             values[f] = (<const float*> data)[f]
     elif given.single:
@@ -441,7 +441,7 @@ cdef void reduce_chunk(
             row += n
         fold_columns(s.sum_1, segment.n_joined, n_features, segment.n_lanes)
         fold_columns(s.sum_2, segment.n_joined, n_features, segment.n_lanes)
-        if first_block:
+        if first_block:  # stored: there is nothing yet to add it to
             first_block = False
             memcpy(total, s.sum_1, n_features * sizeof(double))
             memcpy(total + 2 * job.stride, s.sum_2, n_features * sizeof(double))
