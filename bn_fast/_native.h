@@ -18,6 +18,15 @@ static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_in_parallel(void) { return 0; }
 #endif
 
+/* The n threads of our own parallel region wait for one another. One thread waits for nobody: it may
+ * be in somebody else's region. */
+static inline void bn_barrier(int n) {
+    if (n <= 1) return;
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
 #define BN_TEXT_(x) #x
 #define BN_TEXT(x) BN_TEXT_(x)
 #if defined(__clang__)

@@ -47,6 +47,7 @@ cdef enum:
     PAGE_BYTES = 4096         # of a row that a thread has for itself, or threads share rows
     STREAM_BYTES = 28 * 1024 * 1024  # all arrays of a call: a share of L3, see below
     PREFETCH_BYTES = 4 * 1024 * 1024
+    SHARE_FEATURES = 64       # fewer are not worth another thread between the visits
     HELD_SIZE = 1 << 14       # elements below which the GIL is not worth handing on
 
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of

@@ -8,13 +8,6 @@ cdef enum Kind:
     PRODUCT                   # sum of the product of two arrays, their means taken off
     SECOND                    # gradients of the gradients: see second.pxi
 
-cdef enum Phase:
-    SWEEP                     # a task is a tile: start, reduce, finish, apply
-    START                     # a task is a tile
-    REDUCE                    # a task is a chunk of a tile
-    FINISH                    # a task is a tile
-    APPLY                     # a task is a chunk of a tile
-
 cdef enum:
     N_VALUES = 12             # arrays of one value per feature that a call needs, besides sums,
     N_GATE_VALUES = 5         # and for a gate
