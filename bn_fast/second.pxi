@@ -143,8 +143,8 @@ cdef void second_constants(
             beyond(job.shift_x[k], low) + beyond(job.shift_g[k], low)
             + beyond(second.shift_r[k], low) + beyond(r, low) + beyond(second.mix_g[k], low)
             + beyond(second.mix_r[k], low) + beyond(second.mix_x[k], low)
-            + beyond(second.mix_bias[k], low) + beyond(a, low) + beyond(job.slope[k], low)
-            + beyond(job.bias[k], low)
+            + above(second.mix_bias[k], low) + beyond(a, low) + beyond(job.slope[k], low)
+            + above(job.bias[k], low)
         )
 
 
