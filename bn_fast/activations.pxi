@@ -149,7 +149,9 @@ cdef inline void apply_added(
     const direction* direction_tag, const addend* addend_tag,
 ) noexcept nogil:
     if block.along:
-        apply_along(block, type_tag, addend_tag, activation_tag, direction_tag)
+        apply_singly(block, 0, type_tag, addend_tag, activation_tag, direction_tag)
+    elif block.ahead:
+        apply_singly(block, 1, type_tag, addend_tag, activation_tag, direction_tag)
     else:
         apply_across(block, type_tag, addend_tag, activation_tag, direction_tag)
 
@@ -167,7 +169,9 @@ cdef inline void gradient_activated(
     const Gradient* block, const real* type_tag, const activation* activation_tag,
 ) noexcept nogil:
     if block.y != NULL and block.along:
-        grad_apply_along(block, type_tag, activation_tag)
+        grad_apply_singly(block, 0, type_tag, activation_tag)
+    elif block.y != NULL and block.ahead:
+        grad_apply_singly(block, 1, type_tag, activation_tag)
     elif block.y != NULL:
         grad_apply_across(block, type_tag, activation_tag)
     elif block.along:
