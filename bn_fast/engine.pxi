@@ -197,8 +197,8 @@ cdef void run_share(
 
 
 cdef void run_job(Job* job, bint sweep, int n_threads, const real* real_tag) noexcept nogil:
-    """One parallel region a call, its phases apart by barriers: with a region for each (256, 512) took
-    21.9 and 33.6 us on two threads, so 20.2 and 30.8."""
+    """One parallel region a call, its phases apart by barriers: with a region for each (256, 512)
+    took 21.9 and 33.6 us on two threads, so 20.2 and 30.8."""
     if n_threads <= 1:
         run_share[real](job, sweep, 0, 1, real_tag)
         return

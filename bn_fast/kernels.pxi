@@ -19,9 +19,9 @@
 #   (e) Sums are `restrict`: nothing else points at them, so that no compiler has to ask at run time
 #       whether it may vectorize.
 #   (f) Rows from far away are walked strip by strip of STRIP columns, and the rows that come next
-#       are prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight rows:
-#       summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows 13, in
-#       strips 8, and one sequential read 6 (one thread).
+#       are prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight
+#       rows: summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows
+#       13, in strips 8, and one sequential read 6 (one thread).
 
 ctypedef fused real:
     float
