@@ -245,7 +245,13 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):
             plan.segment[d].n_rows *= plan.segment[d].size[k]
-    unit = max(1, BLOCK_ELEMENTS // main.n_run) if plan.along else <Py_ssize_t> BLOCK_ROWS
+    unit = max(1, BLOCK_ELEMENTS // main.n_run) if plan.along else (
+        # Rows of runs that threads will have to share, see PAGE_BYTES: (128, 33, 7, 7) forward on
+        # two threads 37 to 25 us.
+        <Py_ssize_t> BLOCK_ROWS // 2 if plan.runs and (
+            n_features * main.n_run * itemsize < 2 * PAGE_BYTES
+        ) else <Py_ssize_t> BLOCK_ROWS
+    )
     plan.chunk_rows = (main.n_rows // MAX_CHUNKS // unit + 1) * unit
     # float64's lanes are no more exact than what they add, so they are folded sooner (as late as
     # float32's: dbeta was off by up to 40 roundings at M = 1e5).
