@@ -183,13 +183,14 @@ cdef inline real affine(
 
 
 cdef inline real let_through(
-    real g, real x, real k, real a, real c, real slope, const activation* activation_tag,
+    real g, real d, real a, real c, real slope, const activation* activation_tag,
 ) noexcept nogil:
-    """What of dout comes through the activation: forward's own arithmetic decides, to the bit."""
+    """What of dout comes through the activation: forward's own arithmetic decides, to the bit, from
+    d = x - its shift on."""
     if activation is Identity:
         return g
     else:
-        return gate(g, affine(x, k, a, c, x, <const Nothing*> NULL), slope, activation_tag)
+        return gate(g, d * a + c, slope, activation_tag)
 
 
 cdef inline void grad_stats_tree(
@@ -214,10 +215,10 @@ cdef inline void grad_stats_tree(
         d1 = plus(x1[j], -k, one)
         d2 = plus(x2[j], -k, one)
         d3 = plus(x3[j], -k, one)
-        t0 = let_through(g0[j], x0[j], o, a, c, open_slope, activation_tag)
-        t1 = let_through(g1[j], x1[j], o, a, c, open_slope, activation_tag)
-        t2 = let_through(g2[j], x2[j], o, a, c, open_slope, activation_tag)
-        t3 = let_through(g3[j], x3[j], o, a, c, open_slope, activation_tag)
+        t0 = let_through(g0[j], x0[j] - o, a, c, open_slope, activation_tag)
+        t1 = let_through(g1[j], x1[j] - o, a, c, open_slope, activation_tag)
+        t2 = let_through(g2[j], x2[j] - o, a, c, open_slope, activation_tag)
+        t3 = let_through(g3[j], x3[j] - o, a, c, open_slope, activation_tag)
         t0 = plus(t0, -m, one)
         t1 = plus(t1, -m, one)
         t2 = plus(t2, -m, one)
@@ -422,10 +423,8 @@ cdef inline void apply_singly(
             strip += step
 
 
-cdef inline real gradient(
-    real g, real x, real k, real m, real a, real b, real c, real one,
-) noexcept nogil:
-    return ((g - m) * a - plus(x, -k, one) * b) + c
+cdef inline real gradient(real g, real d, real m, real a, real b, real c) noexcept nogil:
+    return ((g - m) * a - d * b) + c
 
 
 cdef inline void grad_apply_four(
@@ -436,12 +435,12 @@ cdef inline void grad_apply_four(
     real* restrict y0, real* restrict y1, real* restrict y2, real* restrict y3,
     Py_ssize_t width, const real* restrict shift_x, const real* restrict shift_g,
     const real* restrict scale, const real* restrict slope, const real* restrict bias,
-    const real* restrict open_shift, const real* restrict open_scale,
-    const real* restrict open_bias, real open_slope, real one,
+    const real* restrict open_scale, const real* restrict open_bias, real open_slope, real one,
     const activation* activation_tag,
 ) noexcept nogil:
+    """The shift of x is that of forward, and so the gate's."""
     cdef Py_ssize_t j
-    cdef real k, m, a, b, c, t0, t1, t2, t3, o = 0, oa = 0, oc = 0
+    cdef real k, m, a, b, c, d0, d1, d2, d3, t0, t1, t2, t3, oa = 0, oc = 0
     for j in range(width):
         k = shift_x[j]
         m = shift_g[j]
@@ -449,17 +448,20 @@ cdef inline void grad_apply_four(
         b = slope[j]
         c = bias[j]
         if activation is not Identity:
-            o = open_shift[j]
             oa = open_scale[j]
             oc = open_bias[j]
-        t0 = let_through(g0[j], x0[j], o, oa, oc, open_slope, activation_tag)
-        t1 = let_through(g1[j], x1[j], o, oa, oc, open_slope, activation_tag)
-        t2 = let_through(g2[j], x2[j], o, oa, oc, open_slope, activation_tag)
-        t3 = let_through(g3[j], x3[j], o, oa, oc, open_slope, activation_tag)
-        y0[j] = gradient(t0, x0[j], k, m, a, b, c, one)
-        y1[j] = gradient(t1, x1[j], k, m, a, b, c, one)
-        y2[j] = gradient(t2, x2[j], k, m, a, b, c, one)
-        y3[j] = gradient(t3, x3[j], k, m, a, b, c, one)
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
+        t0 = let_through(g0[j], d0, oa, oc, open_slope, activation_tag)
+        t1 = let_through(g1[j], d1, oa, oc, open_slope, activation_tag)
+        t2 = let_through(g2[j], d2, oa, oc, open_slope, activation_tag)
+        t3 = let_through(g3[j], d3, oa, oc, open_slope, activation_tag)
+        y0[j] = gradient(t0, d0, m, a, b, c)
+        y1[j] = gradient(t1, d1, m, a, b, c)
+        y2[j] = gradient(t2, d2, m, a, b, c)
+        y3[j] = gradient(t3, d3, m, a, b, c)
 
 
 cdef void grad_apply_across(
@@ -480,27 +482,25 @@ cdef void grad_apply_across(
             <real*> y[0], <real*> y[1], <real*> y[2], <real*> y[3], block.width,
             <const real*> block.shift_x, <const real*> block.shift_g,
             <const real*> block.scale, <const real*> block.slope, <const real*> block.bias,
-            <const real*> block.open_shift, <const real*> block.open_scale,
-            <const real*> block.open_bias, <real> block.open_slope, <real> bn_one(),
-            activation_tag,
+            <const real*> block.open_scale, <const real*> block.open_bias,
+            <real> block.open_slope, <real> bn_one(), activation_tag,
         )
 
 
 cdef inline void grad_apply_row(
     const real* restrict x, const real* restrict g, real* restrict y, Py_ssize_t width,
     const real* restrict shift_x, const real* restrict shift_g, const real* restrict scale,
-    const real* restrict slope, const real* restrict bias, const real* restrict open_shift,
-    const real* restrict open_scale, const real* restrict open_bias, Py_ssize_t each,
-    real open_slope, real one, const activation* activation_tag,
+    const real* restrict slope, const real* restrict bias, const real* restrict open_scale,
+    const real* restrict open_bias, Py_ssize_t each, real open_slope, real one,
+    const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j, k
-    cdef real t
+    cdef real t, d
     for j in range(width):
         k = j * each
-        t = let_through(
-            g[j], x[j], open_shift[k], open_scale[k], open_bias[k], open_slope, activation_tag
-        )
-        y[j] = gradient(t, x[j], shift_x[k], shift_g[k], scale[k], slope[k], bias[k], one)
+        d = plus(x[j], -shift_x[k], one)
+        t = let_through(g[j], d, open_scale[k], open_bias[k], open_slope, activation_tag)
+        y[j] = gradient(t, d, shift_g[k], scale[k], slope[k], bias[k])
 
 
 cdef inline void grad_apply_singly(
@@ -523,9 +523,9 @@ cdef inline void grad_apply_singly(
                 <real*> block.y[i] + strip, min(step, width - strip),
                 <const real*> block.shift_x + first, <const real*> block.shift_g + first,
                 <const real*> block.scale + first, <const real*> block.slope + first,
-                <const real*> block.bias + first, <const real*> block.open_shift + first,
-                <const real*> block.open_scale + first, <const real*> block.open_bias + first,
-                each, <real> block.open_slope, one, activation_tag,
+                <const real*> block.bias + first, <const real*> block.open_scale + first,
+                <const real*> block.open_bias + first, each, <real> block.open_slope, one,
+                activation_tag,
             )
             strip += step
 
