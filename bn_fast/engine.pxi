@@ -107,14 +107,19 @@ cdef void apply_tile(
     Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, Scratch* s,
     const real* real_tag,
 ) noexcept nogil:
+    """The second visit to a tile, feature by feature where runs are walked along."""
     cdef Py_ssize_t end = first + n_features
+    cdef double n_wide = fold_run(job.wide + first, n_features)
+    cdef bint native = n_wide < n_features
     if job.apply.along:
         n_features = 1
     while first < end:
-        apply_chunk[real, real](job, chunk, first, n_features, s, real_tag, real_tag, False)
-        apply_chunk[real, double](
-            job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
-        )
+        if native:
+            apply_chunk[real, real](job, chunk, first, n_features, s, real_tag, real_tag, False)
+        if n_wide != 0:
+            apply_chunk[real, double](
+                job, chunk, first, n_features, s, real_tag, <const double*> NULL, True
+            )
         first += n_features
 
 
