@@ -302,6 +302,7 @@ cdef void choose_access(Job* job, bint sweep, Py_ssize_t itemsize) noexcept:
     job.stream_gradient = job.stream and job.reduce.used[D] and not sweep
     job.prefetch = bytes >= PREFETCH_BYTES
     job.prefetch_again = job.prefetch and not sweep
+    job.prefetch_output = bytes >= PREFETCH_OUTPUT
     for r in range(Y, W):
         if job.stream and plan.used[r] and plan.access[r] != GATHERED:
             plan.access[r] = STREAMED

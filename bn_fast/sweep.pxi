@@ -90,6 +90,7 @@ cdef struct Job:
     bint stream_gradient      # so does that of the residual
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
+    bint prefetch_output      # of runs
     Py_ssize_t scratch_bytes
     char* scratch
 
@@ -515,6 +516,8 @@ cdef void apply_columns(
             block.n_rows = n_padded
             block.width = width
             block.ahead = kernel_ahead
+            if plan.along and access[Y] == DIRECT:
+                block.ahead = job.prefetch_output
             block.along = plan.along
             block.shift = <char*> (<lane*> s.shift_x + j0)
             block.scale = <char*> (<lane*> s.scale + j0)
