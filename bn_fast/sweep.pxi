@@ -90,7 +90,7 @@ cdef struct Job:
     bint stream_gradient      # so does that of the residual
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
-    bint prefetch_output      # of runs
+    bint prefetch_output      # on the second, of runs and where rows come through the buffer
     Py_ssize_t scratch_bytes
     char* scratch
 
@@ -482,6 +482,13 @@ cdef void apply_columns(
         kernel_ahead = 0
     while row < row_end:
         n = min(group, row_end - row)
+        if job.prefetch_output and plan.used[Y] and access[Y] == COPIED:
+            row_pointers(
+                segment, Y, plan.base[Y] + tile_first * plan.feature_stride[Y] + j0 * plan.itemsize,
+                row, n, s.rows[Y],
+            )
+            for i in range(n):
+                bn_prefetch(s.rows[Y][i], width * plan.itemsize)
         fetch_inputs[real, lane](
             job, plan, segment, access, tile_first, n_features, j0, width, row, n, ahead,
             s, real_tag, lane_tag, wide,
