@@ -139,7 +139,7 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     s.offset[G] = <Py_ssize_t*> (memory + 9 * columns)
     s.offset[Y] = <Py_ssize_t*> (memory + 10 * columns)
     s.dummy = memory + 11 * columns
-    memory += 11 * columns + 4 * MAX_COLUMNS * sizeof(double)
+    memory += 15 * columns
     for r in range(N_ROLES):
         if r == X or r == G or r == Y or job.has_options:
             s.buffer[r] = memory
@@ -250,6 +250,7 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
     cdef Py_ssize_t limit = min(job.reduce.max_tile, job.apply.max_tile)
     cdef Py_ssize_t line = 64 // itemsize
     cdef Py_ssize_t share = (job.n_features + n_threads - 1) // n_threads  # of a thread
+    cdef Py_ssize_t narrow
     job.tile = limit
     job.lead = 0
     if job.reduce.whole or job.apply.whole:
@@ -270,7 +271,10 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
     else:
         # Several tiles, from one cache line of the output to another; or all features as one.
         job.lead = columns_to_line(&job.apply, itemsize)
-        job.tile = even_part(share, min(limit - line, SWEEP_BYTES // bytes), line)
+        narrow = min(limit, <Py_ssize_t> TILE_COLUMNS)
+        if job.reduce.used[W] or job.apply.used[W] or job.gated:
+            limit = narrow
+        job.tile = even_part(share, min(narrow - line, SWEEP_BYTES // bytes), line)
         sweep[0] = job.tile > 0 and job.n_features > job.tile * (n_threads - 1) and (
             bytes * job.n_features < SPLIT_FROM
             or (
@@ -281,7 +285,7 @@ cdef void choose_tile(Job* job, Py_ssize_t itemsize, int n_threads, bint* sweep)
                 )
             )
         )
-        if job.n_features <= limit and (not sweep[0] or n_threads <= 1):
+        if job.n_features <= (limit if not sweep[0] else narrow if n_threads <= 1 else 0):
             job.lead = 0
             job.tile = job.n_features
             sweep[0] = n_threads <= 1 and bytes * job.tile <= SWEEP_BYTES
@@ -448,7 +452,7 @@ cdef int execute(
     else:
         n_values = (per_feature * n + 7) // 8 * 8
     job.scratch_bytes = (
-        11 * job.width + 4 * MAX_COLUMNS + 3 * job.buffer_elements + n_own
+        15 * job.width + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
     if job.has_options:
         job.scratch_bytes += (

@@ -45,7 +45,7 @@ cdef extern from "_native.h" nogil:
 cdef enum:
     TREE_ROWS = 8
     APPLY_ROWS = 4
-    MAX_COLUMNS = 512
+    MAX_COLUMNS = 1056        # of a row
     STRIP = 64
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 

@@ -39,6 +39,7 @@ cdef enum:
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
     SWEEP_BYTES = 4 * 1024 * 1024  # a tile between its two visits: a share of L3, see below
+    TILE_COLUMNS = 512        # of a tile, but MAX_COLUMNS where only rows are shared out, see below
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 256 * 1024   # between these, threads share rows rather than features
     SPLIT_TO = 64 * 1024 * 1024
@@ -54,9 +55,11 @@ cdef enum:
 # Wide tiles beat tiles that fit L2: (1024, 4096) forward, one thread: 2.9 ms with SWEEP_BYTES of
 # 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the first visit.  A narrow
 # tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
-# of 128 bytes, 16 as chunks of rows.  So it is for threads in cache: (256, 512) forward, two
-# threads: 41 us as tiles of 256 features, 25 as chunks of rows; and for runs of which a thread has
-# less than PAGE_BYTES side by side: (256, 10, 100) forward 72 us as tiles, 36 as chunks.
+# of 128 bytes, 16 as chunks of rows; and these are best as whole rows, up to MAX_COLUMNS where no
+# buffer has to hold them: (50000, 600), two threads, 0.41 to 0.35 and 0.70 to 0.60 ns an element.
+# So it is for threads in cache: (256, 512) forward, two threads: 41 us as tiles of 256 features, 25
+# as chunks of rows; and for runs of which a thread has less than PAGE_BYTES side by side: (256, 10,
+# 100) forward 72 us as tiles, 36 as chunks.
 #
 # A residual is met in the second visit, which the hardware's prefetchers do not follow, and runs of
 # 16 bits are too short for them: (32, 64, 56, 56) with a residual, forward, 3.0 to 2.8 ms, in
@@ -215,7 +218,9 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
     plan.n_segments = 1
     plan.whole = False
     plan.along = False
-    plan.max_tile = min(n_features, MAX_COLUMNS)
+    plan.max_tile = min(
+        n_features, TILE_COLUMNS if plan.runs or plan.storage != NATIVE else MAX_COLUMNS
+    )
     if plan.runs:
         for r in range(N_ROLES):
             main.run_stride[r] = step[r][n - 1]
@@ -223,9 +228,8 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
             length >= TREE_RUN and empty(length, TREE_RUN) * rows < empty(rows, 8) * length
         )
         cut_axis(plan, even_piece(length) if plan.along else length, False)
-        plan.max_tile = min(n_features, MAX_COLUMNS // length) if (
-            stacked and not plan.along
-        ) else min(n_features, MAX_COLUMNS) if plan.along else 1
+        if not plan.along:
+            plan.max_tile = min(n_features, TILE_COLUMNS // length) if stacked else 1
     elif n > 0 and 2 * n_features <= JOIN_COLUMNS and (stacked or n_features < NARROW):
         join = max(SHORT_COLUMNS // n_features, length // JOIN_ROWS)
         join = min(join, length, JOIN_COLUMNS // n_features)
@@ -246,6 +250,7 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis, Py_ssize_t itemsize) 
             )
         if not side_by_side:
             plan.access[r] = GATHERED
+            plan.max_tile = min(plan.max_tile, <Py_ssize_t> TILE_COLUMNS)
     for d in range(plan.n_segments):
         plan.segment[d].n_lanes = LANES if plan.along else plan.segment[d].n_run
         plan.segment[d].n_rows = 1

@@ -235,7 +235,7 @@ cdef void fetch_rows(
         run = 1
         if plan.storage != NATIVE and access == COPIED:  # rows that touch go as one
             while (
-                (run + 1) * width <= MAX_COLUMNS and i + run < n
+                (run + 1) * width <= TILE_COLUMNS and i + run < n
                 and s.rows[role][i + run] == s.rows[role][i] + run * width * plan.itemsize
             ):
                 run += 1
@@ -471,7 +471,7 @@ cdef void apply_columns(
         plan, access, width, APPLY_ROWS, s.gate_first
     )
     cdef Py_ssize_t ahead = 0, kernel_ahead
-    cdef lane* dummy = <lane*> s.dummy + MAX_COLUMNS
+    cdef lane* dummy = <lane*> s.dummy + job.width
     cdef Block block
     cdef Gradient gradient
     cdef int r
