@@ -165,12 +165,15 @@ def check_any_options(half, data, wild=False):
     given = [a for a in (x, dout, gamma, beta, residual, weights) if a is not None]
     before = [a.tobytes() for a in given]
     mode = data.draw(st.sampled_from(["train", "test"]))
-    # float64's lanes are no more exact than what they add, and where elements repeat so do their
-    # roundings, which then do not average out: of 10 600 random problems dx was off by 11.7 in one.
+    # Behind a gate or with weights dout is summed without a shift, and float64's lanes are no more
+    # exact than what they add. Where elements repeat so do their roundings, which then do not
+    # average out: M = 912, 3000 problems, dx off by 7.4 at most with distinct values, by 15.9 with
+    # each four times (fuzz found 11.7).
+    unshifted = activation is not None or weights is not None
     repeats = x.dtype.itemsize == 8 and any(
         n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)
     )
-    limit = 16 if repeats else 8
+    limit = 16 if unshifted and repeats else 8
     judged = judge(x, dout, gamma, beta, axis, mode, activation, residual, weights, limit)
     options = {"activation": activation, "negative_slope": SLOPE, "weights": weights}
     check_other_ways(data, judged, x, dout, gamma, beta, axis, mode, residual, options)
