@@ -27,11 +27,13 @@ cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
 
 cdef extern from "_native.h" nogil:
+    void bn_read_stack()
     int bn_startable(int n_threads)
     void bn_barrier(int n_threads)
     int bn_team "omp_get_num_threads" ()
 
 cnp.import_array()
+bn_read_stack()
 
 include "kernels.pxi"
 include "half.pxi"
