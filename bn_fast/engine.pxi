@@ -141,7 +141,8 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     s.offset[G] = <Py_ssize_t*> (memory + 9 * columns)
     s.offset[Y] = <Py_ssize_t*> (memory + 10 * columns)
     s.dummy = memory + 11 * columns
-    memory += 15 * columns
+    s.factor_g = memory + 15 * columns
+    memory += 16 * columns
     for r in range(N_ROLES):
         if r == X or r == G or r == Y or job.has_options:
             s.buffer[r] = memory
@@ -370,6 +371,7 @@ cdef void plan_visits(
     # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
     cdef bint rounded = itemsize == 2 and job.activation != RELU
     cdef cnp.ndarray g = dout if dresidual is None or second or rounded else dresidual
+    cdef double least
     cdef int r
     job.gated = job.kind >= BACKWARD and job.activation != IDENTITY
     reduce.gated = job.gated
@@ -395,6 +397,13 @@ cdef void plan_visits(
     set_role(apply, Y, out)
     make_plan(reduce, x, axis, itemsize)
     make_plan(apply, x, axis, itemsize)
+    # Half of the mean weight: values that have less make up less than half of the whole, and may
+    # hold anything, as under a mask the padding's filler.
+    least = job.total / job.count / 2 if job.kind == FORWARD else 0
+    if itemsize <= 4:
+        choose_sample(reduce, least, <const float*> NULL)
+    else:
+        choose_sample(reduce, least, <const double*> NULL)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     if out is not None:
@@ -454,7 +463,7 @@ cdef int execute(
     else:
         n_values = (per_feature * n + 7) // 8 * 8
     job.scratch_bytes = (
-        15 * job.width + 3 * job.buffer_elements + n_own
+        16 * job.width + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
     if job.has_options:
         job.scratch_bytes += (
