@@ -221,7 +221,7 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except OverflowError:
         kind = type(value).__name__
-        raise ValueError(f"{name} must be in float64's range, got a larger {kind}") from None
+        raise ValueError(f"{name} must be in the range of float64, got a larger {kind}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
 
@@ -318,19 +318,20 @@ def gradient(dout: Any, x: Array) -> Array:
     return converted
 
 
-def frozen_arrays(
-    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: Any, out: Any
-) -> tuple[Array, Array, Array, Array, Array, int, Array | None]:
-    """The arguments of `normalize`, gamma and beta filled in."""
-    x, axis = array_and_axis(x, axis)
+def mean_and_var(mean: Any, var: Any, x: Array, axis: int) -> tuple[Array, Array]:
     n = x.shape[axis]
-    mean = _parameter(mean, "mean", n, axis)
-    var = variance(var, "var", n, axis)
-    kind = parameter_dtype(x.dtype)
+    return _parameter(mean, "mean", n, axis), variance(var, "var", n, axis)
+
+
+def frozen_parameters(
+    x: Array, gamma: Any, beta: Any, axis: int, out: Any
+) -> tuple[Array, Array, Array | None]:
+    """gamma, beta (None: 1 and 0) and out of `normalize`."""
+    n, kind = x.shape[axis], parameter_dtype(x.dtype)
     gamma = np.ones(n, kind) if gamma is None else _parameter(gamma, "gamma", n, axis)
     beta = np.zeros(n, kind) if beta is None else _parameter(beta, "beta", n, axis)
     # gamma and beta are read tile by tile, when there is output already.
-    return x, mean, var, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma, "beta": beta})
+    return gamma, beta, _output(out, {"x": x, "gamma": gamma, "beta": beta})
 
 
 def pieces(

@@ -562,24 +562,48 @@ def are_finite(cnp.ndarray values not None):
     return True
 
 
+cdef cnp.ndarray new_statistics(Py_ssize_t n):
+    cdef cnp.npy_intp shape[2]
+    shape[0] = 4
+    shape[1] = n
+    return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+
+
+cpdef cnp.ndarray given_statistics(cnp.ndarray mean, cnp.ndarray var, double eps):
+    """stats, as `forward` takes and gives them, of a mean and a variance, float32 or float64."""
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(mean)[0]
+    cdef cnp.ndarray stats = new_statistics(n)
+    cdef double* value = <double*> cnp.PyArray_DATA(stats)
+    load_parameter(mean, value)
+    load_parameter(var, value + 3 * n)
+    for f in range(n):
+        value[n + f] = 0
+        value[2 * n + f] = 1 / sqrt(value[3 * n + f] + eps)
+    return stats
+
+
+cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
+    """Whether C may read them as `forward` does."""
+    return (
+        cnp.PyArray_NDIM(stats) == 2 and cnp.PyArray_DIMS(stats)[0] == 4
+        and cnp.PyArray_DIMS(stats)[1] == n and cnp.PyArray_TYPE(stats) == cnp.NPY_FLOAT64
+        and cnp.PyArray_ISCARRAY_RO(stats)
+    )
+
+
 cdef tuple run_forward(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, double eps, cnp.ndarray out,
-    cnp.ndarray mean, cnp.ndarray var, int n_threads, int activation, double negative_slope,
+    cnp.ndarray stats, int n_threads, int activation, double negative_slope,
     cnp.ndarray residual, cnp.ndarray weights, double total,
 ):
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.npy_intp shape[2]
-    cdef cnp.ndarray stats
-    cdef double* values
-    shape[0] = 4
-    shape[1] = n
+    job.kind = FORWARD if stats is None else FORWARD_FROZEN
+    job.reduces = job.kind == FORWARD
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    stats = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
-    values = <double*> cnp.PyArray_DATA(stats)
-    job.kind = FORWARD if mean is None else FORWARD_FROZEN
-    job.reduces = job.kind == FORWARD
+    if stats is None:
+        stats = new_statistics(n)
     job.applies = True
     job.activation = <Activation> activation
     job.negative_slope = negative_slope
@@ -587,15 +611,9 @@ cdef tuple run_forward(
     job.eps = eps
     job.exact_mean = True
     set_statistics(&job, stats)
-    if mean is not None:
-        load_parameter(mean, job.mean)
-        load_parameter(var, job.var)
-        for f in range(n):
-            job.mean_low[f] = 0
-            job.inv_std[f] = 1 / sqrt(job.var[f] + eps)
-    elif cnp.PyArray_SIZE(x) == 0:
+    if job.reduces and cnp.PyArray_SIZE(x) == 0:
         for f in range(4 * n):
-            values[f] = NAN
+            job.mean[f] = NAN
     if cnp.PyArray_SIZE(x) > 0:
         execute(
             &job, x, None, out, axis, n_threads, gamma, beta, residual, None, weights
@@ -605,21 +623,21 @@ cdef tuple run_forward(
 
 def forward(
     cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
-    double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
-    int activation=0, double negative_slope=0, cnp.ndarray residual=None,
-    cnp.ndarray weights=None, double total=0,
+    double eps, cnp.ndarray out, cnp.ndarray stats, int n_threads, int activation=0,
+    double negative_slope=0, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
 ):
     """Normalize x along every axis but one.
 
-    mean and var: None for those of the batch, else frozen statistics, float64 and contiguous.
-    activation: a value of `activations`.  residual and weights have the shape and dtype of x, and
-    total is the sum of the weights of a feature.
-    Returns out (new if None), stats (4, n_features) float64: mean, the mean's low part, inv_std,
-    var.
+    stats: mean, the mean's low part, inv_std and var, float64 (4, n_features), contiguous; None for
+    those of the batch, which alone need eps.  activation: a value of `activations`.  residual and
+    weights have the shape and dtype of x, and total is the sum of the weights of a feature.
+    Returns out (new if None) and stats.
     """
+    if stats is not None and not are_statistics(stats, cnp.PyArray_DIMS(x)[axis]):
+        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
     return run_forward(
-        x, gamma, beta, axis, eps, out, mean, var, n_threads, activation, negative_slope,
-        residual, weights, total,
+        x, gamma, beta, axis, eps, out, stats, n_threads, activation, negative_slope, residual,
+        weights, total,
     )
 
 

@@ -207,19 +207,19 @@ def _checked_forward(
     param = None if bn_param is None else _checks.settings(bn_param, x, axis)
     eps = 1e-5 if param is None else param.eps
     train = param is None or param.train
-    mean = var = None
+    stats = None
     if param is not None:
         # Made before anything is written to out: there may be no memory, and out may lie over them.
         running_mean = core.running_average(param.running_mean, x, axis)
         running_var = core.running_average(param.running_var, x, axis)
         if not train:
-            mean, var = running_mean, running_var
-    if train and no_weight:  # no statistics: x_hat = 0
-        mean = np.zeros(x.shape[axis])
-        var = np.full_like(mean, np.inf)
+            stats = core.given_statistics(running_mean, running_var, eps)
+    if train and no_weight:  # no statistics: inv_std = 0, so that x_hat = 0
+        stats = np.zeros((4, x.shape[axis]))
+        stats[3] = np.nan
     averages = {} if param is None else {"running_mean": running_mean, "running_var": running_var}
     with _stored(bn_param, averages):
-        y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads_for(x), *more)
+        y, stats = core.forward(x, gamma, beta, axis, eps, out, stats, n_threads_for(x), *more)
         if param is not None and train and x.size and not no_weight:
             core.update_average(running_mean, stats[0], param.momentum, 1 - param.momentum)
             core.update_average(running_var, stats[3], param.momentum, 1 - param.momentum)

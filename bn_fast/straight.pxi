@@ -153,7 +153,7 @@ def plain_forward(
         kept = activation, negative_slope, beta, residual, None, 0.0, spoilt
     if bn_param is None:
         y, stats = run_forward(
-            x, gamma, beta, axis, eps, out, None, None, 1, code, slope, residual, None, 0
+            x, gamma, beta, axis, eps, out, None, 1, code, slope, residual, None, 0
         )
         return x, gamma, y, stats, default_eps, False, kept
     if type(bn_param) is not dict:
@@ -181,8 +181,8 @@ def plain_forward(
     mean = running_average(old_mean, x, axis)
     var = running_average(old_var, x, axis)
     y, stats = run_forward(
-        x, gamma, beta, axis, eps, out, None if train else mean, None if train else var, 1, code,
-        slope, residual, None, 0,
+        x, gamma, beta, axis, eps, out, None if train else given_statistics(mean, var, eps), 1,
+        code, slope, residual, None, 0,
     )
     if train:
         batch = <char*> cnp.PyArray_DATA(stats)
