@@ -220,6 +220,8 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be in float64's range, got {_kind(value)}") from None
 
 
 def epsilon(value: Any, name: str = "eps") -> float:

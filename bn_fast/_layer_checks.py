@@ -1,13 +1,47 @@
 """The layer's arguments in, what it can keep out, or an error that names the argument."""
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._checks import _input, _number, _parameter
 from ._types import Array
+
+T = TypeVar("T")
+
+MOST_BATCHES = np.iinfo(np.int64).max  # of which `state_dict` makes an array
+
+
+class Setting(Generic[T]):
+    """An attribute that is checked by whoever sets it: the constructor, a user, a pickle.
+
+    It is kept under its name with an underscore, where the layer reads it at no cost.
+    """
+
+    def __init__(self, check: Callable[[Any, str], T], fixed: bool = False) -> None:
+        self.check = check
+        self.fixed = fixed  # once the constructor has set it: arrays were made after it
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.slot = name, f"_{name}"
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: object, owner: type) -> T: ...
+    def __get__(self, layer: object | None, owner: type) -> Self | T:
+        if layer is None:
+            return self
+        value: T = getattr(layer, self.slot)
+        return value
+
+    def __set__(self, layer: object, value: Any) -> None:
+        if self.fixed and hasattr(layer, self.slot):
+            raise AttributeError(f"{self.name} cannot be set: it is that of the layer's arrays")
+        setattr(layer, self.slot, self.check(value, self.name))
 
 
 def integer(value: Any, name: str) -> int:
@@ -19,10 +53,12 @@ def integer(value: Any, name: str) -> int:
     raise TypeError(f"{name} must be an integer, got {value!r:.60}")
 
 
-def n_features(value: Any) -> int:
-    number = integer(value, "num_features")
+def n_features(value: Any, name: str) -> int:
+    number = integer(value, name)
     if number < 1:
-        raise ValueError(f"num_features must be at least 1, got {number}")
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number > np.iinfo(np.intp).max:
+        raise ValueError(f"{name} must be the size of an array, got {number}")
     return number
 
 
@@ -41,28 +77,57 @@ def choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
     raise ValueError(f"{name} must be one of {choices}, got {value!r:.60}")
 
 
-def momentum(value: Any) -> float | None:
+def momentum(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    weight = _number(value, "momentum")
+    weight = _number(value, name)
     if not 0 <= weight <= 1:
-        raise ValueError(f"momentum must be None or in [0, 1], got {weight}")
+        raise ValueError(f"{name} must be None or in [0, 1], got {weight}")
     return weight
 
 
-def dtype(value: Any) -> np.dtype[Any]:
+def dtype(value: Any, name: str) -> np.dtype[Any]:
     found: np.dtype[Any] = np.dtype(value)
     if value is None or found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype must be float32 or float64, got {value!r:.60}")
+        raise TypeError(f"{name} must be float32 or float64, got {value!r:.60}")
     return found
 
 
 def count(value: Any, name: str) -> int:
     """A number of batches, also as the array that `state_dict` makes of it."""
-    array = np.asarray(value)
-    if array.shape != () or array.dtype.kind not in "iu" or array < 0:
-        raise ValueError(f"{name} must be one integer of at least 0, got {value!r:.60}")
-    return int(array)
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be one integer of at least 0, got {value!r:.60}")
+    number = integer(value, name)
+    if not 0 <= number <= MOST_BATCHES:
+        raise ValueError(
+            f"{name} must be one integer of at least 0 and at most {MOST_BATCHES}, got {number}"
+        )
+    return number
+
+
+def kept(values: Array, dtype: np.dtype[Any], name: str) -> Array:
+    """Values as `dtype` holds them; that none of them turns to infinity is checked."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore", under="ignore"):
+        rounded: Array = values.astype(dtype)
+    check_kept(values, rounded, name)
+    return rounded
+
+
+def check_kept(values: Array, rounded: Array, name: str, sunk: bool = False) -> None:
+    """Refuse what became infinite by being rounded to a dtype; and what became 0, with `sunk`."""
+    lost = np.isfinite(values) & ~np.isfinite(rounded)
+    if sunk:
+        lost |= (values != 0) & (rounded == 0)
+    if lost.any():
+        index = tuple(map(int, np.argwhere(lost)[0]))
+        raise ValueError(
+            f"{name} must be in the range of {rounded.dtype}, got {values[index]} at"
+            f" {index[0] if len(index) == 1 else index}, which would be {rounded[index]}"
+        )
 
 
 def features(x: Any, num_features: int, axis: int) -> Array:
