@@ -125,7 +125,7 @@ def check_kept(values: Array, rounded: Array, name: str, sunk: bool = False) -> 
     if lost.any():
         index = tuple(map(int, np.argwhere(lost)[0]))
         raise ValueError(
-            f"{name} must be in the range of {rounded.dtype}, got {values[index]} at"
+            f"{name} must fit {rounded.dtype}, got {values[index]} at"
             f" {index[0] if len(index) == 1 else index}, which would be {rounded[index]}"
         )
 
@@ -145,14 +145,43 @@ def features(x: Any, num_features: int, axis: int) -> Array:
     return array
 
 
-def weights(weight: Any, bias: Any, num_features: int) -> tuple[Array, NDArray[np.float64]]:
-    """A layer's weight with one row for each feature, and its bias, zeros for None."""
+def weights(
+    weight: Any, bias: Any, num_features: int, axis: Any, groups: Any
+) -> tuple[Array, tuple[int, ...], NDArray[np.float64]]:
+    """A layer's weight, the axes over which its output channels stretch, and its bias, zeros for
+    None.
+
+    Those axes are one; two, and the first axis of weight is cut by groups, where every group has
+    its own output channels along axis 1, as in PyTorch's transposed convolutions.
+    """
     weight = _input(weight, "weight")
-    if weight.ndim < 2 or weight.shape[0] != num_features:
+    axis, groups = integer(axis, "axis"), integer(groups, "groups")
+    if groups < 1 or num_features % groups:
+        raise ValueError(f"groups must divide num_features={num_features}, got {groups}")
+    if weight.ndim < 2 or not -weight.ndim <= axis < weight.ndim:
         raise ValueError(
-            f"weight must have shape ({num_features}, in, ...), one row for each of the layer's"
-            f" features, got {weight.shape}"
+            f"weight must have 2 or more dimensions, one of them axis={axis}, got shape"
+            f" {weight.shape}"
+        )
+    at = axis % weight.ndim
+    cut = at == 1 and groups > 1
+    n_along = num_features // groups if cut else num_features
+    if weight.shape[at] != n_along:
+        others = [d for d, n in enumerate(weight.shape) if n == num_features]
+        hint = f": its output channels may be axis={others[0]}" if others else ""
+        raise ValueError(
+            f"weight must have {n_along} output channels along axis={axis} (num_features="
+            f"{num_features}, groups={groups}), got shape {weight.shape}{hint}"
         )
     if bias is None:
-        return weight, np.zeros(num_features)
-    return weight, _parameter(bias, "bias", num_features, 0).astype(np.float64)
+        offset = np.zeros(num_features)
+    else:
+        offset = _parameter(bias, "bias", num_features, 0).astype(np.float64)
+    if not cut:
+        return weight, (at,), offset
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must have input channels along axis 0 that groups={groups} divides, got shape"
+            f" {weight.shape}"
+        )
+    return weight.reshape(groups, -1, *weight.shape[1:]), (0, 2), offset

@@ -496,28 +496,43 @@ class BatchNorm:
         apart = not np.may_share_memory(self._gamma, self._beta)
         return parameter.flags.writeable and apart
 
-    def fold_into(self, weight: ArrayLike, bias: ArrayLike | None = None) -> tuple[Array, Array]:
+    def fold_into(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0, groups: int = 1
+    ) -> tuple[Array, Array]:
         """Weight and bias of the linear map or convolution before this layer, with it folded in.
+
+        Output channels are taken to lie along the first axis of weight, as in PyTorch's Linear and
+        Conv. Others need `axis`: where weight is square, nothing else tells them.
 
         Parameters
         ----------
-        weight : array_like, shape (C, in) or (C, in, kh, kw), or any other with C rows
-            Of a map whose output this layer normalizes, feature by feature. (CS231n's ``x @ w``
-            has w of shape (in, C): give ``w.T``.)
+        weight : array_like, 2 or more dimensions, C long along `axis`
+            Of a map whose output this layer normalizes, feature by feature.
         bias : array_like, shape (C,), optional
             None: zeros.
+        axis : int, default 0
+            The axis of weight's output channels:
+
+            - 0: PyTorch's Linear (C, in), Conv1d, 2d and 3d (C, in/groups, ...);
+            - 1: PyTorch's ConvTranspose1d, 2d and 3d (in, C/groups, ...);
+            - -1: ``x @ weight`` with weight (in, C), as in CS231n; Keras' Dense and Conv
+              (..., in, C);
+            - -2: Keras' ConvTranspose (..., C, in).
+        groups : int, default 1
+            PyTorch's. It matters for ``axis=1``, where weight is C/groups long.
 
         Returns
         -------
         weight, bias : ndarray
-            New arrays of weight's dtype (float64 for integers), computed in double.
+            New arrays of weight's shape and dtype (float64 for integers), computed in double.
 
         Raises
         ------
         TypeError
-            If weight or bias is not real-valued.
+            If an argument is of the wrong kind.
         ValueError
-            If a shape is wrong, or ``running_var + eps`` is 0 for a feature.
+            If a shape is wrong; ``running_var + eps`` is 0 for a feature; a finite weight or bias
+            would become infinite or NaN in weight's dtype, or all weights of a feature 0.
 
         Notes
         -----
@@ -533,20 +548,36 @@ class BatchNorm:
         >>> from bn_fast import BatchNorm
         >>> layer = BatchNorm(2, eps=0)
         >>> layer.running_mean, layer.running_var = [1, 2], [4, 16]
-        >>> layer.fold_into(np.eye(2))
-        (array([[0.5 , 0.  ],
-               [0.  , 0.25]]), array([-0.5, -0.5]))
+        >>> layer.fold_into(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        (array([[0.5 , 1.  ],
+               [0.75, 1.  ]]), array([-0.5, -0.5]))
+        >>> layer.fold_into(np.array([[1.0, 2.0], [3.0, 4.0]]), axis=-1)[0]
+        array([[0.5, 0.5],
+               [1.5, 1. ]])
         """
-        weight, offset = _layer_checks.weights(weight, bias, self.num_features)
-        var = self._running_var + self.eps
+        split, axes, offset = _layer_checks.weights(weight, bias, self._num_features, axis, groups)
+        var = self._running_var + self._eps
         if not var.all():
             raise ValueError(
                 f"running_var + eps must not be 0, got 0 for feature {np.flatnonzero(var == 0)[0]}"
             )
-        scale = self._gamma / np.sqrt(var)
-        folded = weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
-        offset = scale * (offset - self._running_mean) + self._beta
-        return folded.astype(weight.dtype), offset.astype(weight.dtype)
+        others = tuple(d for d in range(split.ndim) if d not in axes)
+        with np.errstate(all="ignore"):  # what is lost is said below
+            scale = self._gamma / np.sqrt(var)
+            factors = np.expand_dims(scale.reshape([split.shape[d] for d in axes]), others)
+            folded = (split * factors).astype(split.dtype)
+            shifted = (scale * (offset - self._running_mean) + self._beta).astype(split.dtype)
+        shape = np.shape(weight)
+        _layer_checks.check_kept(split.reshape(shape), folded.reshape(shape), "folded weight")
+        _layer_checks.check_kept(offset, shifted, "folded bias")
+        had, has = ((array != 0).any(axis=others).reshape(-1) for array in (split, folded))
+        lost = np.flatnonzero(had & ~has & (self._gamma != 0) & np.isfinite(var))
+        if lost.size:
+            raise ValueError(
+                f"folded weight must fit {split.dtype}, got that of feature {lost[0]}, which would"
+                " be 0 throughout"
+            )
+        return folded.reshape(shape), shifted
 
     @classmethod
     def from_torch(cls, module: Any, **settings: Any) -> Self:

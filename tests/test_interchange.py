@@ -1,6 +1,7 @@
 """Layers of PyTorch and Keras become BatchNorm and back: same evaluation, same next steps."""
 
 import os
+from itertools import product
 
 import numpy as np
 import pytest
@@ -135,6 +136,39 @@ class TestTorch:
             BatchNorm(3).to_torch(module)
         assert all(map(torch.equal, before, module.state_dict().values()))
 
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(
+        ("name", "dims", "groups"),
+        [("Linear", 0, 1), *product(["Conv", "ConvTranspose"], [1, 2, 3], [1, 2, 4])],
+    )
+    def test_every_layer_that_folds(self, torch, name, dims, groups, bias):
+        """Folded and alone it gives what the layer and its norm give one after the other, in
+        PyTorch's norm and in this."""
+        if name == "Linear":
+            # Square, so that only axis tells which are the output channels.
+            theirs = torch.nn.Linear(4, 4, bias=bias).double()
+            shape = (5, 4)
+        else:
+            kind = getattr(torch.nn, f"{name}{dims}d")
+            theirs = kind(4, 4, (3, 2, 1)[:dims], stride=2, groups=groups, bias=bias).double()
+            shape = (5, 4, 6, 7, 3)[: dims + 2]
+        x = torch.tensor(normal(shape, np.float64))
+        axis = 1 if name == "ConvTranspose" else 0
+        with torch.no_grad():
+            norm = self.trained(torch).eval()
+            layer = BatchNorm.from_torch(norm)
+            expected = layer.forward(theirs(x).numpy(), training=False)
+            between = torch.movedim(theirs(x), 1, -1)
+            close(
+                torch.movedim(norm(between.reshape(-1, 4)).reshape(between.shape), -1, 1), expected
+            )
+            weight = theirs.weight.numpy()
+            given = theirs.bias.numpy() if bias else None
+            weight, offset = layer.fold_into(weight, given, axis=axis, groups=groups)
+            theirs.weight.copy_(torch.tensor(weight))
+            theirs.bias = torch.nn.Parameter(torch.tensor(offset))
+            close(theirs(x).numpy(), expected)
+
 
 class TestKeras:
     @pytest.fixture
@@ -209,6 +243,28 @@ class TestKeras:
             BatchNorm.from_keras(renorm)
         with pytest.raises(TypeError, match=r"layer must be a keras.layers.BatchNorm.*got Dense"):
             BatchNorm.from_keras(keras.layers.Dense(3))
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "shape", "axis"),
+        [
+            ("Dense", (4,), (5, 4), -1),
+            ("Conv1D", (4, 3), (5, 9, 4), -1),
+            ("Conv2D", (4, 3), (5, 9, 8, 4), -1),
+            ("Conv1DTranspose", (4, 3), (5, 9, 4), -2),
+            ("Conv2DTranspose", (4, 3), (5, 6, 7, 4), -2),
+        ],
+    )
+    def test_layers_that_fold(self, keras, name, arguments, shape, axis):
+        theirs = getattr(keras.layers, name)(*arguments, dtype="float64")
+        theirs.build(shape)
+        x = keras.ops.convert_to_tensor(normal(shape, np.float64), "float64")
+        between = keras.ops.convert_to_numpy(theirs(x))
+        norm = self.trained(keras, between.shape)
+        layer = BatchNorm.from_keras(norm)
+        expected = layer.forward(between, training=False)
+        np.testing.assert_allclose(evaluated(keras, norm, between, False), expected, **KERAS)
+        theirs.set_weights(layer.fold_into(*theirs.get_weights(), axis=axis))
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(theirs(x)), expected, **KERAS)
 
 
 def test_from_torch_to_keras():

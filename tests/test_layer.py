@@ -445,7 +445,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
         "'num_batches' must be one integer.*got 1.5": good | {"num_batches": 1.5},
         "'num_batches' must be .* at most 9223372036854775807, got 9223372036854775808": good
         | {"num_batches": np.uint64(2**63)},
-        "'beta' must be in the range of float32, got 1e[+]39 at 2, which would be inf": good
+        "'beta' must fit float32, got 1e[+]39 at 2, which would be inf": good
         | {"beta": [0, 0, 1e39]},
         "'running_mean' must be an array of real numbers, got None": good | {"running_mean": None},
     }
@@ -591,7 +591,7 @@ FIXED = "num_features", "affine", "dtype"  # the arrays are of them
 BAD_ARRAYS = [
     ("gamma", np.ones(2), ValueError, r"gamma must have shape \(3,\)"),
     ("gamma", None, TypeError, "gamma must be an array of real numbers"),
-    ("gamma", [1, 1e39, 1], ValueError, "gamma must be in the range of float32, got 1e[+]39 at 1"),
+    ("gamma", [1, 1e39, 1], ValueError, "gamma must fit float32, got 1e[+]39 at 1"),
     ("beta", np.ones((3, 1)), ValueError, r"beta must have shape \(3,\)"),
     ("beta", np.ones(3, complex), TypeError, "beta must be an array of real numbers"),
     ("running_mean", [0, HUGE, 0], TypeError, "running_mean must be an array of real numbers"),
@@ -697,13 +697,18 @@ def test_features_may_be_the_last_axis():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", ["C", "Fortran", "sliced"])
-def test_fold_into_linear(layout, affine, bias):
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_fold_into_linear(axis, layout, affine, bias):
+    """weight @ x with one row for each feature, and x @ kernel with one column."""
     layer = trained(3, np.float64, affine=affine)
     weight, b = LAYOUTS[layout](normal((3, 5), np.float64, 1)), normal(3, np.float64, 2) * bias
     x = normal((30, 5), np.float64, 3)
-    folded, offset = layer.fold_into(weight, b if bias else None)
+    given = np.moveaxis(weight, 0, axis)
+    folded, offset = layer.fold_into(given, b if bias else None, axis=axis)
+    assert folded.shape == given.shape
     expected = layer.forward(x @ weight.T + b, training=False)
-    np.testing.assert_allclose(x @ folded.T + offset, expected, rtol=0, atol=1e-13)
+    kernel = np.moveaxis(folded, axis, -1)
+    np.testing.assert_allclose(x @ kernel + offset, expected, rtol=0, atol=1e-13)
 
 
 def convolve(x, weight, bias):
@@ -711,12 +716,17 @@ def convolve(x, weight, bias):
     return np.einsum("nihwkl,oikl->nohw", windows, weight) + bias[:, None, None]
 
 
-def test_fold_into_convolution():
+@pytest.mark.parametrize("order", ["oikl", "klio", "iokl", "kloi"])
+def test_fold_into_convolution(order):
+    """PyTorch's kernels, Keras', and the same of transposed convolutions."""
     layer = trained(3, np.float64)
     weight, bias = normal((3, 4, 3, 2), np.float64, 1), normal(3, np.float64, 2)
     x = normal((2, 4, 6, 7), np.float64, 3)
     expected = layer.forward(convolve(x, weight, bias), training=False)
-    np.testing.assert_allclose(convolve(x, *layer.fold_into(weight, bias)), expected, atol=1e-13)
+    given = weight.transpose(["oikl".index(letter) for letter in order])
+    folded, offset = layer.fold_into(given, bias, axis=order.index("o"))
+    folded = folded.transpose([order.index(letter) for letter in "oikl"])
+    np.testing.assert_allclose(convolve(x, folded, offset), expected, atol=1e-13)
 
 
 def test_fold_is_computed_in_double():
@@ -739,23 +749,39 @@ def test_fold_keeps_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "error", "message"),
+    ("changes", "error", "message"),
     [
         (
-            np.ones((2, 3)),
-            None,
+            {"weight": np.ones((2, 3))},
             ValueError,
-            r"weight must have shape \(3, in, \.\.\.\).*got \(2, 3",
+            r"weight must have 3 output channels along axis=0 .*\(2, 3\).* may be axis=1",
         ),
-        (np.ones(3), None, ValueError, "weight must have shape"),
-        (None, None, TypeError, "weight must be an array of real numbers"),
-        (np.ones((3, 2)), np.ones(2), ValueError, r"bias must have shape \(3,\)"),
-        (np.ones((3, 2)), "b", TypeError, "bias must be an array of real numbers"),
+        ({"axis": 1}, ValueError, r"weight must have 3 .*axis=1 .*\(3, 2\).* may be axis=0"),
+        ({"axis": -1}, ValueError, r"weight must have 3 output channels along axis=-1"),
+        ({"axis": 2}, ValueError, r"one of them axis=2, got shape \(3, 2\)"),
+        ({"axis": None}, TypeError, "axis must be an integer, got None"),
+        ({"groups": 2}, ValueError, "groups must divide num_features=3, got 2"),
+        ({"groups": 0}, ValueError, "groups must divide num_features=3, got 0"),
+        ({"groups": 1.0}, TypeError, "groups must be an integer, got 1.0"),
+        (
+            {"weight": np.ones((6, 3, 2)), "axis": 1, "groups": 3},
+            ValueError,
+            r"weight must have 1 output channels along axis=1 \(num_features=3, groups=3\)",
+        ),
+        (
+            {"weight": np.ones((4, 1, 2)), "axis": 1, "groups": 3},
+            ValueError,
+            r"axis 0 that groups=3 divides, got shape \(4, 1, 2\)",
+        ),
+        ({"weight": np.ones(3)}, ValueError, "weight must have 2 or more dimensions"),
+        ({"weight": None}, TypeError, "weight must be an array of real numbers"),
+        ({"bias": np.ones(2)}, ValueError, r"bias must have shape \(3,\)"),
+        ({"bias": "b"}, TypeError, "bias must be an array of real numbers"),
     ],
 )
-def test_fold_errors(weight, bias, error, message):
+def test_fold_errors(changes, error, message):
     with pytest.raises(error, match=message):
-        trained().fold_into(weight, bias)
+        trained().fold_into(**({"weight": np.ones((3, 2))} | changes))
 
 
 def test_a_variance_of_zero_cannot_be_folded():
@@ -763,3 +789,43 @@ def test_a_variance_of_zero_cannot_be_folded():
     layer.running_var = [1, 0, 1]
     with pytest.raises(ValueError, match=r"running_var \+ eps must not be 0, got 0 for feature 1"):
         layer.fold_into(np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_fold_stays_in_the_range_of_the_weight(dtype):
+    """Nothing finite turns to infinity, and no feature's weights to 0, without a word."""
+    finfo = np.finfo
+    if dtype == "bfloat16":
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        finfo, dtype = ml_dtypes.finfo, ml_dtypes.bfloat16
+    largest, least = finfo(dtype).max, finfo(dtype).smallest_subnormal
+    layer = BatchNorm(2, eps=0, dtype=np.float64)
+    weight = np.ones((2, 3), dtype)
+    weight[1, 2] = largest / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded, _ = layer.fold_into(weight)
+        assert_same_bits([folded], [weight])
+        layer.gamma = [1, 4]
+        with pytest.raises(ValueError, match=r"folded weight .*at \(1, 2\), which would be inf"):
+            layer.fold_into(weight)
+        layer.gamma, layer.running_mean = [1, 1], [0, float(largest)]
+        with pytest.raises(ValueError, match=r"folded bias must fit .*at 1, which would be -inf"):
+            layer.fold_into(weight, np.array([0, -largest], float))
+        layer.running_mean, layer.gamma, weight[0] = [0, 0], [0.25, 1], least
+        with pytest.raises(ValueError, match=r"folded weight must fit .*feature 0, which would"):
+            layer.fold_into(weight)
+        layer.gamma = [0, 1]  # and with what is 0 anyway nothing is lost
+        folded, _ = layer.fold_into(weight)
+        assert_same_bits([folded[0]], [np.zeros(3, dtype)])
+        weight[0] = [0, np.inf, np.nan]  # these are the caller's
+        with np.errstate(invalid="ignore"):
+            folded, _ = layer.fold_into(weight)
+        assert np.isnan(folded[0, 1:].astype(float)).all()
+
+
+def test_statistics_that_are_not_finite_are_not_folded():
+    layer = BatchNorm(2)
+    layer.running_var = [1, np.nan]
+    with pytest.raises(ValueError, match=r"folded weight .* got 1.0 at \(1, 0\).* would be nan"):
+        layer.fold_into(np.ones((2, 3)))
