@@ -107,26 +107,35 @@ def count(value: Any, name: str) -> int:
     return number
 
 
-def kept(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    """Values as `dtype` holds them; that none of them turns to infinity is checked."""
-    if values.dtype == dtype:
-        return values
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    """In another dtype, without NumPy's warnings: whoever asks looks at what was lost."""
     with np.errstate(over="ignore", under="ignore"):
-        rounded: Array = values.astype(dtype)
-    check_kept(values, rounded, name)
-    return rounded
+        return values.astype(dtype, copy=False)
 
 
-def check_kept(values: Array, rounded: Array, name: str, sunk: bool = False) -> None:
-    """Refuse what became infinite by being rounded to a dtype; and what became 0, with `sunk`."""
-    lost = np.isfinite(values) & ~np.isfinite(rounded)
-    if sunk:
-        lost |= (values != 0) & (rounded == 0)
+def kept(values: Array, dtype: np.dtype[Any], name: str) -> Array:
+    """Values as `dtype` holds them, none of them turned to infinity."""
+    fitted = rounded(values, dtype)
+    if fitted is not values:
+        check_kept(values, fitted, name)
+    return fitted
+
+
+def check_kept(values: Array, fitted: Array, name: str) -> None:
+    """Refuse what was finite and became infinite or NaN by being rounded to a dtype."""
+    lost = np.isfinite(values) & ~np.isfinite(fitted)
+    refuse_lost(lost, values, fitted, name, fitted.dtype)
+
+
+def refuse_lost(
+    lost: NDArray[np.bool_], values: Array, fitted: Array, name: str, dtype: Any
+) -> None:
+    """ValueError for the first of the values that a dtype does not hold."""
     if lost.any():
         index = tuple(map(int, np.argwhere(lost)[0]))
+        at = f" at {index[0] if len(index) == 1 else index}" if index else ""
         raise ValueError(
-            f"{name} must fit {rounded.dtype}, got {values[index]} at"
-            f" {index[0] if len(index) == 1 else index}, which would be {rounded[index]}"
+            f"{name} must fit {dtype}, got {values[index]}{at}, which would be {fitted[index]}"
         )
 
 

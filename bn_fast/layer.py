@@ -599,9 +599,10 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If `module` is none of them.
+            If `module` is none of them (a lazy one is after its first call), or does more: a
+            subclass with a forward of its own, parametrizations, forward hooks.
         ValueError
-            If it has ``track_running_stats=False``.
+            If it has ``track_running_stats=False``, or is on the meta device.
 
         Notes
         -----
@@ -619,8 +620,9 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If `module` is no such module, cannot keep gamma or beta, has another number of features
-            or ``track_running_stats=False``. It is then as it was.
+            If `module` is none that `from_torch` takes, cannot keep gamma or beta, has another
+            number of features, or a dtype in which a value would become infinite or a variance 0.
+            It is then as it was.
         """
         _interchange.to_torch(module, self.state_dict(), self.eps, self.momentum)
 
@@ -644,7 +646,7 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If `layer` is none.
+            If `layer` is none, or of a subclass with a call of its own.
         ValueError
             If it is not built, or was made with ``renorm=True``.
 
@@ -664,8 +666,9 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If `layer` is no such layer, is not built, cannot keep gamma or beta, has another number
-            of features, or `momentum` is None here. It is then as it was.
+            If `layer` is none that `from_keras` takes, cannot keep gamma or beta, has another
+            number of features or a dtype in which a value would become infinite or a variance 0, or
+            if `momentum` is None here. It is then as it was.
         """
         _interchange.to_keras(layer, self.state_dict(), self.eps, self.momentum)
 

@@ -136,6 +136,118 @@ class TestTorch:
             BatchNorm(3).to_torch(module)
         assert all(map(torch.equal, before, module.state_dict().values()))
 
+    @pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"])
+    def test_every_batch_norm_is_one(self, torch, kind):
+        module = getattr(torch.nn, kind)(4)
+        layer = BatchNorm(4, momentum=0.5)
+        layer.running_mean = [1, 2, 3, 4]
+        layer.to_torch(module)
+        assert_same_bits(state_bits(BatchNorm.from_torch(module)), state_bits(layer))
+
+        class Lenient(type(module)):
+            """Computes the same, of more shapes."""
+
+            def _check_input_dim(self, input):
+                pass
+
+        assert_same_bits(state_bits(BatchNorm.from_torch(Lenient(4))), state_bits(BatchNorm(4)))
+
+    def test_a_lazy_module_is_one_after_its_first_call(self, torch):
+        module = torch.nn.LazyBatchNorm1d()
+        with pytest.raises(TypeError, match=r"module must be a .*got LazyBatchNorm1d"):
+            BatchNorm.from_torch(module)
+        module(torch.tensor(batches()[0], dtype=torch.float32))
+        assert BatchNorm.from_torch(module).num_batches == 1
+
+    @pytest.mark.parametrize(
+        "kind", ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm"]
+    )
+    def test_another_norm_is_refused(self, torch, kind):
+        """An instance norm has all the attributes of a batch norm."""
+        arguments = (2, 4) if kind == "GroupNorm" else (4,)
+        more = {"affine": True, "track_running_stats": True} if kind[0] == "I" else {}
+        module = getattr(torch.nn, kind)(*arguments, **more)
+        for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+            with pytest.raises(TypeError, match=f"module must be a torch.*BatchNorm.*got {kind}"):
+                convert(module)
+
+    def more_than_a_batch_norm(self, torch):
+        class Activated(torch.nn.BatchNorm1d):
+            def forward(self, input):
+                return super().forward(input).relu()
+
+        class Exponential(torch.nn.Module):
+            def forward(self, weight):
+                return weight.exp()
+
+        patched, before, after, parametrized = (torch.nn.BatchNorm1d(4) for _ in range(4))
+        patched.forward = lambda input: input
+        before.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        after.register_forward_hook(lambda module, args, out: out.relu())
+        torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", Exponential())
+        return {
+            "got Activated, which has a forward of its own": Activated(4),
+            "got BatchNorm1d, which has a forward of its own": patched,
+            "got one with forward hooks": before,
+            "got one with forward hooks ": after,
+            "got one with 'parametrizations.weight.original' in its state": parametrized,
+        }
+
+    def test_what_does_more_is_refused(self, torch):
+        for message, module in self.more_than_a_batch_norm(torch).items():
+            for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+                with pytest.raises(TypeError, match=f"that does nothing else, {message.strip()}"):
+                    convert(module)
+
+    def test_statistics_that_are_not_kept_or_not_there(self, torch):
+        module = self.trained(torch)
+        module.track_running_stats = False  # it evaluates with them, and trains without
+        with pytest.raises(ValueError, match="track_running_stats=False"):
+            BatchNorm.from_torch(module)
+        module = torch.nn.BatchNorm1d(4, device="meta")
+        for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+            with pytest.raises(ValueError, match="got one on the meta device"):
+                convert(module)
+
+    @pytest.mark.parametrize(
+        ("dtype", "name", "value"),
+        [
+            ("float16", "running_var", 1e9),
+            ("float16", "running_var", 1e-9),
+            ("float16", "running_mean", -7e4),
+            ("float16", "weight", 1e5),
+            ("bfloat16", "bias", 3.4e38),
+            ("float32", "running_var", 1e39),
+            ("float32", "num_batches_tracked", 2**40),
+        ],
+    )
+    def test_what_the_module_cannot_hold_is_refused(self, torch, dtype, name, value):
+        module = self.trained(torch).to(getattr(torch, dtype))
+        module.num_batches_tracked = module.num_batches_tracked.to(torch.int32)
+        before = [t.clone() for t in module.state_dict().values()]
+        layer = BatchNorm(4, eps=0.25 if value == 1e9 else 1e-5)
+        ours = {"weight": "gamma", "bias": "beta", "num_batches_tracked": "num_batches"}
+        array = np.full(4, 0.5)
+        array[2] = value
+        setattr(layer, ours.get(name, name), value if isinstance(value, int) else array)
+        at = "" if isinstance(value, int) else " at 2"
+        message = rf"module's {name} must fit torch\.\w+, got .*{at}, which would be"
+        with pytest.raises(ValueError, match=message):
+            layer.to_torch(module)
+        assert all(map(torch.equal, before, module.state_dict().values()))
+        assert module.eps == 1e-5
+
+    def test_a_variance_that_adds_nothing_to_eps_may_sink(self, torch):
+        """That of a dead channel decays below every type's range."""
+        layer = BatchNorm(4)
+        layer.running_var = [0, 1e-46, 1, 2]
+        layer.to_torch(torch.nn.BatchNorm1d(4))
+        layer.eps = 0
+        with pytest.raises(
+            ValueError, match=r"running_var must fit torch\.float32, got 1e-46 at 1"
+        ):
+            layer.to_torch(torch.nn.BatchNorm1d(4))
+
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize(
         ("name", "dims", "groups"),
@@ -243,6 +355,34 @@ class TestKeras:
             BatchNorm.from_keras(renorm)
         with pytest.raises(TypeError, match=r"layer must be a keras.layers.BatchNorm.*got Dense"):
             BatchNorm.from_keras(keras.layers.Dense(3))
+
+    def test_what_does_more_is_refused(self, keras):
+        class Activated(keras.layers.BatchNormalization):
+            def call(self, inputs, training=None):
+                return keras.ops.relu(super().call(inputs, training=training))
+
+        class Named(keras.layers.BatchNormalization):
+            """Computes the same."""
+
+        theirs = Activated()
+        theirs.build((None, 4))
+        for convert in (BatchNorm.from_keras, BatchNorm(4).to_keras):
+            with pytest.raises(TypeError, match="nothing else, got Activated, which has a call of"):
+                convert(theirs)
+        theirs = Named()
+        theirs.build((None, 4))
+        BatchNorm(4).to_keras(theirs)
+
+    @pytest.mark.parametrize(("name", "value"), [("running_var", 1e-9), ("beta", 7e4)])
+    def test_what_the_layer_cannot_hold_is_refused(self, keras, name, value):
+        theirs = keras.layers.BatchNormalization(dtype="float16")
+        theirs.build((None, 4))
+        before = theirs.get_weights()
+        layer = BatchNorm(4)
+        setattr(layer, name, [1, 1, value, 1])
+        with pytest.raises(ValueError, match=rf"layer's {name} must fit float16, got .* at 2"):
+            layer.to_keras(theirs)
+        assert_same_bits(theirs.get_weights(), before)
 
     @pytest.mark.parametrize(
         ("name", "arguments", "shape", "axis"),
