@@ -435,8 +435,11 @@ def _forward_op(
     _, cache, *running = _forward(
         input, weight, bias, running_mean, running_var, training, momentum, eps, y
     )
-    mean, var = (np.empty(0) if a is None else a.astype(np.float64) for a in running)
-    return y, torch.from_numpy(cache.stats), torch.from_numpy(mean), torch.from_numpy(var)
+    mean, var = (
+        input.new_empty(0, dtype=torch.float64) if a is None else torch.from_numpy(a).double()
+        for a in running
+    )
+    return y, torch.from_numpy(cache.stats), mean, var
 
 
 @torch.library.custom_op("bn_fast::batch_norm_backward", mutates_args=())
