@@ -3,6 +3,7 @@ from typing import Any
 from ._types import Array
 
 activations: dict[str, int]
+boundaries: dict[str, int]
 
 def are_finite(values: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...

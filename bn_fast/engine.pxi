@@ -40,6 +40,43 @@ include "sweep.pxi"
 include "options.pxi"
 include "statistics.pxi"
 
+# Where the engine's ways part. Tests draw sizes on both sides of each.
+boundaries = {
+    "TREE_ROWS": TREE_ROWS,
+    "APPLY_ROWS": APPLY_ROWS,
+    "MAX_COLUMNS": MAX_COLUMNS,
+    "STRIP": STRIP,
+    "LANES": LANES,
+    "HALF_PIECE": HALF_PIECE,
+    "BLOCK_ROWS": BLOCK_ROWS,
+    "MAX_CHUNKS": MAX_CHUNKS,
+    "JOIN_COLUMNS": JOIN_COLUMNS,
+    "SHORT_COLUMNS": SHORT_COLUMNS,
+    "JOIN_ROWS": JOIN_ROWS,
+    "NARROW": NARROW,
+    "ALONG_RUN": ALONG_RUN,
+    "TREE_RUN": TREE_RUN,
+    "PIECE": PIECE,
+    "BLOCK_ELEMENTS": BLOCK_ELEMENTS,
+    "BLOCK_SHARE": BLOCK_SHARE,
+    "GATHER_ELEMENTS": GATHER_ELEMENTS,
+    "GATHER_COLUMNS": GATHER_COLUMNS,
+    "AHEAD_ROWS": AHEAD_ROWS,
+    "SWEEP_BYTES": SWEEP_BYTES,
+    "TILE_COLUMNS": TILE_COLUMNS,
+    "TILE_BYTES": TILE_BYTES,
+    "SPLIT_FROM": SPLIT_FROM,
+    "SPLIT_TO": SPLIT_TO,
+    "ALONG_SWEEP_BYTES": ALONG_SWEEP_BYTES,
+    "RUN_SWEEP_BYTES": RUN_SWEEP_BYTES,
+    "PAGE_BYTES": PAGE_BYTES,
+    "STREAM_BYTES": STREAM_BYTES,
+    "PREFETCH_BYTES": PREFETCH_BYTES,
+    "PREFETCH_OUTPUT": PREFETCH_OUTPUT,
+    "SHARE_FEATURES": SHARE_FEATURES,
+    "HELD_SIZE": HELD_SIZE,
+}
+
 
 cdef void sweep_tiles(
     Job* job, Py_ssize_t tile, Py_ssize_t end, Scratch* s, const real* real_tag,
