@@ -8,9 +8,18 @@ import bn_fast
 from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward, reference
 
 from . import judge, oracle
-from .arrays import twin, widened
+from .arrays import DTYPES, HALVES, twin, widened
 from .judge import Exact
-from .problems import ENGINES, engine
+from .problems import (
+    BETAS,
+    ENGINES,
+    KINDS,
+    LAYOUT_PAIRS,
+    PLACES,
+    SHAPES,
+    engine,
+    make_problem,
+)
 
 SLOPE = 0.25  # a power of two: exact in every dtype
 MOMENTUM = 0.75
@@ -245,7 +254,8 @@ def exact_pieces(p, got, f):
         "var": Exact(var, 3 * largest(var)),
         "std": Exact(np.sqrt(var), 2 * np.sqrt(largest(var))),
         "normalized": Exact(
-            normalized, max(largest(gamma), largest(beta)), lost * largest(gamma), loose=loose
+            normalized, max(largest(gamma), largest(beta)), lost * largest(gamma),
+            None if w is None else w > 0, loose,
         ),
         "sum_dout": Exact(g.sum(axis=0), total(g), step * m, loose=loose),
         "sum_dout_xmu": Exact((g * d).sum(axis=0), total(g * d), step * m, loose=loose),
@@ -318,3 +328,79 @@ def _count(a, b):
 
 def _who(a, b, f):
     return "the hostile one too" if _differ(a, b)[f] else "not the hostile one"
+
+
+# Rows of a table: one problem and one call each, for `check_first` and `check_second`.
+
+TYPES = {np.dtype(dtype).name: dtype for dtype in (*DTYPES, *HALVES)}
+COMMON = {
+    "shape": SHAPES,
+    "kind": KINDS,
+    "dtype": list(TYPES),
+    "layout": [*LAYOUT_PAIRS, "C", "C", "features last"],  # what is there twice comes up more often
+    "place": list(PLACES),
+    "eps": [1e-5, 0.0],
+}
+FIRST = COMMON | {
+    "mode": ["train", "train", "test"],
+    "activation": [None, "relu", "leaky_relu"],
+    "residual": [False, True],
+    "weights": [None, None, None, "mask", "real"],
+    "needs": ["dx dgamma dbeta dresidual", "dx", "dgamma dbeta", "dbeta", "dx dresidual"],
+    "out": ["new", "given", "in place", "over residual"],
+    "beta": list(BETAS),
+}
+SECOND = COMMON | {
+    "call": ["second train", "second test", "pieces"],
+    "given": ["all", "ddx", "parameters"],
+    "weights": [None, "mask", "real"],  # of moments alone
+}
+
+
+def may_be(row):
+    place, how = row.get("kind", (None, None))
+    return not (
+        # 1/sqrt(var) is infinite.
+        (row.get("eps") == 0 and how == "subnormal" and row.get("dtype") == "float64")
+        or (place == "residual" and row.get("residual") is False)
+        or (row.get("out") == "over residual" and row.get("residual") is False)
+        or (place == "filler" and row.get("weights", "mask") is None)
+    )
+
+
+def first_may_be(row):
+    return row.get("kind", [""])[0] != "ddx" and may_be(row)
+
+
+def second_may_be(row):
+    place, _ = row.get("kind", (None, None))
+    without_weights = place == "filler" and row.get("call", "pieces") != "pieces"
+    return place != "residual" and not without_weights and may_be(row)
+
+
+def _problems(row, more):
+    names = "shape", "kind", "layout", "place", "residual", "weights", "beta", "eps"
+    given = {name: row[name] for name in names if name in row}
+    return make_problem(dtype=TYPES[row["dtype"]], **given | (more or {}))
+
+
+def check_first(row, more=None):
+    """more: further arguments of `make_problem`, which come before the row's."""
+    given = {name: row[name] for name in ("mode", "activation")}
+    check_laws(
+        lambda p: first_order(p, needs=row["needs"], out=row["out"], **given),
+        lambda p, got, f: exact_first_order(p, got, f, **given),
+        *_problems(row, more),
+    )
+
+
+def check_second(row, more=None):
+    if row["call"] == "pieces":
+        check_laws(pieces, exact_pieces, *_problems(row, more))
+        return
+    given = {"mode": row["call"].split()[1], "given": row["given"]}
+    check_laws(
+        lambda p: second_order(p, **given),
+        lambda p, got, f: exact_second_order(p, got, f, **given),
+        *_problems(row, more),
+    )

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 
 import numpy as np
@@ -35,11 +36,9 @@ def engine(isa, n_threads):
     One thread takes the straight road where there is one; more never do.
     """
     chosen = import_module(f"bn_fast._core_{isa}")
-    modules = [m for name, m in sys.modules.items() if name.startswith("bn_fast.")]
-    users = [m for m in modules if getattr(m, "core", None) is core]
     serial = bn_fast.functional._SERIAL_SIZE
     try:
-        for module in users:
+        for module in _users_of_core():
             module.core = chosen
         if n_threads > 1:
             bn_fast.functional._SERIAL_SIZE = 0
@@ -48,8 +47,14 @@ def engine(isa, n_threads):
     finally:
         bn_fast.set_num_threads(None)
         bn_fast.functional._SERIAL_SIZE = serial
-        for module in users:
+        for module in _users_of_core():
             module.core = core
+
+
+@cache
+def _users_of_core():
+    modules = [m for name, m in sys.modules.items() if name.startswith("bn_fast.")]
+    return [m for m in modules if getattr(m, "core", None) is core]
 
 
 # Sizes
@@ -267,6 +272,14 @@ LAYOUT_PAIRS = {
     "dout repeated": ("features last", "broadcast first"),
     "dout repeated along": ("sliced", "broadcast last"),  # of two dimensions the first: no features
 }
+OPTIONS = {  # activation, residual, weights
+    "residual": (None, True, None),
+    "relu": ("relu", False, None),
+    "leaky_relu residual": ("leaky_relu", True, None),
+    "weights": (None, False, "real"),
+    "relu mask": ("relu", False, "mask"),
+    "leaky_relu residual weights": ("leaky_relu", True, "integers"),
+}
 BETAS = {"open": 0.7, "shut": -0.7, "edge": 0.0}
 
 
@@ -313,7 +326,8 @@ def _spoil(values, w, kind, f, dtype):
         values[name][f] = PARAMETERS[how]
     else:
         own = values[name][:, f]
-        own[...] = VALUES[how](own.ravel(), dtype).reshape(own.shape)
+        with np.errstate(all="ignore"):  # of one that is hostile already
+            own[...] = VALUES[how](own.ravel(), dtype).reshape(own.shape)
 
 
 def _laid_out(values, w, dtype, layout, residual, eps, f):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from . import oracle, test_options, test_pieces, test_properties, test_second_order
+from . import calls, oracle, test_options, test_pieces, test_properties, test_second_order
 from .arrays import DTYPES, HALVES
-from .test_properties import EPS, MODES, problems
+from .strategies import EPS, MODES, neighbors, problems
 
 
 def plain(data):
@@ -56,7 +56,17 @@ def pieces(data):
     test_pieces.gradients_fit(gradients, dout, x, gamma, axis, 8, far)
 
 
+def neighbor(data):
+    calls.check_first(*data.draw(neighbors(calls.FIRST, calls.first_may_be)))
+
+
+def neighbor_of_pieces(data):
+    calls.check_second(*data.draw(neighbors(calls.SECOND, calls.second_may_be)))
+
+
 KINDS = {
+    "neighbor": neighbor,
+    "neighbor of pieces": neighbor_of_pieces,
     "plain": plain,
     "options": options,
     "half types": half_types,

@@ -19,7 +19,7 @@ from bn_fast import (
 from . import judge, oracle
 from .arrays import DTYPES, HALVES, LAYOUTS, SHAPES, TALL, normal, problem
 from .judge import LIMIT, assert_same_bits, describe, roundings
-from .test_properties import arrays, few, problems
+from .strategies import arrays, few, problems
 
 MODES = ["train", "test"]
 RESULTS = "dx", "dgamma", "ddout"
