@@ -1,7 +1,7 @@
 """What a forward call leaves for its backward call."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._types import Array, parameter_dtype
 
@@ -70,6 +70,14 @@ class Cache:
         self.exact_mean = exact_mean
         self.overwritten = overwritten
         self.options = options
+
+    def __setstate__(self, state: Any) -> None:
+        """From a pickle or a copy; what the attributes are is looked at when they are used."""
+        _, slots = state if isinstance(state, tuple) else (None, state)
+        if not isinstance(slots, dict) or slots.keys() != set(self.__slots__):
+            raise ValueError("cache cannot be used: it was pickled by another version of bn_fast")
+        for name, value in slots.items():
+            setattr(self, name, value)
 
     @property
     def activation(self) -> str | None:

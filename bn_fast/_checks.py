@@ -6,7 +6,7 @@ right kind with a wrong shape, size or value. Nothing here writes to anything.
 
 import math
 import operator
-from collections.abc import MutableMapping
+from collections.abc import Container, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from ._core import core
 from ._types import DTYPES, Array, is_bfloat16, parameter_dtype
 
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
+RUNNING = "running_mean", "running_var"
 
 
 def _kind(value: Any) -> str:
@@ -218,6 +219,9 @@ def _number(value: Any, name: str) -> float:
         raise TypeError(f"{name} must be a real number, got {_kind(value)}")
     try:
         return float(value)
+    except OverflowError:
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be in the range of float64, got a larger {kind}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
 
@@ -239,10 +243,36 @@ def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
     return var
 
 
+# What other libraries call the keys of bn_param. Under these names they would be ignored.
+_ALIASES = {
+    "epsilon": "eps",
+    "runningaverage": "running_mean",
+    "runningavg": "running_mean",
+    "movingmean": "running_mean",
+    "movingaverage": "running_mean",
+    "runningvariance": "running_var",
+    "movingvar": "running_var",
+    "movingvariance": "running_var",
+} | {name.replace("_", ""): name for name in ("mode", "eps", "momentum", *RUNNING)}
+
+
+def known_keys(param: Any, name: str, known: Container[str]) -> None:
+    """Refuse a key that looks like one that is known; others are ignored, as the course's are."""
+    for key in param:
+        if key not in known and isinstance(key, str):
+            meant = _ALIASES.get(key.lower().translate({ord(c): None for c in "_- "}))
+            if meant in known:
+                raise ValueError(f"{name} has a key {key!r}: {meant!r} must be meant")
+
+
 def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     if not isinstance(bn_param, MutableMapping):
         raise TypeError(f"bn_param must be a dict or None, got {_kind(bn_param)}")
-    mode = bn_param["mode"]
+    known_keys(bn_param, "bn_param", ("mode", "eps", "momentum", *RUNNING))
+    try:
+        mode = bn_param["mode"]
+    except KeyError:
+        raise KeyError("bn_param must have the key 'mode', 'train' or 'test'") from None
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
     eps = epsilon(bn_param.get("eps", 1e-5), "bn_param['eps']")
@@ -288,19 +318,20 @@ def gradient(dout: Any, x: Array) -> Array:
     return converted
 
 
-def frozen_arrays(
-    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: Any, out: Any
-) -> tuple[Array, Array, Array, Array, Array, int, Array | None]:
-    """The arguments of `normalize`, gamma and beta filled in."""
-    x, axis = array_and_axis(x, axis)
+def mean_and_var(mean: Any, var: Any, x: Array, axis: int) -> tuple[Array, Array]:
     n = x.shape[axis]
-    mean = _parameter(mean, "mean", n, axis)
-    var = variance(var, "var", n, axis)
-    kind = parameter_dtype(x.dtype)
+    return _parameter(mean, "mean", n, axis), variance(var, "var", n, axis)
+
+
+def frozen_parameters(
+    x: Array, gamma: Any, beta: Any, axis: int, out: Any
+) -> tuple[Array, Array, Array | None]:
+    """gamma, beta (None: 1 and 0) and out of `normalize`."""
+    n, kind = x.shape[axis], parameter_dtype(x.dtype)
     gamma = np.ones(n, kind) if gamma is None else _parameter(gamma, "gamma", n, axis)
     beta = np.zeros(n, kind) if beta is None else _parameter(beta, "beta", n, axis)
     # gamma and beta are read tile by tile, when there is output already.
-    return x, mean, var, gamma, beta, axis, _output(out, {"x": x, "gamma": gamma, "beta": beta})
+    return gamma, beta, _output(out, {"x": x, "gamma": gamma, "beta": beta})
 
 
 def pieces(
@@ -368,12 +399,60 @@ def ddof(value: Any) -> float:
     return number
 
 
+def _is_array(value: Any, dtypes: Container[Any], shape: tuple[int, ...]) -> bool:
+    return (
+        isinstance(value, np.ndarray) and value.dtype in dtypes and value.shape == shape
+        and value.flags.aligned and value.dtype.isnative
+    )  # fmt: skip
+
+
+def _check_cache(cache: Cache) -> None:
+    """Refuse a cache that does not fit itself, as one that was changed by hand: what it says is
+    where the engine reads."""
+
+    def require(holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            got = getattr(cache, name)
+            kind = f"{got.shape} of {got.dtype}" if isinstance(got, np.ndarray) else _kind(got)
+            raise ValueError(
+                f"cache cannot be used: its {name} must be {expected}, got {kind}; was it changed?"
+            )
+
+    x, axis, stats, options = cache.x, cache.axis, cache.stats, cache.options
+    floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
+    require(
+        floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats"
+    )
+    require(type(axis) is int and 0 <= axis < x.ndim, "axis", f"in [0, {x.ndim})")
+    n = x.shape[axis]
+    parameters = np.float32, np.float64
+    require(_is_array(cache.gamma, parameters, (n,)), "gamma", f"({n},) of float32 or float64")
+    whole = _is_array(stats, (np.float64,), (4, n)) and stats.flags.c_contiguous
+    require(whole, "stats", f"(4, {n}) of float64, C-contiguous")
+    require(isinstance(cache.eps, float) and math.isfinite(cache.eps), "eps", "a finite number")
+    require(options is None or isinstance(options, Options), "options", "Options or None")
+    if options is None:
+        return
+    activation, residual, weights = options.activation, options.residual, options.weights
+    known = activation is None or (isinstance(activation, str) and activation in core.activations)
+    require(known, "activation", "None or a name that bn_fast knows")
+    require(isinstance(options.negative_slope, float), "negative_slope", "a number")
+    require(_is_array(options.beta, parameters, (n,)), "beta", f"({n},) of float32 or float64")
+    for name, array, dtype in (
+        ("residual", residual, x.dtype), ("weights", weights, parameter_dtype(x.dtype)),
+    ):  # fmt: skip
+        fits = array is None or _is_array(array, (dtype,), x.shape)
+        require(fits, name, f"None or {x.shape} of {dtype}")
+
+
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
-    if type(cache) is Cache and not cache.overwritten and not cache.options:
-        if core.is_plain_gradient(dout, cache.x, cache.gamma, out):  # the straight road
-            return dout, cache, out
-    elif not isinstance(cache, Cache):
+    if isinstance(cache, Cache):
+        _check_cache(cache)
+    else:
         cache = _foreign_cache(cache)
+    whole = not cache.overwritten and not cache.options
+    if whole and core.is_plain_gradient(dout, cache.x, cache.gamma, out):  # the straight road
+        return dout, cache, out
     if cache.overwritten:
         raise ValueError(
             f"cache cannot be used: {cache.overwritten} wrote its output over the x that it keeps"

@@ -39,7 +39,9 @@ def backward_dx(
     out: Array | None,
     n_threads: int,
 ) -> Array: ...
-def backward_sums(dout: Array, x: Array, stats: Array, axis: int, n_threads: int) -> Array: ...
+def backward_sums(
+    dout: Array, x: Array, stats: Array, axis: int, n_threads: int, normalized: bool = False
+) -> Array: ...
 def double_backward(
     ddx: Array | None,
     ddgamma: Array,
@@ -61,8 +63,7 @@ def forward(
     axis: int,
     eps: float,
     out: Array | None,
-    mean: Array | None,
-    var: Array | None,
+    stats: Array | None,
     n_threads: int,
     activation: int = 0,
     negative_slope: float = 0.0,
@@ -70,6 +71,7 @@ def forward(
     weights: Array | None = None,
     total: float = 0.0,
 ) -> tuple[Array, Array]: ...
+def given_statistics(mean: Array, var: Array, eps: float) -> Array: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...
 def is_plain_gradient(dout: object, x: Array, gamma: Array, out: object) -> bool: ...

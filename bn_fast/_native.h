@@ -87,26 +87,83 @@ static inline int bn_pause(void) {
 static inline int bn_pause(void) { return !BN_OPENMP; }
 #endif
 
-/* How many of n threads can be started, n or 1. libgomp ends the process where it cannot start one, as
- * under a limit on the address space ("ulimit -v", batch systems): so where there is a limit, ask
- * for the room that the stacks would take. Running threads need none, so this may say 1 in vain. */
+/* How many of n threads a parallel region may have, n or 1. libgomp ends the process where it cannot
+ * start a thread, as under a limit on processes or on the address space (containers, batch systems),
+ * and a thread whose stack is too small for the engine overflows it. So before the calling thread's
+ * first region, or a larger one than its last, as many threads are started and ended as OpenMP will
+ * start, with stacks of that size: 30 us, once. */
 #if defined(_OPENMP) && !defined(_WIN32)
-#include <sys/mman.h>
-#include <sys/resource.h>
-static inline int bn_startable(int n) {
-    struct rlimit limit, stack;
-    void *room;
-    size_t bytes = (size_t)8 << 20;
-    if (n <= 1 || getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return n;
-    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur != RLIM_INFINITY)
-        bytes = (size_t)stack.rlim_cur;
-    bytes = (size_t)(n - 1) * (bytes + ((size_t)1 << 20));
-    room = mmap(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room == MAP_FAILED) return 1;
-    munmap(room, bytes);
-    return n;
+#include <pthread.h>
+
+#define BN_STACK_NEEDED ((size_t)128 << 10) /* the engine takes 75 KiB at most (gcc -fstack-usage) */
+
+static size_t bn_stack = 0;        /* bytes that each of OpenMP's threads gets; set at import */
+static __thread int bn_started = 1; /* threads of the calling thread's last region */
+
+static void bn_forget_started(void) { bn_started = 1; }
+
+/* OMP_STACKSIZE, else GOMP_STACKSIZE, as libgomp reads them when it is loaded, else the default of the
+ * system: a number of KiB, or with a unit. Where it cannot be read, libgomp takes the default too. */
+static size_t bn_stack_of(const char *text) {
+    char *end;
+    unsigned long long n;
+    int shift = 10;
+    if (text == 0) return 0;
+    n = strtoull(text, &end, 10);
+    if (end == text) return 0;
+    while (*end == ' ') end++;
+    switch (*end) {
+    case 'b': case 'B': shift = 0; end++; break;
+    case 'k': case 'K': shift = 10; end++; break;
+    case 'm': case 'M': shift = 20; end++; break;
+    case 'g': case 'G': shift = 30; end++; break;
+    }
+    while (*end == ' ') end++;
+    return *end != 0 || n > (~(size_t)0 >> shift) ? 0 : (size_t)n << shift;
+}
+
+static void bn_read_stack(void) {
+    pthread_attr_t attr;
+    bn_stack = bn_stack_of(getenv("OMP_STACKSIZE"));
+    if (bn_stack == 0) bn_stack = bn_stack_of(getenv("GOMP_STACKSIZE"));
+    if (pthread_attr_init(&attr) == 0) {
+        if (bn_stack == 0 || pthread_attr_setstacksize(&attr, bn_stack) != 0)
+            pthread_attr_getstacksize(&attr, &bn_stack);
+        pthread_attr_destroy(&attr);
+    }
+    pthread_atfork(bn_forget_started, 0, 0); /* a fork ends the workers, see bn_pause */
+}
+
+static void *bn_pass(void *gate) {
+    pthread_mutex_lock((pthread_mutex_t *)gate);
+    pthread_mutex_unlock((pthread_mutex_t *)gate);
+    return 0;
+}
+
+static int bn_startable(int n) {
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_attr_t attr;
+    pthread_t *threads;
+    int started = 1;
+    if (n <= 1) return n;
+    if (bn_stack < BN_STACK_NEEDED) return 1;
+    if (n <= bn_started) return bn_started = n;
+    threads = (pthread_t *)malloc((size_t)n * sizeof(pthread_t));
+    if (threads == 0) return 1;
+    if (pthread_attr_init(&attr) == 0) {
+        pthread_attr_setstacksize(&attr, bn_stack);
+        pthread_mutex_lock(&gate); /* all at once, as in a region */
+        while (started < n && pthread_create(&threads[started], &attr, bn_pass, &gate) == 0) started++;
+        pthread_mutex_unlock(&gate);
+        for (int i = 1; i < started; i++) pthread_join(threads[i], 0);
+        pthread_attr_destroy(&attr);
+    }
+    free(threads);
+    if (started < n) return 1;
+    return bn_started = n;
 }
 #else
+static inline void bn_read_stack(void) {}
 static inline int bn_startable(int n) { return n; }
 #endif
 

@@ -27,11 +27,13 @@ cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
 
 cdef extern from "_native.h" nogil:
+    void bn_read_stack()
     int bn_startable(int n_threads)
     void bn_barrier(int n_threads)
     int bn_team "omp_get_num_threads" ()
 
 cnp.import_array()
+bn_read_stack()
 
 include "kernels.pxi"
 include "half.pxi"
@@ -176,7 +178,8 @@ cdef void share_scratch(Job* job, char* memory, Scratch* s) noexcept nogil:
     s.offset[G] = <Py_ssize_t*> (memory + 9 * columns)
     s.offset[Y] = <Py_ssize_t*> (memory + 10 * columns)
     s.dummy = memory + 11 * columns
-    memory += 15 * columns
+    s.factor_g = memory + 15 * columns
+    memory += 16 * columns
     for r in range(N_ROLES):
         if r == X or r == G or r == Y or job.has_options:
             s.buffer[r] = memory
@@ -405,6 +408,7 @@ cdef void plan_visits(
     # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
     cdef bint rounded = itemsize == 2 and job.activation != RELU
     cdef cnp.ndarray g = dout if dresidual is None or second or rounded else dresidual
+    cdef double least
     cdef int r
     job.gated = job.kind >= BACKWARD and job.activation != IDENTITY
     reduce.gated = job.gated
@@ -430,6 +434,13 @@ cdef void plan_visits(
     set_role(apply, Y, out)
     make_plan(reduce, x, axis, itemsize)
     make_plan(apply, x, axis, itemsize)
+    # Half of the mean weight: values that have less make up less than half of the whole, and may
+    # hold anything, as under a mask the padding's filler.
+    least = job.total / job.count / 2 if job.kind == FORWARD else 0
+    if itemsize <= 4:
+        choose_sample(reduce, least, <const float*> NULL)
+    else:
+        choose_sample(reduce, least, <const double*> NULL)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     if out is not None:
@@ -489,7 +500,7 @@ cdef int execute(
     else:
         n_values = (per_feature * n + 7) // 8 * 8
     job.scratch_bytes = (
-        15 * job.width + 3 * job.buffer_elements + n_own
+        16 * job.width + 3 * job.buffer_elements + n_own
     ) * sizeof(double)
     if job.has_options:
         job.scratch_bytes += (
@@ -588,24 +599,48 @@ def are_finite(cnp.ndarray values not None):
     return True
 
 
+cdef cnp.ndarray new_statistics(Py_ssize_t n):
+    cdef cnp.npy_intp shape[2]
+    shape[0] = 4
+    shape[1] = n
+    return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+
+
+cpdef cnp.ndarray given_statistics(cnp.ndarray mean, cnp.ndarray var, double eps):
+    """stats, as `forward` takes and gives them, of a mean and a variance, float32 or float64."""
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(mean)[0]
+    cdef cnp.ndarray stats = new_statistics(n)
+    cdef double* value = <double*> cnp.PyArray_DATA(stats)
+    load_parameter(mean, value)
+    load_parameter(var, value + 3 * n)
+    for f in range(n):
+        value[n + f] = 0
+        value[2 * n + f] = 1 / sqrt(value[3 * n + f] + eps)
+    return stats
+
+
+cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
+    """Whether C may read them as `forward` does."""
+    return (
+        cnp.PyArray_NDIM(stats) == 2 and cnp.PyArray_DIMS(stats)[0] == 4
+        and cnp.PyArray_DIMS(stats)[1] == n and cnp.PyArray_TYPE(stats) == cnp.NPY_FLOAT64
+        and cnp.PyArray_ISCARRAY_RO(stats)
+    )
+
+
 cdef tuple run_forward(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, double eps, cnp.ndarray out,
-    cnp.ndarray mean, cnp.ndarray var, int n_threads, int activation, double negative_slope,
+    cnp.ndarray stats, int n_threads, int activation, double negative_slope,
     cnp.ndarray residual, cnp.ndarray weights, double total,
 ):
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.npy_intp shape[2]
-    cdef cnp.ndarray stats
-    cdef double* values
-    shape[0] = 4
-    shape[1] = n
+    job.kind = FORWARD if stats is None else FORWARD_FROZEN
+    job.reduces = job.kind == FORWARD
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    stats = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
-    values = <double*> cnp.PyArray_DATA(stats)
-    job.kind = FORWARD if mean is None else FORWARD_FROZEN
-    job.reduces = job.kind == FORWARD
+    if stats is None:
+        stats = new_statistics(n)
     job.applies = True
     job.activation = <Activation> activation
     job.negative_slope = negative_slope
@@ -613,15 +648,9 @@ cdef tuple run_forward(
     job.eps = eps
     job.exact_mean = True
     set_statistics(&job, stats)
-    if mean is not None:
-        load_parameter(mean, job.mean)
-        load_parameter(var, job.var)
-        for f in range(n):
-            job.mean_low[f] = 0
-            job.inv_std[f] = 1 / sqrt(job.var[f] + eps)
-    elif cnp.PyArray_SIZE(x) == 0:
+    if job.reduces and cnp.PyArray_SIZE(x) == 0:
         for f in range(4 * n):
-            values[f] = NAN
+            job.mean[f] = NAN
     if cnp.PyArray_SIZE(x) > 0:
         execute(
             &job, x, None, out, axis, n_threads, gamma, beta, residual, None, weights
@@ -631,21 +660,21 @@ cdef tuple run_forward(
 
 def forward(
     cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
-    double eps, cnp.ndarray out, cnp.ndarray mean, cnp.ndarray var, int n_threads,
-    int activation=0, double negative_slope=0, cnp.ndarray residual=None,
-    cnp.ndarray weights=None, double total=0,
+    double eps, cnp.ndarray out, cnp.ndarray stats, int n_threads, int activation=0,
+    double negative_slope=0, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
 ):
     """Normalize x along every axis but one.
 
-    mean and var: None for those of the batch, else frozen statistics, float64 and contiguous.
-    activation: a value of `activations`.  residual and weights have the shape and dtype of x, and
-    total is the sum of the weights of a feature.
-    Returns out (new if None), stats (4, n_features) float64: mean, the mean's low part, inv_std,
-    var.
+    stats: mean, the mean's low part, inv_std and var, float64 (4, n_features), contiguous; None for
+    those of the batch, which alone need eps.  activation: a value of `activations`.  residual and
+    weights have the shape and dtype of x, and total is the sum of the weights of a feature.
+    Returns out (new if None) and stats.
     """
+    if stats is not None and not are_statistics(stats, cnp.PyArray_DIMS(x)[axis]):
+        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
     return run_forward(
-        x, gamma, beta, axis, eps, out, mean, var, n_threads, activation, negative_slope,
-        residual, weights, total,
+        x, gamma, beta, axis, eps, out, stats, n_threads, activation, negative_slope, residual,
+        weights, total,
     )
 
 

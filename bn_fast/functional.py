@@ -1,6 +1,7 @@
 """The public functions: check, one call down, return."""
 
-from collections.abc import Container, MutableMapping, Sequence
+from collections.abc import Container, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any
 
@@ -206,23 +207,45 @@ def _checked_forward(
     param = None if bn_param is None else _checks.settings(bn_param, x, axis)
     eps = 1e-5 if param is None else param.eps
     train = param is None or param.train
-    mean = var = None
+    stats = None
     if param is not None:
         # Made before anything is written to out: there may be no memory, and out may lie over them.
         running_mean = core.running_average(param.running_mean, x, axis)
         running_var = core.running_average(param.running_var, x, axis)
         if not train:
-            mean, var = running_mean, running_var
-    if train and no_weight:  # no statistics: x_hat = 0
-        mean = np.zeros(x.shape[axis])
-        var = np.full_like(mean, np.inf)
-    y, stats = core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads_for(x), *more)
-    if bn_param is not None and param is not None:
-        if train and x.size and not no_weight:
+            stats = core.given_statistics(running_mean, running_var, eps)
+    if train and no_weight:  # no statistics: inv_std = 0, so that x_hat = 0
+        stats = np.zeros((4, x.shape[axis]))
+        stats[3] = np.nan
+    averages = {} if param is None else {"running_mean": running_mean, "running_var": running_var}
+    with _stored(bn_param, averages):
+        y, stats = core.forward(x, gamma, beta, axis, eps, out, stats, n_threads_for(x), *more)
+        if param is not None and train and x.size and not no_weight:
             core.update_average(running_mean, stats[0], param.momentum, 1 - param.momentum)
             core.update_average(running_var, stats[3], param.momentum, 1 - param.momentum)
-        bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
     return y, stats, eps, not train or no_weight
+
+
+@contextmanager
+def _stored(param: MutableMapping[str, Any] | None, values: dict[str, Any]) -> Iterator[None]:
+    """Store values in a mapping before something is done that cannot be taken back: it may refuse.
+    Where one or the other fails the mapping is as before."""
+    if param is None:
+        yield
+        return
+    before = {name: param[name] for name in values if name in param}
+    try:
+        for name, value in values.items():
+            param[name] = value
+        yield
+    except BaseException:
+        with suppress(Exception):
+            for name in values:
+                if name in before:
+                    param[name] = before[name]
+                else:
+                    param.pop(name, None)
+        raise
 
 
 def _for_core(options: Options) -> tuple[Any, ...]:

@@ -307,9 +307,7 @@ class BatchNorm:
         # Not through batchnorm_forward: all is checked, and its bn_param costs 3 us of 6.
         axis = self.axis % x.ndim
         gamma = self._gamma.copy()
-        out, stats = core.forward(
-            x, gamma, self._beta, axis, self.eps, out, None, None, n_threads_for(x)
-        )
+        out, stats = core.forward(x, gamma, self._beta, axis, self.eps, out, None, n_threads_for(x))
         cache = Cache(x, gamma, stats, axis, self.eps, False, True)
         return out, cache, x.size // self.num_features, stats[0], stats[3]
 

@@ -97,6 +97,12 @@ cdef struct Segment:
     Py_ssize_t run_stride[N_ROLES]
     Py_ssize_t n_lanes        # columns a feature has in sums and constants: n_run, or LANES
 
+cdef struct Place:            # of one value of each feature
+    int segment
+    Py_ssize_t row
+    Py_ssize_t joined
+    Py_ssize_t run
+
 cdef struct Plan:
     Py_ssize_t n_features
     Py_ssize_t feature_stride[N_ROLES]
@@ -117,6 +123,7 @@ cdef struct Plan:
     Py_ssize_t n_chunks
     int n_segments
     Segment segment[2]
+    Place sample[3]           # the values that say where a feature lies, see choose_sample
 
 cdef inline Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
     """How far apart a step takes us; a broadcast axis (stride 0) is walked outermost."""
@@ -363,6 +370,15 @@ cdef void row_pointers(
             row -= digit[d] * segment.stride[role][d]
             digit[d] = 0
             d -= 1
+
+
+cdef inline Access access_to(
+    const Plan* plan, const Segment* segment, int role, Py_ssize_t n_features, bint wide,
+) noexcept nogil:
+    """How the columns of n_features of a tile's features are come by.  Of joined rows a part, as a
+    thread's share of the features in a retry, does not lie side by side."""
+    cdef bint part = segment.n_joined > 1 and n_features < plan.n_features
+    return GATHERED if plan.used[role] and (wide or part) else plan.access[role]
 
 
 cdef void column_offsets(

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
 from ._core import core
-from ._moments import mean_low, merge_packed, pack
+from ._moments import merge_packed, pack, statistics
 from ._types import Array, parameter_dtype
 from .functional import n_threads_for
 from .layer import BatchNorm
@@ -95,7 +95,7 @@ class SyncBatchNorm(BatchNorm):
         """As `BatchNorm.forward`, in training of all ranks' batches together."""
         if isinstance(training, (bool, np.bool_)) and not training:
             return super().forward(x, training)
-        with self._together(1 + 4 * self.num_features):
+        with self._together(1 + 5 * self.num_features):
             return super().forward(x, training)
 
     def backward(self, dout: ArrayLike) -> Array:
@@ -139,20 +139,18 @@ class SyncBatchNorm(BatchNorm):
         axis = self.axis % x.ndim
         out = np.empty_like(x) if out is None else out  # no memory: before the others count on it
         whole = merge_packed(self._gather(pack(moments(x, axis=axis))))
-        mean, var = whole.mean, whole.var()
-        # As in one process: without eps, a feature that is constant on all ranks becomes beta.
-        spread = np.where(var + self.eps == 0, np.inf, var)
         gamma = self._gamma.copy()
-        # What the mean has beyond float64 comes out of the constant, as in one process: at an
-        # offset of 1e9 deviations it is 1e-7 of the output.
-        low = mean_low(whole)
-        with np.errstate(all="ignore"):
-            shift = np.where(low == 0, 0, gamma * low / np.sqrt(spread + self.eps))
         out, stats = core.forward(
-            x, gamma, self._beta - shift, axis, self.eps, out, mean, spread, n_threads_for(x)
+            x,
+            gamma,
+            self._beta,
+            axis,
+            self.eps,
+            out,
+            statistics(whole, self.eps),
+            n_threads_for(x),
         )
-        stats[1], stats[3] = low, var
-        return out, _Batch(x, gamma, stats, whole.count), int(whole.count), mean, var
+        return out, _Batch(x, gamma, stats, whole.count), int(whole.count), stats[0], stats[3]
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -161,8 +159,7 @@ class SyncBatchNorm(BatchNorm):
         dout = _checks.gradient(dout, x)
         axis = self.axis % x.ndim
         out = np.empty_like(x) if out is None else out
-        sums = core.backward_sums(dout, x, stats, axis, n_threads_for(x))
-        sums[0] *= stats[2]
+        sums = core.backward_sums(dout, x, stats, axis, n_threads_for(x), True)
         gathered = self._gather(sums.reshape(-1))
         sums = np.zeros(sums.size)
         for row in gathered:  # in rank order; MPI's own sum may add in another

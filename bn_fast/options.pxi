@@ -133,7 +133,8 @@ cdef void gate_again(
     Py_ssize_t n_features, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
     Scratch* s, const real* real_tag, const lane* lane_tag,
 ) noexcept nogil:
-    """The slow way, where lanes differ: what comes through, as `lane`, in G's buffer."""
+    """The slow way, where lanes differ: what comes through, as `lane`, in G's buffer.  First in the
+    arrays' own lanes, whatever those of the visit are."""
     cdef Py_ssize_t i, j, f
     cdef int r
     cdef real* gated = <real*> s.buffer[D]
@@ -142,7 +143,8 @@ cdef void gate_again(
     for r in range(Y):
         if plan.used[r]:
             fetch_rows[real, real](
-                plan, segment, r, plan.access[r], tile_first, j0, width, row, n, 0,
+                plan, segment, r, access_to(plan, segment, r, n_features, False), tile_first,
+                j0, width, row, n, 0,
                 s, real_tag, real_tag, (<real*> s.gate_ones) + j0,
             )
     gate_rows[real](
@@ -167,9 +169,9 @@ cdef void gate_again(
             if job.gate_wide[f] != 0:
                 for i in range(n):
                     gated[i * width + j] = <real> gated_wide[i * width + j]
-    for i in range(n * width):
-        final[i] = <lane> gated[i]
     for i in range(n):
+        for j in range(width):
+            final[i * width + j] = <lane> gated[i * width + j] * (<lane*> s.factor_g)[j0 + j]
         s.rows[G][i] = <char*> (final + i * width)
 
 
@@ -193,7 +195,8 @@ cdef void fetch_inputs(
             fetch_rows[real, lane](
                 plan, segment, r, access[r], tile_first, j0, width, row, n,
                 AHEAD_RUNS if runs_ahead and (r == R or plan.storage != NATIVE) else ahead,
-                s, real_tag, lane_tag, (<lane*> s.factor if r == X else <lane*> s.dummy) + j0,
+                s, real_tag, lane_tag,
+                <lane*> (s.factor if r == X else s.factor_g if r == G else s.dummy) + j0,
             )
     if s.gate_first and not again:
         gate_rows[lane](

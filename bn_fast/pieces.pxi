@@ -7,12 +7,7 @@ def moments(
     """stats of x, as forward has them with eps = 0; x has at least one element.  weights and total
     are forward's too."""
     cdef Job job
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.npy_intp shape[2]
-    cdef cnp.ndarray stats
-    shape[0] = 4
-    shape[1] = n
-    stats = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+    cdef cnp.ndarray stats = new_statistics(cnp.PyArray_DIMS(x)[axis])
     job.kind = FORWARD
     job.reduces = True
     job.applies = False
@@ -27,10 +22,10 @@ def moments(
 
 def backward_sums(
     cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray stats not None, int axis,
-    int n_threads,
+    int n_threads, bint normalized=False,
 ):
-    """sum dout (x - mean) and sum dout as float64 (2, n_features), whatever x has to do with stats.
-    """
+    """sum dout (x - mean), times inv_std if `normalized`, and sum dout as float64 (2, n_features),
+    whatever x has to do with stats."""
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
     cdef cnp.npy_intp shape[2]
@@ -46,9 +41,10 @@ def backward_sums(
     job.eps = -1
     job.exact_mean = False
     set_statistics(&job, stats)
-    job.multiplier = <double*> cnp.PyArray_DATA(ones)
-    for f in range(n):
-        (<double*> cnp.PyArray_DATA(ones))[f] = 1
+    if not normalized:
+        job.multiplier = <double*> cnp.PyArray_DATA(ones)
+        for f in range(n):
+            (<double*> cnp.PyArray_DATA(ones))[f] = 1
     job.dgamma = <double*> cnp.PyArray_DATA(sums)
     job.dbeta = job.dgamma + n
     if cnp.PyArray_SIZE(x) > 0:

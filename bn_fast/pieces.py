@@ -3,22 +3,26 @@
 A batch in several parts is normalized in three steps, and so is its gradient found:
 
     each part                       over all parts             each part
-    moments(x)                      sum                        normalize(x, mean, var, ...)
+    moments(x)                      sum                        normalize(x, moments, ...)
     backward_reduce(dout, x, ...)   sum of both sums           backward_apply(dout, x, ...)
 """
 
 import math
+from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
 from ._core import core
-from ._moments import Moments, moments_beyond
+from ._moments import Moments, from_statistics, mean_low, statistics
 from ._types import Array
 from .functional import n_threads_for
 
 __all__ = ["Moments", "backward_apply", "backward_reduce", "moments", "normalize"]
+
+# What deviations are multiplied by, as a power of two, where their inverse would leave the range.
+_TINY_POWER = 600
 
 
 def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
@@ -91,10 +95,33 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
         nothing = np.zeros(x.shape[axis])
         return Moments(0, nothing, nothing)
     stats = core.moments(x, axis, n_threads_for(x), weights, total)
-    with np.errstate(over="ignore"):
-        return moments_beyond(count, stats[0], stats[3] * count, stats[1])
+    tiny = np.flatnonzero(np.isinf(stats[2]))
+    if not tiny.size:
+        return from_statistics(count, stats)
+    # Deviations below 6e-309, whose inverse would say how large they are.
+    part = np.ldexp(x.take(tiny, axis), _TINY_POWER)
+    part_weights = None if weights is None else weights.take(tiny, axis)
+    again = core.moments(part, axis, n_threads_for(part), part_weights, total)
+    again[:2] = np.ldexp(again[:2], -_TINY_POWER)
+    stats[:, tiny] = again
+    power = np.zeros(stats.shape[1], np.intc)
+    power[tiny] = _TINY_POWER
+    return from_statistics(count, stats, power)
 
 
+@overload
+def normalize(
+    x: ArrayLike,
+    moments: Moments,
+    /,
+    *,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: Array | None = None,
+) -> Array: ...
+@overload
 def normalize(
     x: ArrayLike,
     mean: ArrayLike,
@@ -105,19 +132,35 @@ def normalize(
     eps: float = 1e-5,
     axis: int = 1,
     out: Array | None = None,
+) -> Array: ...
+def normalize(
+    x: ArrayLike,
+    mean: Moments | ArrayLike,
+    var: ArrayLike | None = None,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: Array | None = None,
 ) -> Array:
     """Normalize with statistics that are given: ``gamma * (x - mean) / sqrt(var + eps) + beta``.
+
+    ``normalize(x, moments, gamma=..., beta=...)`` or ``normalize(x, mean, var, gamma, beta)``.
 
     Parameters
     ----------
     x : array_like, 2 or more dimensions
         As for `batchnorm_forward`; C features along `axis`.
-    mean, var : array_like, shape (C,)
-        Any real dtype; var at least 0.
+    mean : Moments or array_like, shape (C,)
+        `Moments`, whose mean and variance are used with all their digits, to whatever range; or the
+        mean alone.
+    var : array_like, shape (C,)
+        Any real dtype, at least 0. Left out after a Moments.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; None: 1 and 0.
+        Scale and shift; None: 1 and 0. Named after a Moments.
     eps : float, default 1e-5
-        Added to var; at least 0.
+        Added to the variance; at least 0.
     axis : int, default 1
         The feature axis; negative counts from the end.
     out : ndarray, optional
@@ -131,7 +174,7 @@ def normalize(
     Raises
     ------
     TypeError
-        If an argument is not real-valued.
+        If an argument is not real-valued, or var is given beside a Moments.
     ValueError
         If a shape, size or value is wrong, or `out` overlaps x in part, gamma or beta.
     MemoryError
@@ -143,29 +186,75 @@ def normalize(
 
     Notes
     -----
-    The twin in NumPy is the formula above, in the dtype of x. As in NumPy a feature with
-    ``var + eps = 0`` becomes NaN where x is the mean, infinite elsewhere. A mean in float64 has 53
-    bits: where it is 1e9 standard deviations from 0, they say no more than 7 digits of the result.
+    With its own moments x becomes what `batchnorm_forward` makes of it: a feature with
+    ``var + eps = 0`` becomes beta. A mean in float64 says less: where it is 1e9 standard deviations
+    from 0, no more than 7 digits of the result. With mean and var the twin in NumPy is the formula
+    above, in the dtype of x, and as in NumPy a feature with ``var + eps = 0`` becomes NaN where x
+    is the mean, infinite elsewhere.
 
     Examples
     --------
     >>> import numpy as np
     >>> from bn_fast import moments, normalize
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
-    >>> m = moments(x)
-    >>> normalize(x, m.mean, m.var(), eps=0)
+    >>> normalize(x, moments(x), eps=0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> normalize(x, [2, 20], [1, 100], eps=0)
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    x, mean, var, gamma, beta, axis, out = _checks.frozen_arrays(
-        x, mean, var, gamma, beta, axis, out
-    )
+    x, axis = _checks.array_and_axis(x, axis)
     eps = _checks.epsilon(eps)
-    return core.forward(x, gamma, beta, axis, eps, out, mean, var, n_threads_for(x))[0]
+    if isinstance(mean, Moments):
+        if var is not None:
+            raise TypeError("var must be left out where mean is a Moments (name gamma and beta)")
+        stats = statistics(_features_fit(mean, x, axis), eps)
+    else:
+        stats = core.given_statistics(*_checks.mean_and_var(mean, var, x, axis), eps)
+    return normalize_by(stats, x, gamma, beta, axis, out)
+
+
+def normalize_by(
+    stats: Array,
+    x: Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    out: Array | None,
+) -> Array:
+    """Normalize by statistics as a cache keeps them: mean, its low part, inv_std, var."""
+    gamma, beta, out = _checks.frozen_parameters(x, gamma, beta, axis, out)
+    return core.forward(x, gamma, beta, axis, 0.0, out, stats, n_threads_for(x))[0]
+
+
+def _given(
+    dout: ArrayLike, x: ArrayLike, mean: Moments | ArrayLike, inv_std: ArrayLike, axis: int
+) -> tuple[Array, Array, Array, int]:
+    """dout, x and axis, checked, and the statistics of both backward pieces."""
+    if not isinstance(mean, Moments):
+        return _checks.pieces(dout, x, mean, inv_std, axis)
+    m = mean
+    dout, x, stats, axis = _checks.pieces(dout, x, m.mean, inv_std, axis)
+    stats[1] = mean_low(m)
+    return dout, x, stats, axis
+
+
+def _features_fit(m: Moments, x: Array, axis: int) -> Moments:
+    if m.mean.size != x.shape[axis]:
+        raise ValueError(
+            f"moments must have {x.shape[axis]} features, as x along axis {axis}, got {m.mean.size}"
+        )
+    return m
 
 
 def backward_reduce(
-    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: int = 1
+    dout: ArrayLike,
+    x: ArrayLike,
+    mean: Moments | ArrayLike,
+    inv_std: ArrayLike,
+    *,
+    axis: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The two sums of the backward pass over one part of a batch; those of all parts add up.
 
@@ -173,9 +262,12 @@ def backward_reduce(
     ----------
     dout, x : array_like, of the same shape, 2 or more dimensions
         Gradient with respect to the output, and input.
-    mean, inv_std : array_like, shape (C,)
-        Those of the whole batch, of any real dtype; inv_std is 1/sqrt(var + eps). It does
-        not enter the sums; where they leave the range it says how to scale.
+    mean : Moments or array_like, shape (C,)
+        `Moments` of the whole batch, whose mean has twice the digits of float64, or its mean alone,
+        of any real dtype: the sums are then exact about that value, not about the true mean.
+    inv_std : array_like, shape (C,)
+        ``1/sqrt(var + eps)`` of the whole batch, of any real dtype. It does not enter the sums;
+        where they leave the range it says how to scale.
     axis : int, default 1
         The feature axis; negative counts from the end.
 
@@ -206,7 +298,7 @@ def backward_reduce(
     >>> backward_reduce(dout, x, [3.0], [0.5])
     (array([3.]), array([4.]))
     """
-    dout, x, stats, axis = _checks.pieces(dout, x, mean, inv_std, axis)
+    dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     sum_dout_xmu, sum_dout = core.backward_sums(dout, x, stats, axis, n_threads_for(x))
     return sum_dout, sum_dout_xmu
 
@@ -214,7 +306,7 @@ def backward_reduce(
 def backward_apply(
     dout: ArrayLike,
     x: ArrayLike,
-    mean: ArrayLike,
+    mean: Moments | ArrayLike,
     inv_std: ArrayLike,
     gamma: ArrayLike,
     sum_dout: ArrayLike,
@@ -230,7 +322,8 @@ def backward_apply(
     ----------
     dout, x : array_like, of the same shape, 2 or more dimensions
         Gradient with respect to the output, and input, of this part.
-    mean, inv_std : array_like, shape (C,)
+    mean : Moments or array_like, shape (C,)
+    inv_std : array_like, shape (C,)
         Those of the whole batch, as given to `backward_reduce`.
     gamma : array_like, shape (C,)
         Scale of each feature.
@@ -278,13 +371,13 @@ def backward_apply(
     >>> x, dout = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
     >>> m = moments(x)
     >>> inv_std = 1 / np.sqrt(m.var() + 1e-5)
-    >>> sums = backward_reduce(dout, x, m.mean, inv_std)
-    >>> backward_apply(dout, x, m.mean, inv_std, [1.0], *sums, m.count).round(4)
+    >>> sums = backward_reduce(dout, x, m, inv_std)
+    >>> backward_apply(dout, x, m, inv_std, [1.0], *sums, m.count).round(4)
     array([[ 0.1763],
            [-0.2204],
            [ 0.0441]])
     """
-    dout, x, stats, axis = _checks.pieces(dout, x, mean, inv_std, axis)
+    dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     gamma, sum_dout, sum_dout_xmu = _checks.sums(gamma, sum_dout, sum_dout_xmu, x, axis)
     total = _checks.total_count(count, x.size)
     out = _checks.output(out, dout, x, gamma)

@@ -948,8 +948,8 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
 
 def normalize(
     x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
+    mean: Moments | ArrayLike,
+    var: ArrayLike | None = None,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
@@ -957,7 +957,7 @@ def normalize(
     axis: int = 1,
     out: Array | None = None,
 ) -> Array:
-    """Twin of `bn_fast.normalize`: test mode with the statistics as arguments.
+    """Twin of `bn_fast.normalize`: test mode with the statistics as arguments, or in a `Moments`.
 
     Examples
     --------
@@ -966,6 +966,8 @@ def normalize(
     array([[-1.],
            [ 1.]])
     """
+    if isinstance(mean, Moments):
+        mean, var = mean.mean, mean.var()
     param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
     n_features = np.shape(x)[axis]
     gamma = np.ones(n_features) if gamma is None else gamma

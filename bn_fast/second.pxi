@@ -127,6 +127,7 @@ cdef void second_constants(
         job.shift_g[k] = second.mean_g[k] if wide else <double> (<real> second.mean_g[k])
         second.shift_r[k] = second.mean_r[k] if wide else <double> (<real> second.mean_r[k])
         job.factor[k] = job.factor[k] if wide else 1
+        job.factor_g[k] = 1
         rest = job.factor[k] * ((job.mean[k] - job.shift_x[k]) + job.mean_low[k])
         rest_g = (second.mean_g[k] - job.shift_g[k]) + second.mean_g_low[k]
         rest_r = (second.mean_r[k] - second.shift_r[k]) + second.mean_r_low[k]

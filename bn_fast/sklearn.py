@@ -1,20 +1,21 @@
 """Batch normalization as a scikit-learn transformer, which learns its statistics part by part."""
 
-import math
 from numbers import Real
 from typing import Any, Self
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError("bn_fast.sklearn needs scikit-learn 1.6: pip install scikit-learn") from error
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import _checks
+from ._moments import deviation, mean_low
 from ._types import Array
-from .pieces import Moments, moments, normalize
+from .pieces import Moments, moments, normalize, normalize_by
 
 __all__ = ["BatchNormalizer"]
 
@@ -37,7 +38,8 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     mean_, var_ : ndarray, float64, shape (n_features_in_,)
         Mean and biased variance (÷M), from `moments_`.
     scale_ : ndarray, float64, shape (n_features_in_,)
-        What is divided by: ``sqrt(var_ + eps)``, or 1 where that is 0.
+        What is divided by: ``sqrt(var_ + eps)``, or 1 where that is 0; also where var_ is beyond
+        float64's range and its root is not.
     n_samples_seen_ : int or float
         M, the number of rows seen; with weights their sum.
     n_features_in_ : int
@@ -98,7 +100,12 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         BatchNormalizer
             This one.
         """
-        return self._learn(X, sample_weight, reset=True)
+        eps = _checks.epsilon(self.eps)
+        x = validate_data(self, X, dtype=_DTYPES)
+        seen = _row_moments(x, sample_weight)
+        if seen.count == 0:
+            raise ValueError("sample_weight must not be zero for all rows")
+        return self._keep(seen, eps, sample_weight is None)
 
     def partial_fit(
         self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None
@@ -111,37 +118,29 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             One row or more.
         y : ignored
         sample_weight : array_like, shape (n_samples,), optional
-            As for `fit`.
+            As for `fit`; a part may have weight 0 throughout.
 
         Returns
         -------
         BatchNormalizer
             This one.
         """
-        return self._learn(X, sample_weight, reset=not hasattr(self, "moments_"))
+        eps = _checks.epsilon(self.eps)
+        first = not hasattr(self, "moments_")
+        x = validate_data(self, X, reset=first, dtype=_DTYPES)
+        seen = _row_moments(x, sample_weight)
+        if first:
+            return self._keep(seen, eps, sample_weight is None)
+        whole = sample_weight is None and isinstance(self.n_samples_seen_, int)
+        return self._keep(self.moments_ + seen, eps, whole)
 
-    def _learn(self, X: ArrayLike, sample_weight: ArrayLike | None, reset: bool) -> Self:
-        eps = self.eps
-        if isinstance(eps, bool) or not isinstance(eps, Real):
-            raise TypeError(f"eps must be a real number, got {eps!r}")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps must be finite and at least 0, got {eps}")
-        x = validate_data(self, X, reset=reset, dtype=_DTYPES)
-        if sample_weight is None:
-            seen = moments(x)
-        else:
-            weights = _check_sample_weight(sample_weight, x, ensure_non_negative=True)
-            seen = moments(x, weights=weights[:, np.newaxis])
-        if not reset:
-            seen = self.moments_ + seen
-        if seen.count == 0:
-            raise ValueError("sample_weight must not be 0 for all rows, got no other")
+    def _keep(self, seen: Moments, eps: float, whole: bool) -> Self:
+        """Take the statistics of all that was seen, of `whole` rows or of weights."""
+        scale = deviation(seen, eps)
         self.moments_ = seen
-        self.mean_ = self.moments_.mean
-        self.var_ = self.moments_.var()
-        scale = np.sqrt(self.var_ + eps)
+        self.mean_ = seen.mean
+        self.var_ = seen.var()
         self.scale_ = np.where(scale == 0, 1.0, scale)
-        whole = sample_weight is None and (reset or isinstance(self.n_samples_seen_, int))
         self.n_samples_seen_ = int(seen.count) if whole else seen.count
         return self
 
@@ -158,7 +157,8 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             A new array (or what `set_output` chose), float32 for float32 and else float64.
         """
         x = self._seen(X)
-        return normalize(x, self.mean_, np.ones_like(self.scale_), 1 / self.scale_, eps=0)
+        stats = np.array([self.mean_, mean_low(self.moments_), 1 / self.scale_, self.var_])
+        return normalize_by(stats, x, None, None, 1, None)
 
     def inverse_transform(self, X: ArrayLike) -> Array:
         """Undo `transform`.
@@ -182,10 +182,28 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         x: Array = validate_data(self, X, reset=False, dtype=_DTYPES)
         return x
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "moments_") and self.moments_.count > 0
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Moments:
+    if sample_weight is None:
+        return moments(x)
+    if isinstance(sample_weight, Real):
+        sample_weight = np.full(len(x), sample_weight)
+    weights = check_array(sample_weight, ensure_2d=False, dtype=_DTYPES, input_name="sample_weight")
+    if weights.shape != (len(x),):
+        raise ValueError(
+            f"sample_weight must have shape ({len(x)},), one for each row, got {weights.shape}"
+        )
+    if (weights < 0).any():
+        raise ValueError(f"sample_weight must not be negative, got {weights.min()}")
+    return moments(x, weights=weights[:, np.newaxis])
 
 
 _DTYPES = (np.float64, np.float32)  # the first is what others become

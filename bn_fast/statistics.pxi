@@ -4,6 +4,19 @@
 # a small call: 64 features cost 2 us one by one).  A loop also says which features it could not
 # settle; those are prepared for another try, and the same loop then runs over that feature alone.
 
+cdef enum:
+    LOOKS = 16                # values at which a doubtful shift of dout is looked at again
+
+cdef struct Looks:            # their addresses, of x, dout and the residual
+    char* value[3][LOOKS]
+
+
+cdef inline double scaled_down() noexcept nogil:
+    """What dout is multiplied by where it is so large that sums leave float64's range: no digit
+    that counts is lost then."""
+    return 2.0 ** -128
+
+
 cdef inline double low_limit(const real* real_tag) noexcept nogil:
     """Constants between this and its inverse leave the lanes room for x - shift and its square."""
     if real is float:
@@ -45,23 +58,87 @@ cdef inline double power_of_two(double value) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
+cdef inline char* value_at(
+    const Plan* plan, int role, Py_ssize_t feature, const Place* place,
+) noexcept nogil:
+    cdef const Segment* segment = &plan.segment[place.segment]
+    cdef char* row
+    row_pointers(
+        segment, role, plan.base[role] + feature * plan.feature_stride[role], place.row, 1, &row
+    )
+    return row + place.joined * segment.joined_stride[role] + place.run * segment.run_stride[role]
+
+
+cdef inline double weight_at(
+    const Plan* plan, const Place* place, const real* real_tag,
+) noexcept nogil:
+    return (<const real*> value_at(plan, W, 0, place))[0]
+
+
+cdef bint find_weight(
+    const Plan* plan, Place* place, int direction, double least, const real* real_tag,
+) noexcept nogil:
+    """Take the place on to the nearest of at least that weight: from its row on in the direction,
+    the values of a row in turn."""
+    cdef char* rows[BLOCK_ROWS]
+    cdef const Segment* segment
+    cdef const char* value
+    cdef Py_ssize_t n, i, turn, q, e
+    while 0 <= place.segment < plan.n_segments:
+        segment = &plan.segment[place.segment]
+        while 0 <= place.row < segment.n_rows:
+            n = segment.n_rows - place.row if direction > 0 else place.row + 1
+            n = min(n, <Py_ssize_t> BLOCK_ROWS)
+            i = place.row if direction > 0 else place.row - n + 1
+            row_pointers(segment, W, plan.base[W], i, n, rows)
+            for turn in range(n):
+                i = turn if direction > 0 else n - 1 - turn
+                for q in range(segment.n_joined):
+                    value = rows[i] + q * segment.joined_stride[W]
+                    for e in range(segment.n_run):
+                        if (<const real*> (value + e * segment.run_stride[W]))[0] >= least:
+                            place.row += direction * turn
+                            place.joined = q
+                            place.run = e
+                            return True
+            place.row += direction * n
+        place.segment += direction
+        if 0 <= place.segment < plan.n_segments:
+            place.row = 0 if direction > 0 else plan.segment[place.segment].n_rows - 1
+    return False
+
+
+cdef void choose_sample(Plan* plan, double least, const real* real_tag) noexcept nogil:
+    """Where the three values lie from which a feature's shift is guessed: first, in the middle,
+    last, each with at least that weight, if there are weights."""
+    cdef const Segment* main = &plan.segment[0]
+    cdef Place* place
+    cdef int k
+    for k in range(3):
+        place = &plan.sample[k]
+        place.segment = 0
+        place.row = (main.n_rows - 1) * k // 2
+        place.joined = (main.n_joined - 1) * k // 2
+        place.run = (main.n_run - 1) * k // 2
+        if not plan.used[W] or weight_at(plan, place, real_tag) >= least:
+            continue
+        if k == 2:
+            place.segment = plan.n_segments - 1
+            place.row = plan.segment[place.segment].n_rows - 1
+        if not find_weight(plan, place, -1 if k == 2 else 1, least, real_tag):
+            place[0] = plan.sample[0]  # none from the middle on; but from the first row there is
+
+
 cdef Py_ssize_t sample_rows(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
     float[MAX_COLUMNS]* sample,
 ) noexcept nogil:
-    """Addresses of the first, middle and last value of a tile's first feature, and how far the next
+    """Addresses of the three sampled values of a tile's first feature, and how far the next
     feature's lie, in bytes; half types are taken to `sample`."""
     cdef Py_ssize_t offset[MAX_COLUMNS]
-    cdef Py_ssize_t f, step = plan.feature_stride[role]
-    cdef const Segment* segment = &plan.segment[0]
-    cdef char* start = plan.base[role] + first * plan.feature_stride[role]
-    cdef Py_ssize_t k
+    cdef Py_ssize_t f, k, step = plan.feature_stride[role]
     for k in range(3):
-        row_pointers(segment, role, start, (segment.n_rows - 1) * k // 2, 1, &row[k])
-        row[k] += (
-            (segment.n_joined - 1) * k // 2 * segment.joined_stride[role]
-            + (segment.n_run - 1) * k // 2 * segment.run_stride[role]
-        )
+        row[k] = value_at(plan, role, first, &plan.sample[k])
     if plan.storage == NATIVE:
         return step
     for f in range(n_features):
@@ -74,12 +151,15 @@ cdef Py_ssize_t sample_rows(
 
 cdef inline void sample_features(
     const char* row_a, const char* row_b, const char* row_c, Py_ssize_t step, Py_ssize_t n,
-    bint around_zero, double* restrict shift, const real* real_tag,
+    bint around_zero, double* restrict shift, double* restrict spread, const real* real_tag,
 ) noexcept nogil:
-    """shift[f] from three values of each of n features, which lie `step` bytes apart."""
+    """shift[f] from three values of each of n features, which lie `step` bytes apart, and, where
+    that is asked again, how far apart they are."""
     cdef Py_ssize_t f
-    cdef real a, b, c, low, high, middle, gap, big, size
+    cdef real a, b, c, low, high, middle, gap, big, size, down, up
     cdef real digits = 1.5 * 2.0 ** 21 if real is float else 1.5 * 2.0 ** 50
+    # Values from here on are scaled for the rounding: 2^p steps would leave the range.
+    cdef real large = 2.0 ** 60 if real is float else 2.0 ** 500
     for f in range(n):
         a = (<const real*> (row_a + f * step))[0]
         b = (<const real*> (row_b + f * step))[0]
@@ -91,21 +171,25 @@ cdef inline void sample_features(
         low = low if low < c else c
         high = high if high > c else c
         gap = middle - low if middle - low < high - middle else high - middle
-        big = digits * gap
-        middle = (middle + big) - big
+        size = middle if middle >= 0 else -middle
+        down = 1 / large if size > large else 1
+        up = large if size > large else 1
+        big = digits * (gap * down)
+        middle = ((middle * down + big) - big) * up
         if around_zero:
             size = middle if middle >= 0 else -middle
             big = middle if size > high - low else 0
             middle = big if gap > 0 else middle
+            spread[f] = high - low
         shift[f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
 
 
 cdef void sample_shift(
-    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* restrict shift,
-    const real* real_tag,
+    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, double* shift,
+    double* spread, const real* real_tag,
 ) noexcept nogil:
-    """The shift of every feature of a tile: the median of its first, middle and last value, so near
-    the middle of the data as no single outlier can be; 0 if it is not finite.
+    """The shift of every feature of a tile: the median of three of its values, so near the middle
+    of the data as no single outlier can be; 0 if it is not finite.
 
     It is rounded to a fourth of the gap to the nearer of the other two (adding and taking away 2^p
     steps does that).  A shift with more digits than the data makes roundings of x - shift that all
@@ -121,17 +205,18 @@ cdef void sample_shift(
     cdef Py_ssize_t step = sample_rows(plan, role, first, n_features, row, sample)
     cdef bint around_zero = role == G
     shift += first
+    spread += first
     if step != sizeof(real):
         sample_features(
-            row[0], row[1], row[2], step, n_features, around_zero, shift, real_tag
+            row[0], row[1], row[2], step, n_features, around_zero, shift, spread, real_tag
         )
     elif around_zero:  # what the compiler knows it can vectorize
         sample_features(
-            row[0], row[1], row[2], sizeof(real), n_features, True, shift, real_tag
+            row[0], row[1], row[2], sizeof(real), n_features, True, shift, spread, real_tag
         )
     else:
         sample_features(
-            row[0], row[1], row[2], sizeof(real), n_features, False, shift, real_tag
+            row[0], row[1], row[2], sizeof(real), n_features, False, shift, spread, real_tag
         )
 
 
@@ -163,6 +248,12 @@ cdef void start_gate(
             job.gate_wide[f] = 1
 
 
+cdef inline bint comes_through(const Job* job, Py_ssize_t f, double x, double r) noexcept nogil:
+    """Whether the gate is open for a value of x and the residual's; near 0 it may say the wrong
+    thing, so nothing that has to be exact may depend on it."""
+    return (x - job.mean[f]) * job.inv_std[f] * job.gamma[f] + job.beta[f] + r > 0
+
+
 cdef void drop_gated_shift(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
 ) noexcept nogil:
@@ -175,26 +266,108 @@ cdef void drop_gated_shift(
     cdef float[3][MAX_COLUMNS] x_sample
     cdef float[3][MAX_COLUMNS] r_sample
     cdef Py_ssize_t f, k, x_step, r_step = 0
-    cdef double z
+    cdef double residual = 0
+    cdef bint open
     cdef real at_shift
     x_step = sample_rows(plan, X, first, n_features, x, x_sample)
     if plan.used[R]:
         r_step = sample_rows(plan, R, first, n_features, r, r_sample)
-    for f in range(n_features):
-        for k in range(3):
-            z = (<const real*> (x[k] + f * x_step))[0] - job.mean[first + f]
-            z = z * job.inv_std[first + f] * job.gamma[first + f] + job.beta[first + f]
-            if plan.used[R]:
-                z += (<const real*> (r[k] + f * r_step))[0]
-            if not z > 0:
-                job.shift_g[first + f] = 0
+    for f in range(first, first + n_features):
         at_shift = affine(
-            <real> job.shift_x[first + f], <real> job.gate_shift[first + f],
-            <real> job.gate_scale[first + f], <real> job.gate_bias[first + f],
-            0, <const Nothing*> NULL,
+            <real> job.shift_x[f], <real> job.gate_shift[f], <real> job.gate_scale[f],
+            <real> job.gate_bias[f], 0, <const Nothing*> NULL,
         )
-        if not at_shift > 0:
-            job.shift_g[first + f] = 0
+        open = at_shift > 0
+        for k in range(3):
+            if plan.used[R]:
+                residual = (<const real*> (r[k] + (f - first) * r_step))[0]
+            open = open and comes_through(
+                job, f, (<const real*> (x[k] + (f - first) * x_step))[0], residual
+            )
+        if not open:
+            job.spread[f] += fabs(job.shift_g[f])
+            job.shift_g[f] = 0
+
+
+cdef inline double value_of(
+    const Plan* plan, const char* value, const real* real_tag,
+) noexcept nogil:
+    cdef float single
+    if plan.storage == NATIVE:
+        return (<const real*> value)[0]
+    widen(plan.storage, value, 1, &single)
+    return single
+
+
+cdef inline double is_doubtful(const Job* job, Py_ssize_t f) noexcept nogil:
+    """1 if a feature's shift of dout may not be near its mean: farther than the three values let
+    expect, or than 0 is."""
+    cdef double limit = 4 * job.spread[f], size = fabs(job.mean_g[f])
+    limit = size if job.shift_g[f] != 0 and size < limit else limit
+    return 1.0 if fabs(job.mean_g[f] - job.shift_g[f]) > limit else 0.0
+
+
+cdef double distance_from_mean(
+    const Job* job, Py_ssize_t f, Py_ssize_t first, const Looks* look, const real* real_tag,
+) noexcept nogil:
+    """How far dout is from its mean, on the mean of some values."""
+    cdef const Plan* plan = &job.reduce
+    cdef Py_ssize_t k
+    cdef int role
+    cdef double[3] value
+    cdef double distance = 0
+    for k in range(LOOKS):
+        for role in range(3):
+            value[role] = 0
+            if plan.used[role]:
+                value[role] = value_of(
+                    plan, look.value[role][k] + (f - first) * plan.feature_stride[role], real_tag
+                )
+        if job.gated and not comes_through(job, f, value[X], value[R]):
+            value[G] = 0
+        distance += fabs(value[G] - job.mean_g[f]) / LOOKS
+    return distance
+
+
+cdef double look_again(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const real* real_tag,
+) noexcept nogil:
+    """Mark the features whose shift of dout was not near the mean, now that it is known, and give
+    them a better one; returns how many.
+
+    Of three values two may be outliers, and then what the others add to the sums is rounded away,
+    always in one direction: dout = 1 but for three values of 1e9, float32, M = 1e5, dbeta was off
+    by 280 roundings.  Where that may be, some more values say how far from the mean is far.
+    """
+    cdef const Plan* plan = &job.reduce
+    cdef const Segment* segment = &plan.segment[0]
+    cdef Looks look
+    cdef Py_ssize_t f, k
+    cdef int role
+    cdef double distance, step, doubtful = 0, n_far = 0
+    cdef Place place
+    for f in range(first, first + n_features):
+        doubtful += is_doubtful(job, f)
+    if doubtful == 0:
+        return 0
+    place.segment = 0
+    for k in range(LOOKS):
+        place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
+        place.joined = k % segment.n_joined
+        place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
+        for role in range(3):
+            if plan.used[role]:
+                look.value[role][k] = value_at(plan, role, first, &place)
+    for f in range(first, first + n_features):
+        if job.retry[f] != 0 or is_doubtful(job, f) == 0:
+            continue
+        distance = distance_from_mean(job, f, first, &look, real_tag)
+        if fabs(job.mean_g[f] - job.shift_g[f]) > 8 * distance:
+            step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, as in start_tile
+            job.shift_g[f] = (job.mean_g[f] + step) - step
+            job.retry[f] = 1
+            n_far += 1
+    return n_far
 
 
 cdef void start_tile(
@@ -203,13 +376,13 @@ cdef void start_tile(
     cdef Py_ssize_t f
     cdef double step, shift, steps = 1.5 * 2.0 ** 49 if job.kind == BACKWARD else 0
     for f in range(first, first + n_features):
-        job.factor[f] = 1
+        job.factor[f] = job.factor_g[f] = 1
     if job.gated:
         start_gate[real](job, first, n_features, real_tag)
     if job.kind == FORWARD or job.kind == PRODUCT:
-        sample_shift[real](&job.reduce, X, first, n_features, job.shift_x, real_tag)
+        sample_shift[real](&job.reduce, X, first, n_features, job.shift_x, job.spread, real_tag)
     if job.kind == PRODUCT:
-        sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, real_tag)
+        sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, job.spread, real_tag)
     if job.kind == FORWARD or job.kind == PRODUCT:
         return
     # Any shift near the mean will do for sums.  One with no digits below an eighth of the deviation
@@ -222,7 +395,7 @@ cdef void start_tile(
         job.shift_x[f] = <double> (<real> (shift if fabs(shift) < INFINITY else job.mean[f]))
         job.shift_g[f] = 0
     if job.kind == BACKWARD and job.exact_mean:
-        sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, real_tag)
+        sample_shift[real](&job.reduce, G, first, n_features, job.shift_g, job.spread, real_tag)
         if job.gated:
             drop_gated_shift[real](job, first, n_features, real_tag)
 
@@ -293,19 +466,20 @@ cdef inline double settle_backward(
     const double* restrict s1_high, const double* restrict s1_low,
     const double* restrict s2_high, const double* restrict s2_low,
     const double* restrict shift_x, const double* restrict shift_g,
-    const double* restrict factor, const double* restrict mean,
-    const double* restrict mean_low, const double* restrict multiplier,
-    double* restrict dgamma, double* restrict dbeta,
-    double* restrict mean_g, double* restrict mean_g_low, double* restrict retry,
-    Py_ssize_t n, double m, double low, bint first_try,
+    const double* restrict factor, const double* restrict factor_g,
+    const double* restrict mean, const double* restrict mean_low,
+    const double* restrict multiplier, double* restrict dgamma, double* restrict dbeta,
+    double* restrict mean_g, double* restrict mean_g_low, double* restrict mean_gx,
+    double* restrict retry, Py_ssize_t n, double m, double low, bint first_try,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
-    S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Returns how many need
-    another try (marked)."""
+    S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
+    where the sums do not.  Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, count = 0
+    cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, back, count = 0
     cdef double per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
+        back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
@@ -319,19 +493,23 @@ cdef inline double settle_backward(
         t = m * shift_g[f]
         t_low = (part * m - t) + (shift_g[f] - part) * m
         t_low = t_low if fabs(t) < 1e290 else 0.0
-        high = s1_high[f] + t
-        rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
-        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f])
+        part = s1_high[f] * back
+        high = part + t
+        rounding = (part - (high - (high - part))) + (t - (high - part))
+        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f] * back)
         t = s1 * per
         part = t * (2.0 ** 27 + 1)  # what that left, as in forward
         part = part - (part - t)
-        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per
+        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per * back
+        t = t * back
         mean_g[f] = shift_g[f] + t
         mean_g_low[f] = ((shift_g[f] - mean_g[f]) + t) + (t_low if fabs(t) < 1e290 else 0.0)
-        dgamma[f] = (
+        t = (
             (multiplier[f] if first_try else multiplier[f] / factor[f]) * s2
             - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
         )
+        dgamma[f] = t * back
+        mean_gx[f] = t * per * back
     return count
 
 
@@ -364,9 +542,9 @@ cdef inline double settle(
         )
     return settle_backward(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
-        job.shift_x + f, job.shift_g + f, job.factor + f,
-        job.mean + f, job.mean_low + f, job.multiplier + f,
-        job.dgamma + f, job.dbeta + f, job.mean_g + f, job.mean_g_low + f, job.retry + f,
+        job.shift_x + f, job.shift_g + f, job.factor + f, job.factor_g + f,
+        job.mean + f, job.mean_low + f, job.multiplier + f, job.dgamma + f, job.dbeta + f,
+        job.mean_g + f, job.mean_g_low + f, job.mean_gx + f, job.retry + f,
         n, m, low, first_try,
     )
 
@@ -383,6 +561,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
         job.shift_x[f] = job.mean[f]
         if real is double:
             job.factor[f] = power_of_two(job.inv_std[f])
+            job.factor_g[f] = 1 if finite else scaled_down()
     elif finite and is_far(s1 * (1 / m), s1, s2) != 0:
         job.shift_x[f] += s1 / m / job.factor[f]
     elif real is double:
@@ -413,7 +592,9 @@ cdef inline void forward_constants(
         rest = (mean[f] - shift[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
         scale[f] = gamma[f] * (r / factor[f]) if wide else a
-        bias[f] = beta[f] - (rest * a if rest != 0 else 0.0)
+        # gamma = inf leaves beta as it is: x - shift alone says the sign of infinity.
+        rest = rest * factor[f] * scale[f] if rest != 0 and fabs(gamma[f]) < INFINITY else 0.0
+        bias[f] = beta[f] - rest
         wide_mark[f] = (
             beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + above(bias[f], low)
             + is_lost(a, gamma[f], r)
@@ -422,11 +603,11 @@ cdef inline void forward_constants(
 
 cdef inline void backward_constants(
     const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
-    const double* restrict gamma, const double* restrict dgamma,
+    const double* restrict gamma, const double* restrict mean_gx,
     const double* restrict mean_g, const double* restrict mean_g_low,
     double* restrict shift_x, double* restrict shift_g, double* restrict factor,
-    double* restrict scale, double* restrict slope, double* restrict bias,
-    double* restrict wide_mark,
+    double* restrict factor_g, double* restrict scale, double* restrict slope,
+    double* restrict bias, double* restrict wide_mark,
     Py_ssize_t n, double m, double eps, double low, bint wide, const real* real_tag,
 ) noexcept nogil:
     """dx = a ((dout - mean_g) - (x - mean) r dgamma / M), a = gamma r; M = 1 leaves dx = 0.
@@ -439,18 +620,19 @@ cdef inline void backward_constants(
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
-    cdef double per = 0 if two or m <= 1 else 1 / m
+    cdef double some = 0 if two or m <= 1 else 1
     eps = eps * two
     for f in range(n):
         r = inv_std[f]
         share = eps * r * r
         a = gamma[f] * r * (share if share > least else least)
-        q = dgamma[f] * per
+        q = mean_gx[f] * some
         shift_x[f] = mean[f] if wide else <double> (<real> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<real> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
-        scale[f] = a
+        factor_g[f] = scaled_down() if wide and fabs(shift_g[f]) > 1e290 else 1.0
+        scale[f] = a / factor_g[f] if wide else a
         slope[f] = a * q * (r / factor[f] if wide else r)
         bias[f] = (
             (slope[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
@@ -470,10 +652,10 @@ cdef inline void set_constants(
     cdef Py_ssize_t k
     if job.kind == BACKWARD:
         backward_constants[real](
-            job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.dgamma + f,
+            job.mean + f, job.mean_low + f, job.inv_std + f, job.gamma + f, job.mean_gx + f,
             job.mean_g + f, job.mean_g_low + f,
-            job.shift_x + f, job.shift_g + f, job.factor + f, job.scale + f, job.slope + f,
-            job.bias + f, job.wide + f,
+            job.shift_x + f, job.shift_g + f, job.factor + f, job.factor_g + f, job.scale + f,
+            job.slope + f, job.bias + f, job.wide + f,
             n, job.total, job.eps, low, wide, real_tag,
         )
     elif job.kind == SECOND:
@@ -482,7 +664,7 @@ cdef inline void set_constants(
         # dx = gamma inv_std dout: the affine kernel on dout.
         for k in range(f, f + n):
             job.shift_x[k] = job.bias[k] = 0
-            job.factor[k] = 1
+            job.factor[k] = job.factor_g[k] = 1
             job.scale[k] = job.gamma[k] * job.inv_std[k]
             job.wide[k] = beyond(job.scale[k], low) + is_lost(
                 job.scale[k], job.gamma[k], job.inv_std[k]
@@ -505,6 +687,8 @@ cdef void finish_tile(
     if job.reduces:
         merge_chunks(job, first, n_features)
         unsettled = settle(job, first, n_features, True, real_tag)
+        if job.kind == BACKWARD and job.exact_mean:
+            unsettled += look_again(job, first, n_features, real_tag)
         for attempt in range(3):
             if unsettled == 0:
                 break
@@ -529,6 +713,7 @@ cdef void finish_tile(
         for f in range(first, first + n_features):
             job.mean_g[f] = job.dbeta[f] / job.total
             job.mean_g_low[f] = 0
+            job.mean_gx[f] = job.dgamma[f] * (1 / job.total)
     read_parameter(&job.gamma_given, first, n_features, job.gamma + first)
     if job.beta_given.data != NULL:
         read_parameter(&job.beta_given, first, n_features, job.beta + first)

@@ -134,7 +134,7 @@ def plain_forward(
     """
     cdef double eps = 1e-5, momentum = 0.9, slope
     cdef bint train = True
-    cdef int code
+    cdef int code, n_known
     cdef cnp.ndarray y, stats, mean = None, var = None
     cdef const char* batch
     cdef Py_ssize_t row
@@ -153,7 +153,7 @@ def plain_forward(
         kept = activation, negative_slope, beta, residual, None, 0.0, spoilt
     if bn_param is None:
         y, stats = run_forward(
-            x, gamma, beta, axis, eps, out, None, None, 1, code, slope, residual, None, 0
+            x, gamma, beta, axis, eps, out, None, 1, code, slope, residual, None, 0
         )
         return x, gamma, y, stats, default_eps, False, kept
     if type(bn_param) is not dict:
@@ -163,13 +163,17 @@ def plain_forward(
         return None
     train = mode == "train"
     given_eps = (<dict> bn_param).get("eps", default_eps)
+    given_momentum = (<dict> bn_param).get("momentum", default_momentum)
     old_mean = (<dict> bn_param).get("running_mean")
     old_var = (<dict> bn_param).get("running_var")
+    n_known = (
+        1 + (given_eps is not default_eps) + (given_momentum is not default_momentum)
+        + (old_mean is not None) + (old_var is not None)
+    )
     if not (
-        (train or mode == "test") and is_plain_number(given_eps, 0, &eps)
-        and is_plain_number(
-            (<dict> bn_param).get("momentum", default_momentum), -INFINITY, &momentum
-        )
+        n_known == len(<dict> bn_param)  # no key is unknown, nor stands for a default
+        and (train or mode == "test") and is_plain_number(given_eps, 0, &eps)
+        and is_plain_number(given_momentum, -INFINITY, &momentum)
         and are_plain_statistics(old_mean, old_var, cnp.PyArray_DIMS(x)[<int> axis])
     ):
         return None
@@ -177,8 +181,8 @@ def plain_forward(
     mean = running_average(old_mean, x, axis)
     var = running_average(old_var, x, axis)
     y, stats = run_forward(
-        x, gamma, beta, axis, eps, out, None if train else mean, None if train else var, 1, code,
-        slope, residual, None, 0,
+        x, gamma, beta, axis, eps, out, None if train else given_statistics(mean, var, eps), 1,
+        code, slope, residual, None, 0,
     )
     if train:
         batch = <char*> cnp.PyArray_DATA(stats)
@@ -190,17 +194,45 @@ def plain_forward(
     return x, gamma, y, stats, given_eps, not train, kept
 
 
+cdef bint is_plain_cache(object x, object gamma, object stats, object axis, object eps) noexcept:
+    """Whether what a forward call left is what backward reads: it can be changed by hand."""
+    cdef Py_ssize_t n
+    cdef double number
+    if not is_plain_array(x) or type(axis) is not int:
+        return False
+    if not is_plain_number(eps, -INFINITY, &number):
+        return False
+    if not 0 <= axis < cnp.PyArray_NDIM(x) or cnp.PyArray_NDIM(x) < 2:
+        return False
+    n = cnp.PyArray_DIMS(x)[<int> axis]
+    return (
+        is_plain_parameter(gamma, n) and is_plain_array(stats)
+        and cnp.PyArray_TYPE(stats) == cnp.NPY_FLOAT64 and cnp.PyArray_IS_C_CONTIGUOUS(stats)
+        and cnp.PyArray_NDIM(stats) == 2
+        and cnp.PyArray_DIMS(stats)[0] == 4 and cnp.PyArray_DIMS(stats)[1] == n
+    )
+
+
 def plain_backward(
-    dout, cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray stats not None,
-    int axis, double eps, out, bint frozen, bint exact_mean, options, Py_ssize_t size,
+    dout, x, gamma, stats, axis, eps, out, bint frozen, bint exact_mean, options, Py_ssize_t size,
 ):
     """The same for batchnorm_backward, with what the forward call left; returns all gradients."""
     cdef int code = IDENTITY
     cdef double slope = 0
     activation = beta = residual = weights = None
     spoilt = False
+    if not is_plain_cache(x, gamma, stats, axis, eps):
+        return None
     if options is not None:
-        activation, slope, beta, residual, weights, _, spoilt = <tuple> options
+        if not isinstance(options, tuple) or len(options) != 7:
+            return None
+        activation, given_slope, beta, residual, weights, _, spoilt = options
+        if (
+            type(given_slope) is not float or not is_plain_residual(residual, x, None)
+            or not is_plain_parameter(beta, cnp.PyArray_DIMS(x)[<int> axis])
+        ):
+            return None
+        slope = given_slope
     if (
         not is_plain_gradient(dout, x, gamma, out) or cnp.PyArray_SIZE(x) >= size
         or not is_plain_activation(activation, &code) or weights is not None or spoilt

@@ -9,7 +9,7 @@ cdef enum Kind:
     SECOND                    # gradients of the gradients: see second.pxi
 
 cdef enum:
-    N_VALUES = 12             # arrays of one value per feature that a call needs, besides sums,
+    N_VALUES = 15             # arrays of one value per feature that a call needs, besides sums,
     N_GATE_VALUES = 5         # and for a gate
     N_OPTION_COLUMNS = 21     # of constants and offsets, if there are options
 
@@ -74,6 +74,9 @@ cdef struct Job:
     double* scale
     double* slope
     double* bias
+    double* mean_gx           # mean of dout x_hat
+    double* factor_g
+    double* spread            # of the values of dout from which its shift was guessed
     double* retry             # 1 where the sums have to be had again, in wide lanes
     double* wide              # 1 where the output has to be computed in wide lanes
     double* gate_shift        # what forward had as shift, factor, ..., wide
@@ -99,6 +102,7 @@ cdef struct Scratch:          # one thread's share; columns are `lane` elements,
     char* shift_x
     char* shift_g
     char* factor
+    char* factor_g
     char* scale
     char* slope
     char* bias
@@ -149,6 +153,9 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
     job.mean_g_low = values + 9 * stride
     job.retry = values + 10 * stride
     job.wide = values + 11 * stride
+    job.factor_g = values + 12 * stride
+    job.spread = values + 13 * stride
+    job.mean_gx = values + 14 * stride
     values += N_VALUES * stride
     if job.gated:
         job.gate_shift = values
@@ -332,6 +339,25 @@ cdef void set_all(lane* columns, Py_ssize_t width, lane value) noexcept nogil:
         columns[j] = value
 
 
+cdef void set_factors(
+    const Job* job, const Segment* segment, Py_ssize_t first, Py_ssize_t n_features, bint wide,
+    Scratch* s, const lane* lane_tag,
+) noexcept nogil:
+    """The columns of what rows are multiplied by as they are gathered: 1 in native lanes."""
+    cdef Py_ssize_t width = segment.n_joined * n_features * segment.n_run
+    set_all[lane](<lane*> s.dummy, width, 1)
+    set_all[lane](<lane*> s.factor, width, 1)
+    set_all[lane](<lane*> s.factor_g, width, 1)
+    if wide:
+        expand[lane](
+            job.factor, NULL, first, n_features, segment.n_joined, segment.n_run, <lane*> s.factor
+        )
+        expand[lane](
+            job.factor_g, NULL, first, n_features, segment.n_joined, segment.n_run,
+            <lane*> s.factor_g,
+        )
+
+
 cdef void reduce_rows(
     Job* job, const Segment* segment, const Access* access, Py_ssize_t first,
     Py_ssize_t n_features, Py_ssize_t j0, Py_ssize_t width, Py_ssize_t row, Py_ssize_t n,
@@ -382,7 +408,7 @@ cdef void reduce_chunk(
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
     for r in range(N_ROLES):
-        access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
+        access[r] = access_to(plan, segment, r, n_features, wide)
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
     prepare_gate[real](job, plan, segment, first, n_features, wide, s, real_tag)
@@ -402,18 +428,12 @@ cdef void reduce_chunk(
         job.shift_x, job.factor if wide else NULL, first, n_features,
         segment.n_joined, segment.n_lanes, <lane*> s.shift_x,
     )
-    if access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
-        set_all[lane](<lane*> s.dummy, width, 1)
-        set_all[lane](<lane*> s.factor, width, 1)
-        if wide:
-            expand[lane](
-                job.factor, NULL, first, n_features, segment.n_joined, segment.n_run,
-                <lane*> s.factor,
-            )
+    if plan.gated or access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
+        set_factors[lane](job, segment, first, n_features, wide, s, lane_tag)
     if plan.used[G]:
         expand[lane](
-            job.shift_g, NULL, first, n_features, segment.n_joined, segment.n_lanes,
-            <lane*> s.shift_g,
+            job.shift_g, job.factor_g if wide else NULL, first, n_features, segment.n_joined,
+            segment.n_lanes, <lane*> s.shift_g,
         )
     if plan.used[W]:
         set_all[lane](<lane*> s.weigh_ones, width, 1)
@@ -574,21 +594,19 @@ cdef void apply_chunk(
     segment = &plan.segment[index]
     width = segment.n_joined * n_features * segment.n_run
     for r in range(N_ROLES):
-        access[r] = GATHERED if wide and plan.used[r] else plan.access[r]
+        access[r] = access_to(plan, segment, r, n_features, wide)
         if access[r] == GATHERED:
             column_offsets(plan, segment, r, n_features, s.offset[r])
-    if access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
-        set_all[lane](<lane*> s.dummy, width, 1)
-        expand[lane](
-            job.factor, NULL, first, n_features, segment.n_joined, segment.n_run, <lane*> s.factor
-        )
+    if plan.gated or access[X] == GATHERED or access[G] == GATHERED or access[R] == GATHERED:
+        set_factors[lane](job, segment, first, n_features, wide, s, lane_tag)
     expand[lane](
-        job.shift_x, job.factor, first, n_features, segment.n_joined, segment.n_lanes,
-        <lane*> s.shift_x,
+        job.shift_x, job.factor if wide else NULL, first, n_features, segment.n_joined,
+        segment.n_lanes, <lane*> s.shift_x,
     )
     for r in range(9 if job.kind == SECOND else 4 if plan.used[G] else 2):
         expand[lane](
-            values[r], NULL, first, n_features, segment.n_joined, segment.n_lanes, columns[r]
+            values[r], job.factor_g if wide and values[r] == job.shift_g else NULL, first,
+            n_features, segment.n_joined, segment.n_lanes, columns[r],
         )
     if plan.used[W]:
         set_all[lane](<lane*> s.weigh_ones, width, 1)

@@ -67,6 +67,23 @@ for offset in (1e3, 1e6, 1e9):
     for a, b in pairs:
         assert np.abs(a - b).max() <= 1e-12 * max(1, np.abs(b).max()), (offset, np.abs(a - b).max())
 
+# Nor does any size of the deviations, though their squares leave float64's range.
+for power in (-1000, -600, 509, 600, 1015):
+    settings = {"eps": 0 if power < 0 else 1e-5, "dtype": float, "bad_batch": "propagate"}
+    whole, sync = BatchNorm(2, **settings), SyncBatchNorm(2, comm, **settings)
+    x, dout = rng.standard_normal((2, 50, 2)) + 1
+    x = np.ldexp(x, power)
+    rows = slice(50 * rank // size, 50 * (rank + 1) // size)
+    pairs = [
+        (sync.forward(x[rows]), whole.forward(x)[rows]),
+        (np.ldexp(sync.backward(dout[rows]), power), np.ldexp(whole.backward(dout)[rows], power)),
+        (sync.dgamma, whole.dgamma),
+        (sync.dbeta, whole.dbeta),
+    ]
+    for a, b in pairs:
+        assert np.abs(a - b).max() <= 1e-13 * np.abs(b).max(), (power, np.abs(a - b).max())
+    np.testing.assert_allclose(sync.running_var, whole.running_var, rtol=1e-14)
+
 
 # What one rank does wrong raises there, and RuntimeError elsewhere; the layer stays as it was.
 def fails(call, own_error, by):

@@ -126,9 +126,75 @@ def test_forward_refuses(name, value, error, words, mode):
 def test_missing_mode():
     for param in ({}, {"eps": 1e-3}):
         before = dict(param)
-        with pytest.raises(KeyError, match="mode"):
+        with pytest.raises(KeyError, match=r"'mode'.*'train' or 'test'"):
             batchnorm_forward(X, np.ones(4), np.ones(4), param)
         assert param == before
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("epsilon", "eps"),
+        ("EPS", "eps"),
+        ("running_variance", "running_var"),
+        ("runningMean", "running_mean"),
+        ("moving_mean", "running_mean"),
+        ("Momentum", "momentum"),
+    ],
+)
+def test_keys_that_look_like_others(key, meant):
+    param = {"mode": "train", key: np.float64(0.5)}
+    before = dict(param)
+    with pytest.raises(ValueError, match=f"{key}.*{meant}"):
+        batchnorm_forward(X, np.ones(4), np.ones(4), param)
+    assert param == before
+
+
+def test_other_keys_are_ignored():
+    """They are the course's way: the same dict goes to every layer."""
+    param = {"mode": "train", "num_groups": 2, 7: None, "layer": "first"}
+    out, _ = batchnorm_forward(X, np.ones(4), np.ones(4), param)
+    assert_same_bits([out], [batchnorm_forward(X, np.ones(4), np.ones(4))[0]])
+    assert param.keys() == {"mode", "num_groups", 7, "layer", "running_mean", "running_var"}
+
+
+class Stubborn(dict):
+    """Takes so many values and no more."""
+
+    def __init__(self, room, **items):
+        super().__init__(**items)
+        self.room = room
+
+    def __setitem__(self, key, value):
+        if self.room == 0:
+            raise RuntimeError("full")
+        self.room -= 1
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("old", [{}, {"running_mean": np.ones(4), "running_var": np.ones(4)}])
+def test_a_dict_that_refuses_what_is_stored(old, mode, room):
+    param = Stubborn(room, mode=mode, **old)
+    out = np.full((6, 4), 7.0)
+    with pytest.raises(RuntimeError, match="full"):
+        batchnorm_forward(X, np.ones(4), np.zeros(4), param, out=out)
+    np.testing.assert_array_equal(out, 7)
+    assert param.keys() == {"mode", *old}
+    for name, value in old.items():
+        if room == 0:  # else it is full before it can be put back
+            assert param[name] is value
+
+
+@pytest.mark.parametrize("name", ["eps", "momentum", "negative_slope"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["400", "-400", "5000"])
+def test_integers_beyond_float64(name, value):
+    arguments = {"bn_param": {"mode": "train", name: value}}
+    if name == "negative_slope":
+        arguments = {"activation": "leaky_relu", name: value}
+    with pytest.raises(ValueError, match=rf"{name}.* range of float64"):
+        batchnorm_forward(X, np.ones(4), np.zeros(4), **arguments)
 
 
 def test_all_three_of_a_train_call_are_refused_before_anything_is_done():

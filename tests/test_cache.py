@@ -1,6 +1,7 @@
 """The cache: what it keeps, what it unpacks to, and NumPy code on either side of it."""
 
 import gc
+import pickle
 import sys
 import tracemalloc
 import weakref
@@ -8,7 +9,8 @@ import weakref
 import numpy as np
 import pytest
 
-from bn_fast import batchnorm_backward, batchnorm_forward
+from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
+from bn_fast._cache import Cache
 
 from . import oracle
 from .arrays import DTYPES, normal
@@ -206,3 +208,72 @@ def test_backward_allocates_dx_alone():
     finally:
         tracemalloc.stop()
     assert peak < 1.1 * x.nbytes
+
+
+def _beside(array):
+    return np.ones(array.shape[0] + 1)
+
+
+# What a cache may be after somebody has changed it; the engine would read, or write, beside it.
+CHANGED = {
+    "stats of float32": ("stats", lambda c: c.stats.astype(np.float32)),
+    "stats of one feature": ("stats", lambda c: c.stats[:, :1].copy()),
+    "stats in Fortran's order": ("stats", lambda c: np.asfortranarray(c.stats)),
+    "stats that step": ("stats", lambda c: np.repeat(c.stats, 2, axis=1)[:, ::2]),
+    "no stats": ("stats", lambda c: None),
+    "axis from the end": ("axis", lambda c: -1),
+    "axis beyond": ("axis", lambda c: 7),
+    "axis of a float": ("axis", lambda c: 1.0),
+    "gamma too short": ("gamma", lambda c: c.gamma[:-1]),
+    "gamma too long": ("gamma", lambda c: _beside(c.gamma)),
+    "gamma of float16": ("gamma", lambda c: c.gamma.astype(np.float16)),
+    "gamma of two dimensions": ("gamma", lambda c: c.gamma[None]),
+    "byte-swapped gamma": ("gamma", lambda c: c.gamma.astype(">f8")),
+    "x of integers": ("x", lambda c: c.x.astype(int)),
+    "x of one dimension": ("x", lambda c: c.x[0, 0]),
+    "x as a list": ("x", lambda c: c.x.tolist()),
+    "x with more features": ("x", lambda c: np.ones((9, 5, 7))),
+    "eps of text": ("eps", lambda c: "small"),
+    "eps that is NaN": ("eps", lambda c: np.nan),
+    "beta too short": ("options.beta", lambda c: c.beta[1:]),
+    "residual too small": ("options.residual", lambda c: c.residual[1:]),
+    "residual of another dtype": ("options.residual", lambda c: c.residual.astype(np.float32)),
+    "weights too small": ("options.weights", lambda c: c.weights[1:]),
+    "weights of bool": ("options.weights", lambda c: c.weights > 0),
+    "an activation of its own": ("options.activation", lambda c: "swish"),
+    "a slope of text": ("options.negative_slope", lambda c: "steep"),
+    "options of its own": ("options", lambda c: (1, 2)),
+}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_cache_that_does_not_fit_itself_is_refused(kind, large):
+    shape = (800, 4, 70) if large else (9, 4, 7)  # with threads, and on the straight road
+    x, n = normal(shape, np.float64), 4
+    name, change = CHANGED[kind]
+    for given in ({}, {"activation": "relu", "residual": x}, {"weights": np.arange(shape[2])}):
+        if name.startswith("options.") and given == {}:
+            continue
+        _, cache = batchnorm_forward(x, np.ones(n), np.zeros(n), **given)
+        field = name.removeprefix("options.")
+        if name.startswith("options."):
+            if getattr(cache, field) is None:
+                continue
+            cache.options = cache.options._replace(**{field: change(cache)})
+        else:
+            setattr(cache, name, change(cache))
+        with pytest.raises(ValueError, match=r"cache cannot be used: its|dout must"):
+            batchnorm_backward(x, cache)
+        with pytest.raises(ValueError, match=r"cache cannot be used: its|dout must"):
+            batchnorm_double_backward(x, None, None, x, cache)
+
+
+def test_a_pickle_of_another_version_is_refused():
+    _, cache = batchnorm_forward(np.ones((3, 2)), np.ones(2), np.zeros(2))
+    state = cache.__getstate__()
+    for slots in ({**state[1], "layout": 1}, {"x": cache.x}):
+        with pytest.raises(ValueError, match="another version"):
+            Cache.__new__(Cache).__setstate__((None, slots))
+    again = pickle.loads(pickle.dumps(cache))
+    assert_same_bits(batchnorm_backward(cache.x, again), batchnorm_backward(cache.x, cache))

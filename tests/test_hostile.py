@@ -194,6 +194,78 @@ def test_hostile_dout(dtype, shape, kind):
     check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "m", "big"),
+    [
+        (np.float32, 1000, 1e9),
+        (np.float32, 100_000, 1e9),
+        (np.float32, 300_000, 1e9),
+        (np.float64, 300_000, 1e17),
+    ],
+)
+@pytest.mark.parametrize("inner", [(), (4,), (500,)], ids=str)
+@pytest.mark.parametrize("places", ["alike", "two", "apart", "zeros"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_outliers_where_the_shift_of_dout_is_guessed(dtype, m, big, inner, places, activation):
+    """Three values say where dout lies. They may all say the wrong thing."""
+    shape = (m // int(np.prod(inner)), 2, *inner)
+    x = normal(shape, dtype)
+    dout = np.ones((2, m), dtype)
+    dout[1] += normal((m,), dtype, 1) / 4
+    sampled = [0, (m - 1) // 2, m - 1]
+    if inner == (500,) or m == 100_000:  # where runs, or their pieces, put the middle one
+        sampled += [m // 2 - 1, (m // 500 - 1) // 2 * 500 + 249, 49_499 % m]
+    value = {"alike": [big], "two": [big], "apart": [big, 2 * big, 3 * big], "zeros": [0]}[places]
+    dout[:, sampled] = np.resize(value, len(sampled))
+    if places == "two":
+        dout[:, 0] = 1
+    if places == "zeros":
+        dout[:, 1:-1] *= dtype(big)
+        dout[:, sampled] = 0
+    dout = np.moveaxis(dout.reshape(2, shape[0], *inner), 0, 1).copy()
+    gamma, beta = np.ones(2), np.full(2, 20.0)  # a gate that is open to all
+    _, cache = batchnorm_forward(x, gamma, beta, activation=activation)
+    got = batchnorm_backward(dout, cache)
+    expected = oracle.backward(dout, x, gamma)
+    check_gradients(got, expected, x)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 70), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float32, 1e36), (np.float32, 2e38), (np.float64, 1e300), (np.float64, 1e308)],
+)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_dout_near_the_end_of_the_range(dtype, scale, shape, offset, activation):
+    """dx is as exact as ever; a sum that leaves the range is infinite."""
+    x = 1e3 * normal(shape, dtype)
+    dout = dtype(scale) * np.clip(dtype(offset) + normal(shape, dtype, 1) / 1000, -1.5, 1.5)
+    gamma, beta = 1 + normal(shape[1], dtype, 2) / 8, np.full(shape[1], 20.0)
+    _, cache = batchnorm_forward(x, gamma, beta, activation=activation)
+    dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    expected = oracle.backward(dout, x, gamma)
+    check("dx", dx, expected.dx, x, scale=expected.dx_scale if shape[0] < 10 else 0)
+    largest = np.finfo(dtype).max
+    for name, got, right in zip(("dgamma", "dbeta"), (dgamma, dbeta), expected[1:3], strict=True):
+        with np.errstate(over="ignore"):
+            held = np.abs(right) <= largest
+        np.testing.assert_array_equal(np.isinf(got), ~held)
+        check(name, got[held], right[held], x, scale=getattr(expected, f"{name}_scale"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1), (40, 70), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinite_gamma_leaves_the_sign_of_x_hat(dtype, shape, value):
+    x = normal(shape, dtype) + 3
+    gamma, beta = np.ones(shape[1], dtype), normal(shape[1], dtype, 1)
+    gamma[0] = value
+    out, _ = batchnorm_forward(x, gamma, beta)
+    x_hat = oracle.normalized(x)[0]
+    np.testing.assert_array_equal(out[:, 0], value * np.sign(x_hat[:, 0]).astype(dtype))
+
+
 def numpy_train(x, dout, gamma, beta):
     """What NumPy makes of it: the formulas as they stand."""
     others = tuple(d for d in range(x.ndim) if d != 1)

@@ -395,6 +395,72 @@ def test_closed_units(shape, dtype, has_residual):
         np.testing.assert_array_equal(closed, np.zeros_like(closed))
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_features", [65, 100, 128, 129])
+def test_a_dead_feature_on_several_threads(n_features, dtype, activation, has_residual):
+    """It is summed again in wide lanes, by the thread that has it in its share of the features: of
+    joined rows a part only."""
+    shape = (2**18 // n_features, n_features)
+    x, dout, gamma, beta = problem(shape, 1, dtype)
+    x[:, [0, n_features - 1]] = 0
+    residual = normal(shape, dtype, 7) if has_residual else None
+    results = []
+    for n_threads in (1, 2, 3):
+        bn_fast.set_num_threads(n_threads)
+        out, cache = batchnorm_forward(x, gamma, beta, activation=activation, residual=residual)
+        results.append((out, *batchnorm_backward(dout, cache)))
+    bn_fast.set_num_threads(None)
+    below = {None: 1, "relu": 0, "leaky_relu": 0.01}[activation]
+    slope = np.where(results[0][0] > 0, 1, below)
+    expected = (dout.astype(np.longdouble) * slope).sum(axis=0)
+    scale = np.abs(dout).sum(axis=0, dtype=np.float64).max()
+    for result in results:
+        check("dbeta", result[3], expected, x, scale=scale)
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filler", [-1e9, np.nan, -np.inf, 1e30, "min"])
+@pytest.mark.parametrize("weight", [True, 0.3])
+@pytest.mark.parametrize(
+    ("shape", "axis", "hidden"),
+    [
+        ((11, 1), 1, [0, 5, 10]),
+        ((11, 70), 1, [0, 1, 5, 6, 9, 10]),
+        ((1000, 3), 1, [*range(300), *range(400, 1000)]),
+        ((5, 40, 64), 2, [3 + 40 * k for k in range(2)] + [*range(60, 80), *range(150, 200)]),
+        ((4, 3, 7, 7), 1, [*range(49), *range(100, 196)]),
+        ((3, 2, 400), 1, [*range(3), *range(550, 1200)]),
+        ((70001, 5), 1, [*range(1, 70000)]),
+    ],
+    ids=str,
+)
+def test_what_has_no_weight_is_not_looked_at(shape, axis, hidden, filler, weight, dtype):
+    """Not for the shift either: first, middle and last value may all be padding."""
+    x, _, gamma, beta = problem(shape, axis, dtype)
+    lengths = [1 if d == axis else n for d, n in enumerate(shape)]
+    weights = np.full(lengths, weight) * (1 if weight is True else spread(lengths))
+    weights.reshape(-1)[hidden] = 0
+    plain = x.copy()
+    x[np.broadcast_to(weights == 0, shape)] = np.finfo(dtype).min if filler == "min" else filler
+    out, _ = batchnorm_forward(x, gamma, beta, axis=axis, weights=weights)
+    shown = np.broadcast_to(weights > 0, shape)
+    x_hat, mean, var = oracle.normalized(plain, axis, weights=weights)
+    lined = [-1 if d == axis else 1 for d in range(len(shape))]
+    expected = x_hat * gamma.reshape(lined) + beta.reshape(lined)
+    check("out", out[shown], expected[shown], x)
+    stats = bn_fast.moments(x, axis=axis, weights=weights)
+    np.testing.assert_allclose(stats.mean, mean.ravel().astype(float), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(stats.var(), var.ravel().astype(float), rtol=1e-5)
+
+
+def spread(lengths):
+    """Weights of all sizes between 0.2 and 1."""
+    return np.random.default_rng(5).uniform(0.2, 1, lengths)
+
+
 @pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
 def test_no_weight_is_an_empty_batch(module):
     x, dout, gamma, beta = problem((30, 4), 1, np.float64)

@@ -184,3 +184,58 @@ def test_ctrl_c(tmp_path):
         assert child.returncode == 0
     finally:
         child.kill()
+
+
+STARTS = """
+import resource
+np.random.default_rng(0)  # the imports that it needs may not be readable afterwards
+if "processes" in sys.argv[1]:
+    os.setgid(65534)
+    os.setuid(65534)
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+if "addresses" in sys.argv[1]:
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (300 << 20),) * 2)
+
+expected = job(1)
+thread = threading.Thread(target=lambda: results.append(job(1)))
+results = []
+try:
+    thread.start()
+    thread.join()
+except RuntimeError:  # Python cannot start one either
+    pass
+bn_fast.set_num_threads(1)
+assert [job(1)] * len(results) == results and job(1) == expected
+print("well")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+@pytest.mark.parametrize(
+    ("limit", "stack"),
+    [
+        pytest.param(
+            "processes", None,
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="takes root to become nobody"),
+        ),
+        ("addresses", None),
+        ("addresses", "1G"),
+        ("addresses", " 1 g "),
+        ("stack", "16k"),
+        ("stack", "32"),
+        ("stack", "65536B"),
+        ("stack", "0"),
+        ("stack", "4M"),
+        ("stack", "much"),
+    ],
+)  # fmt: skip
+def test_threads_that_cannot_be_started(limit, stack):
+    """libgomp would end the process, or a thread overflow its stack: the call runs on one."""
+    env = {} if stack is None else {"OMP_STACKSIZE": stack}
+    assert run(JOB + STARTS, args=[limit], **env).endswith("well")
+
+
+def test_a_small_stack_of_the_system():
+    prefix = ["bash", "-c", 'ulimit -s 256; exec "$@"', "bash"]
+    assert run(JOB + STARTS, prefix=prefix, args=["stack"]).endswith("well")

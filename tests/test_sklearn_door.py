@@ -98,11 +98,36 @@ def test_sample_weights_refused(digits):
     for wrong, message in (
         (np.zeros(len(x)), "[Ss]ample.weight"),
         (-np.ones(len(x)), "[Nn]egative"),
-        (np.ones(3), "sample_weight.shape"),
+        (np.ones(3), r"sample_weight must have shape \(1797,\), one for each row, got \(3,\)"),
+        (np.ones((len(x), 1)), "sample_weight must have shape"),
     ):
         with pytest.raises(ValueError, match=message):
             norm.fit(x, sample_weight=wrong)
         assert norm.moments_ is before
+
+
+@pytest.mark.parametrize("empty", [0, 1, 3])
+def test_a_part_may_have_no_weight(digits, empty):
+    x, _ = digits
+    weights = np.random.default_rng(0).exponential(size=len(x))
+    rows = np.array_split(np.arange(len(x)), 4)
+    weights[rows[empty]] = 0
+    parts = BatchNormalizer()
+    for part in rows:
+        parts.partial_fit(x[part], sample_weight=weights[part])
+        if empty == 0 and part is rows[0]:
+            with pytest.raises(NotFittedError):
+                parts.transform(x)
+    whole = BatchNormalizer().fit(x, sample_weight=weights)
+    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-13)
+
+
+def test_a_weight_for_all_rows(digits):
+    x, _ = digits
+    norm = BatchNormalizer().fit(x, sample_weight=0.5)
+    np.testing.assert_array_equal(norm.var_, BatchNormalizer().fit(x).var_)
+    assert norm.n_samples_seen_ == len(x) / 2
 
 
 # scikit-learn takes byte-swapped float32 for something else, and makes it float64.
@@ -122,9 +147,26 @@ def test_far_from_zero():
     norm = in_parts(BatchNormalizer(eps=0), x, 37)
     exact = x.astype(np.longdouble)
     np.testing.assert_allclose(norm.var_, exact.var(axis=0).astype(float), rtol=1e-15)
-    mean = norm.mean_.astype(np.longdouble)  # the attribute has float64's digits, no more
-    assert np.abs(mean - exact.mean(axis=0)).max() <= np.spacing(1e9)
-    check("y", norm.transform(x), (exact - mean) / exact.std(axis=0), x)
+    shifted = exact - exact[0]
+    mean = shifted.mean(axis=0)
+    assert np.abs((norm.mean_ - exact[0]) - mean).max() <= np.spacing(1e9)
+    check("y", norm.transform(x), (shifted - mean) / shifted.std(axis=0), x)
+
+
+@pytest.mark.parametrize(
+    ("power", "eps"), [(-1000, 0), (-600, 0), (500, 1e-5), (700, 1e-5), (1015, 1e-5)]
+)
+def test_any_size(power, eps):
+    """The variance leaves the range, its root and what is divided by it do not."""
+    near_one = normal((300, 4), np.float64) + 3
+    x = np.ldexp(near_one, power)
+    norm = in_parts(BatchNormalizer(eps=eps), x, 37)
+    with np.errstate(all="raise"):
+        y = norm.transform(x)
+        back = norm.inverse_transform(y)
+    check("y", y, oracle.normalized(near_one, eps=0)[0], x)
+    np.testing.assert_allclose(np.ldexp(norm.scale_, -power), near_one.std(axis=0), rtol=1e-14)
+    assert roundings(np.ldexp(back, -power), near_one.astype(np.longdouble)) <= LIMIT
 
 
 @pytest.mark.parametrize("eps", [0, 1e-5])
