@@ -88,7 +88,7 @@ def _second_given(p, given):
 
 
 def pieces(p):
-    """moments, and what follows from them: normalize, backward_reduce, backward_apply."""
+    """moments, and what follows from them, whole or as mean and var."""
     m = bn_fast.moments(p.x, weights=p.weights)
     var = m.var()
     with np.errstate(all="ignore"):
@@ -102,6 +102,7 @@ def pieces(p):
         "var": var,
         "std": m.std(),
         "inv_std": inv_std,
+        "out": bn_fast.normalize(p.x, m, gamma=p.gamma, beta=p.beta, eps=p.eps),
         "normalized": bn_fast.normalize(p.x, m.mean, var, p.gamma, p.beta, eps=p.eps),
         "sum_dout": s,
         "sum_dout_xmu": t,
@@ -132,6 +133,11 @@ def _mean(x, mean, w=None):
 def _step(dtype):
     """The smallest number of the lanes, of which a rounding may lose half."""
     return 2.0**-1074 if dtype.itemsize == 8 else 2.0**-149
+
+
+def _beyond(name, value):
+    """Whether a sum leaves float64: whatever its lanes come to then is not finite."""
+    return name != "dx" and bool((np.abs(value) > np.finfo(np.float64).max).any())
 
 
 def _seen_by_gate(p, got, mode, activation):
@@ -167,6 +173,8 @@ def exact_first_order(p, got, f, mode, activation):
     if activation:
         forward, backward = reference.ACTIVATIONS[activation]
         seen = _seen_by_gate(p, got, mode, activation)[:, f].reshape(-1, 1)
+        with np.errstate(over="ignore"):  # infinity has no part of it that is finite
+            z = np.where(np.isfinite(z.astype(gamma.dtype)), z, z.astype(gamma.dtype))
         z, g = forward(z, SLOPE), backward(g, seen, SLOPE)
     gradients = oracle.backward(
         g, x, gamma, **given, forward_pass=forward_pass, gated=activation is not None
@@ -189,7 +197,7 @@ def exact_first_order(p, got, f, mode, activation):
     }
     for name, floor in floors.items():
         value, scale = getattr(gradients, name), getattr(gradients, name + "_scale")
-        result[name] = Exact(value, scale, floor, loose=loose)
+        result[name] = Exact(value, scale, floor, loose=loose or _beyond(name, value))
     if mode == "test":
         return result | {
             "running_mean": Exact(p.mean[f : f + 1]), "running_var": Exact(p.var[f : f + 1])
@@ -236,7 +244,7 @@ def exact_pieces(p, got, f):
         p.column(name, f) for name in ("x", "dout", "gamma", "beta", "weights")
     )
     moved, start = _without_start(x, w)
-    _, mean, var = oracle.normalized(moved, eps=p.eps, weights=w)
+    x_hat, mean, var = oracle.normalized(moved, eps=p.eps, weights=w)
     count = len(x) if w is None else w.sum(dtype=np.longdouble)
     mean = _mean(x, mean + start, w)
     used = {name: got[name][f : f + 1].astype(np.longdouble) for name in PASSED_ON}
@@ -247,18 +255,21 @@ def exact_pieces(p, got, f):
     largest, total = oracle.largest, oracle.total
     loose = not all(np.isfinite(v).all() for v in (x, dout, gamma))
     step = _step(p.x.dtype)
+    t = (g * d).sum(axis=0)
     lost = 2.0**-1074 * largest(1 / np.sqrt(var + p.eps))
+    terms = (
+        max(largest(gamma), largest(beta)), lost * largest(gamma),
+        None if w is None else w > 0, loose,
+    )  # fmt: skip
     return {
         "mean": Exact(mean, largest(mean) + np.sqrt(largest(var))),
         "m2": Exact(var * count, 3 * largest(var * count)),
         "var": Exact(var, 3 * largest(var)),
         "std": Exact(np.sqrt(var), 2 * np.sqrt(largest(var))),
-        "normalized": Exact(
-            normalized, max(largest(gamma), largest(beta)), lost * largest(gamma),
-            None if w is None else w > 0, loose,
-        ),
+        "out": Exact(x_hat * gamma + beta, *terms),
+        "normalized": Exact(normalized, *terms),
         "sum_dout": Exact(g.sum(axis=0), total(g), step * m, loose=loose),
-        "sum_dout_xmu": Exact((g * d).sum(axis=0), total(g * d), step * m, loose=loose),
+        "sum_dout_xmu": Exact(t, total(g * d), step * m, loose=loose or _beyond("", t)),
         "applied dx": Exact(
             parts[0] - parts[1] - parts[2], max(map(largest, parts)), step * (1 + largest(a)),
             loose=loose,
