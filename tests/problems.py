@@ -189,6 +189,7 @@ def _outlier(v, dtype):
 
 VALUES = {
     "constant": lambda v, dtype: np.full_like(v, 0.1),
+    "constant, largest": lambda v, dtype: np.full_like(v, _range(dtype)[1] / 4),
     "zero": lambda v, dtype: np.zeros_like(v),
     "nan": _one(np.nan),
     "inf": _one(np.inf, 0),
