@@ -56,6 +56,13 @@ cdef inline double power_of_two(double value) noexcept nogil:
     return ldexp(1.0, max(-1000, min(1000, exponent - 1)))
 
 
+cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
+    """What float64 lanes multiply x by so that x - mean is near 1; but a feature as large as that is
+    constant if its deviation is below 1, and must not leave the range."""
+    cdef double factor = power_of_two(inv_std)
+    return 1 if factor > 1 and fabs(mean) * factor > 1e300 else factor
+
+
 # ---------------------------------------------------------------- shifts
 
 cdef inline char* value_at(
@@ -243,7 +250,7 @@ cdef void start_gate(
     for f in range(first, first + n_features):
         if job.gate_wide[f] != 0:
             if real is double:
-                job.gate_factor[f] = power_of_two(job.inv_std[f])
+                job.gate_factor[f] = wide_factor(job.mean[f], job.inv_std[f])
             gate_constants[real](job, f, 1, True, real_tag)
             job.gate_wide[f] = 1
 
@@ -560,7 +567,7 @@ cdef void prepare_retry(Job* job, Py_ssize_t f, const real* real_tag) noexcept n
     if job.kind != FORWARD:
         job.shift_x[f] = job.mean[f]
         if real is double:
-            job.factor[f] = power_of_two(job.inv_std[f])
+            job.factor[f] = wide_factor(job.mean[f], job.inv_std[f])
             job.factor_g[f] = 1 if finite else scaled_down()
     elif finite and is_far(s1 * (1 / m), s1, s2) != 0:
         job.shift_x[f] += s1 / m / job.factor[f]
@@ -723,6 +730,6 @@ cdef void finish_tile(
     for f in range(first, first + n_features):
         if job.wide[f] != 0:
             if real is double:
-                job.factor[f] = power_of_two(job.inv_std[f])
+                job.factor[f] = wide_factor(job.mean[f], job.inv_std[f])
             set_constants[real](job, f, 1, True, real_tag)
             job.wide[f] = 1

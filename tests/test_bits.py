@@ -83,10 +83,14 @@ def pieces(x, dout, gamma, beta, _, axis, __):
     sums = bn_fast.backward_reduce(dout, x, m.mean, inv_std, axis=axis)
     given = (dout, x, m.mean, inv_std, gamma, *sums, m.count)
     return [
-        *m.__reduce__()[1][1:],  # the mean's low part, too
+        m.m2,
+        *m.__reduce__()[1][1:5],  # the mean's low part, too
         bn_fast.normalize(x, m.mean, m.var(), gamma, beta, axis=axis),
+        bn_fast.normalize(x, m, gamma=gamma, beta=beta, axis=axis),
         *sums,
+        *bn_fast.backward_reduce(dout, x, m, inv_std, axis=axis),
         bn_fast.backward_apply(*given, axis=axis),
+        bn_fast.backward_apply(dout, x, m, *given[3:], axis=axis),
     ]
 
 
