@@ -355,7 +355,7 @@ COMMON = {
 FIRST = COMMON | {
     "mode": ["train", "train", "test"],
     "activation": [None, "relu", "leaky_relu"],
-    "residual": [False, True],
+    "residual": [False, True, "opposite"],
     "weights": [None, None, None, "mask", "real"],
     "needs": ["dx dgamma dbeta dresidual", "dx", "dgamma dbeta", "dbeta", "dx dresidual"],
     "out": ["new", "given", "in place", "over residual"],

@@ -290,7 +290,9 @@ def make_problem(
 ):  # fmt: skip
     """The problem, and the same with an ordinary feature in the hostile one's place.
 
-    place: a name or a number. beside: kinds and places of more hostile features, in both.
+    place: a name or a number. residual: whether there is one, or "opposite", which leaves of
+    ordinary features what their rounding leaves, for the gate. beside: kinds and places of more
+    that is hostile, in both.
     """
     dtype = np.dtype(dtype)
     n = shape[1]
@@ -306,9 +308,10 @@ def make_problem(
     }
     values["beta"][f] = BETAS[beta]
     w = spread_weights(shape, 1, weights)
+    if residual == "opposite":
+        values["residual"] = _opposite(values, dtype, eps)
     for other, where in beside:
-        if where != f:
-            _spoil(values, w, other, where, dtype)
+        _spoil(values, w, other, where, dtype)
     ordinary = _laid_out(values, w, dtype, layout, residual, eps, f)
     _spoil(values, w, kind, f, dtype)
     hostile = _laid_out(values, w, dtype, layout, residual, eps, f)
@@ -316,6 +319,15 @@ def make_problem(
     for name in ("mean", "var"):  # of the same x to the same bits, however they were summed
         getattr(hostile, name)[others] = getattr(ordinary, name)[others]
     return hostile, ordinary
+
+
+def _opposite(values, dtype, eps):
+    """What makes 0 of the output, but for roundings."""
+    x = np.moveaxis(values["x"].astype(dtype).astype(np.float64), 1, -1)
+    others = tuple(range(x.ndim - 1))
+    std = np.sqrt(x.var(axis=others) + eps)
+    x_hat = (x - x.mean(axis=others)) / np.where(std == 0, 1, std)
+    return np.moveaxis(-(x_hat * values["gamma"] + values["beta"]), -1, 1).copy()
 
 
 def _spoil(values, w, kind, f, dtype):
