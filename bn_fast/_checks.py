@@ -224,8 +224,6 @@ def _number(value: Any, name: str) -> float:
         raise ValueError(f"{name} must be in the range of float64, got a larger {kind}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
-    except OverflowError:
-        raise ValueError(f"{name} must be in float64's range, got {_kind(value)}") from None
 
 
 def epsilon(value: Any, name: str = "eps") -> float:
