@@ -24,7 +24,7 @@ from .problems import (
 SLOPE = 0.25  # a power of two: exact in every dtype
 MOMENTUM = 0.75
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
-PASSED_ON = "mean", "var", "inv_std", "sum_dout", "sum_dout_xmu"
+PASSED_ON = "mean", "var", "inv_std", "sum_dout", "sum_dout_xmu", "whole sum_dout_xmu"
 LIMIT = 6  # of the options' tests
 
 
@@ -96,6 +96,7 @@ def pieces(p):
         inv_std = np.where(var + p.eps == 0, 0, inv_std)
     s, t = bn_fast.backward_reduce(p.dout, p.x, m.mean, inv_std)
     count = p.x.size / p.x.shape[1]
+    whole = bn_fast.backward_reduce(p.dout, p.x, m, inv_std)
     return {
         "mean": m.mean,
         "m2": m.m2,
@@ -107,6 +108,8 @@ def pieces(p):
         "sum_dout": s,
         "sum_dout_xmu": t,
         "applied dx": bn_fast.backward_apply(p.dout, p.x, m.mean, inv_std, p.gamma, s, t, count),
+        "whole sum_dout_xmu": whole[1],
+        "whole dx": bn_fast.backward_apply(p.dout, p.x, m, inv_std, p.gamma, *whole, count),
     }
 
 
@@ -244,18 +247,21 @@ def exact_pieces(p, got, f):
         p.column(name, f) for name in ("x", "dout", "gamma", "beta", "weights")
     )
     moved, start = _without_start(x, w)
-    x_hat, mean, var = oracle.normalized(moved, eps=p.eps, weights=w)
+    x_hat, own_mean, var = oracle.normalized(moved, eps=p.eps, weights=w)
     count = len(x) if w is None else w.sum(dtype=np.longdouble)
-    mean = _mean(x, mean + start, w)
+    mean = _mean(x, own_mean + start, w)
     used = {name: got[name][f : f + 1].astype(np.longdouble) for name in PASSED_ON}
     normalized = oracle.forward(x, gamma, beta, 1, p.eps, used["mean"], used["var"])
     d, g = np.asarray(x, np.longdouble) - used["mean"], np.asarray(dout, np.longdouble)
     r, m, a = used["inv_std"], len(x), gamma * used["inv_std"]
     parts = a * g, a * used["sum_dout"] / m, a * d * r**2 * (used["sum_dout_xmu"] / m)
+    centered = moved - own_mean
+    own = (*parts[:2], a * centered * r**2 * (used["whole sum_dout_xmu"] / m))
     largest, total = oracle.largest, oracle.total
     loose = not all(np.isfinite(v).all() for v in (x, dout, gamma))
+    unsure = loose or not all(np.isfinite(used[name]).all() for name in PASSED_ON[3:])
     step = _step(p.x.dtype)
-    t = (g * d).sum(axis=0)
+    t, own_t = ((g * deviations).sum(axis=0) for deviations in (d, centered))
     lost = 2.0**-1074 * largest(1 / np.sqrt(var + p.eps))
     terms = (
         max(largest(gamma), largest(beta)), lost * largest(gamma),
@@ -272,7 +278,15 @@ def exact_pieces(p, got, f):
         "sum_dout_xmu": Exact(t, total(g * d), step * m, loose=loose or _beyond("", t)),
         "applied dx": Exact(
             parts[0] - parts[1] - parts[2], max(map(largest, parts)), step * (1 + largest(a)),
-            loose=loose,
+            loose=unsure,
+        ),
+        "whole sum_dout_xmu": Exact(
+            own_t, total(g * centered), step * m + lost * total(g),
+            loose=loose or _beyond("", own_t),
+        ),
+        "whole dx": Exact(
+            own[0] - own[1] - own[2], max(map(largest, own)), step * (1 + largest(a)),
+            loose=unsure,
         ),
     }  # fmt: skip
 

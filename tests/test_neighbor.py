@@ -51,7 +51,7 @@ def test_pairs_are_covered():
     axes = {"a": "abcde", "b": [1, 2, 3, 3], "c": [None, True], "d": [4, 5]}
 
     def valid(row):
-        return not (row.get("c") is None and row.get("d") == 5)
+        return not (row.get("c", True) is None and row.get("d") == 5)
 
     table = pairs(axes, valid)
     assert table == pairs(axes, valid)
