@@ -252,3 +252,41 @@ cdef Py_ssize_t group_rows(
     if plan.layout == LONG_RUN:
         step = 1
     return max(step, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // step * step))
+
+
+# Where the engine's ways part. Tests draw sizes on both sides of each.
+boundaries = {
+    "TREE_ROWS": TREE_ROWS,
+    "APPLY_ROWS": APPLY_ROWS,
+    "MAX_COLUMNS": MAX_COLUMNS,
+    "STRIP": STRIP,
+    "LANES": LANES,
+    "HALF_PIECE": HALF_PIECE,
+    "BLOCK_ROWS": BLOCK_ROWS,
+    "MAX_CHUNKS": MAX_CHUNKS,
+    "JOIN_COLUMNS": JOIN_COLUMNS,
+    "SHORT_COLUMNS": SHORT_COLUMNS,
+    "JOIN_ROWS": JOIN_ROWS,
+    "NARROW": NARROW,
+    "ALONG_RUN": ALONG_RUN,
+    "TREE_RUN": TREE_RUN,
+    "PIECE": PIECE,
+    "BLOCK_ELEMENTS": BLOCK_ELEMENTS,
+    "BLOCK_SHARE": BLOCK_SHARE,
+    "GATHER_ELEMENTS": GATHER_ELEMENTS,
+    "GATHER_COLUMNS": GATHER_COLUMNS,
+    "AHEAD_ROWS": AHEAD_ROWS,
+    "SWEEP_BYTES": sweep_bytes(),
+    "TILE_COLUMNS": TILE_COLUMNS,
+    "TILE_BYTES": TILE_BYTES,
+    "SPLIT_FROM": SPLIT_FROM,
+    "SPLIT_TO": split_to(),
+    "ALONG_SWEEP_BYTES": along_sweep_bytes(),
+    "RUN_SWEEP_BYTES": run_sweep_bytes(),
+    "PAGE_BYTES": PAGE_BYTES,
+    "STREAM_BYTES": stream_bytes(),
+    "PREFETCH_BYTES": prefetch_bytes(),
+    "PREFETCH_OUTPUT": prefetch_output_bytes(),
+    "SHARE_FEATURES": SHARE_FEATURES,
+    "HELD_SIZE": HELD_SIZE,
+}
