@@ -497,17 +497,19 @@ cdef int sum_pair(
     int n_threads,
 ) except -1:
     """Backward's sums of x, which has the job's statistics, and another array: its mean (two rows)
-    and that of its product with x_hat."""
+    and that of its product with x_hat, also where the sum leaves the range."""
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(first)[axis]
     cdef double m = <double> (cnp.PyArray_SIZE(first) // n)
+    cdef double* total = job.value[DGAMMA]
     job.reduces = True
+    job.value[MEAN_GX] = along
     if mean != NULL:
         job.value[MEAN_G] = mean
         job.value[MEAN_G_LOW] = mean + n
     execute(job, first, second, None, axis, n_threads, None, None)
     job.value[MEAN_G] = job.value[MEAN_G_LOW] = NULL
     for f in range(n):
-        along[f] = job.value[DGAMMA][f] / m
+        along[f] = total[f] / m if isfinite(total[f]) else along[f]
     return 0
 
 
@@ -539,10 +541,15 @@ cdef int sum_pairs(
     job.exact_mean = exact_mean
     job.value[DGAMMA] = dgamma
     job.value[DBETA] = dgamma + n
+    if frozen:  # no mean is wanted, and the sum alone may leave the range
+        job.value[MULTIPLIER] = inv_std
     sum_pair(&job, dout, ddx, NULL, v + 4 * n, axis, n_threads)
-    for f in range(n):
-        dgamma[f] *= inv_std[f]
-        if not frozen:
+    if not frozen:
+        for f in range(n):
+            if isfinite(dgamma[f]):
+                dgamma[f] *= inv_std[f]
+            else:
+                dgamma[f] = v[4 * n + f] * inv_std[f] * m
             dgamma[f] -= inv_std[f] * m * v[5 * n + f] * v[6 * n + f]
     return 0
 

@@ -163,14 +163,14 @@ cdef inline double power_of_two(double value) noexcept nogil:
     if value == 0 or not isfinite(value):
         return 1
     frexp(value, &exponent)
-    return ldexp(1.0, max(-1000, min(1000, exponent - 1)))
+    return ldexp(1.0, max(-1021, min(1021, exponent - 1)))
 
 
 cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
-    """What float64 lanes multiply x by so that x - mean is near 1; but a feature as large as that
-    is constant if its deviation is below 1, and must not leave the range."""
+    """What float64 lanes multiply x by so that x - mean is near 1.  Products of deviations down to
+    2^-300 are in range as they are; and a feature that would leave it is constant."""
     cdef double factor = power_of_two(inv_std)
-    return 1 if factor > 1 and fabs(mean) * factor > 1e300 else factor
+    return 1 if 1 < factor < 2.0 ** 300 or fabs(mean) * factor > 1e300 else factor
 
 
 # ---------------------------------------------------------------- shifts

@@ -193,7 +193,7 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
     column_offsets(v.plan, v.segment, W, v.n_features, v.s.offset[W])
     set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
     if v.plan.used[Y]:
-        expand[lane](v, SHIFT_G, -1, True, WEIGH_REST, lane_tag)
+        expand[lane](v, SHIFT_G, FACTOR_G, True, WEIGH_REST, lane_tag)
         expand[lane](v, COEF_G, -1, True, WEIGH_SHIFT, lane_tag)
         expand[lane](v, BIAS, -1, True, WEIGH_COEF, lane_tag)
         for j in range(v.width):
@@ -493,7 +493,7 @@ cdef inline void weigh_line(
         weigh_row(x, w, step, width, shift, x_out, out)
 
 
-cdef void weigh_rows(Visit* v, Py_ssize_t ahead, const lane* lane_tag) noexcept nogil:
+cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     """Replace the rows of x (and dout), line by line of the weights: a run's, or one value for all
     the features of a row (gathered element by element, (65536, 128) forward took 7.8 ms, now 4.0).
     Other weights are gathered first."""
@@ -501,6 +501,7 @@ cdef void weigh_rows(Visit* v, Py_ssize_t ahead, const lane* lane_tag) noexcept 
     cdef Scratch* s = v.s
     cdef Storage storage = FLOAT64 if v.plan.storage == FLOAT64 else FLOAT32
     cdef Py_ssize_t i, j, m, step = 1, line = segment.n_run
+    cdef Py_ssize_t ahead = 0 if is_half(v.plan.storage) or v.gate == BEFORE else v.ahead
     cdef lane* gathered = <lane*> s.buffer[W]
     cdef lane* first = <lane*> s.buffer[Y]
     cdef lane* second = <lane*> s.buffer[R]
@@ -551,7 +552,7 @@ cdef void weigh_rows(Visit* v, Py_ssize_t ahead, const lane* lane_tag) noexcept 
 # ---------------------------------------------------------------- chunks
 
 cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
-    """Point the rows at those of the inputs, as gate and weights have made them."""
+    """Point the rows at those of the inputs, as the gate has made them."""
     cdef const Plan* plan = v.plan
     cdef bint slowly = v.gate == BEFORE and (v.wide or v.any_wide)
     cdef bint runs_ahead = plan.layout == LONG_RUN and v.job.schedule.prefetch and not v.wide
@@ -574,10 +575,6 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
         )
         for i in range(v.n_rows):
             v.s.row[G][i] = v.s.row[D][i]
-    if plan.used[W]:
-        weigh_rows[lane](
-            v, 0 if is_half(plan.storage) or v.gate == BEFORE else v.ahead, lane_tag
-        )
 
 
 cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
@@ -623,6 +620,8 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
         if access != GATHERED and v.job.schedule.stream_gradient and not is_half(plan.storage):
             access = STREAMED
         store_rows[lane](v, D, access, v.s.row[G], lane_tag)
+    if plan.used[W]:
+        weigh_rows[lane](v, lane_tag)
     n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
     fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
@@ -785,6 +784,8 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
             for i in range(v.n_rows):
                 bn_prefetch(v.s.row[Y][i], v.width * size_of(plan.storage))
         fetch_inputs[lane](v, lane_tag)
+        if plan.used[W]:
+            weigh_rows[lane](v, lane_tag)
         point_outputs[lane](v, lane_tag)
         n = pad_outputs[lane](v, lane_tag)
         if v.job.op.formula == MIXED:
