@@ -74,7 +74,7 @@ LAYOUTS = {
     "unaligned": unaligned,
 }
 
-# (shape, axis). The numbers around which they lie are the limits of bn_fast/engine/layout.pxi: NARROW 16,
+# (shape, axis). The numbers around which they lie are limits of the layout: NARROW 16,
 # BLOCK_ROWS, TREE_RUN 128, JOIN_COLUMNS, ALONG_RUN 256, MAX_COLUMNS 512, PIECE 1024; and LANES 16.
 SHAPES = [
     ((1, 5), 1),  # one value for each feature
