@@ -289,14 +289,23 @@ cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
     )
 
 
-cdef tuple run_forward(
+cpdef tuple forward(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, double eps, cnp.ndarray out,
-    cnp.ndarray stats, int n_threads, int activation, double negative_slope,
-    cnp.ndarray residual, cnp.ndarray weights, double total,
+    cnp.ndarray stats, int n_threads, int activation=0, double negative_slope=0,
+    cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
 ):
+    """Normalize x along every axis but one.
+
+    stats: mean, the mean's low part, inv_std and var, float64 (4, n_features), contiguous; None for
+    those of the batch, which alone need eps.  activation: a value of `activations`.  residual and
+    weights have the shape and dtype of x, and total is the sum of the weights of a feature.
+    Returns out (new if None) and stats.
+    """
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
     cdef bint frozen = stats is not None
+    if frozen and not are_statistics(stats, n):
+        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if not frozen:
@@ -318,32 +327,30 @@ cdef tuple run_forward(
     return out, stats
 
 
-def forward(
-    cnp.ndarray x not None, cnp.ndarray gamma not None, cnp.ndarray beta not None, int axis,
-    double eps, cnp.ndarray out, cnp.ndarray stats, int n_threads, int activation=0,
-    double negative_slope=0, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
-):
-    """Normalize x along every axis but one.
-
-    stats: mean, the mean's low part, inv_std and var, float64 (4, n_features), contiguous; None for
-    those of the batch, which alone need eps.  activation: a value of `activations`.  residual and
-    weights have the shape and dtype of x, and total is the sum of the weights of a feature.
-    Returns out (new if None) and stats.
-    """
-    if stats is not None and not are_statistics(stats, cnp.PyArray_DIMS(x)[axis]):
-        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
-    return run_forward(
-        x, gamma, beta, axis, eps, out, stats, n_threads, activation, negative_slope, residual,
-        weights, total,
-    )
+cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
+    cdef Py_ssize_t f
+    for f in range(cnp.PyArray_DIMS(target)[0]):
+        if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
+            (<float*> cnp.PyArray_DATA(target))[f] = <float> values[f]
+        else:
+            (<double*> cnp.PyArray_DATA(target))[f] = values[f]
 
 
-cdef tuple run_backward(
+cpdef tuple backward(
     cnp.ndarray dout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray stats, int axis, double eps,
-    cnp.ndarray out, bint frozen, bint exact_mean, int n_threads, int activation,
-    double negative_slope, cnp.ndarray beta, cnp.ndarray residual, cnp.ndarray weights,
-    double total, bint needs_dx, bint needs_sums, bint needs_dresidual,
+    cnp.ndarray out, bint frozen, bint exact_mean, int n_threads, int activation=0,
+    double negative_slope=0, cnp.ndarray beta=None, cnp.ndarray residual=None,
+    cnp.ndarray weights=None, double total=0, bint needs_dx=True, bint needs_sums=True,
+    bint needs_dresidual=False,
 ):
+    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
+    and dresidual where it is needed.
+
+    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
+    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
+    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
+    mean nothing.
+    """
     cdef Job job
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
     cdef cnp.npy_intp length = n
@@ -380,36 +387,6 @@ cdef tuple run_backward(
     finally:
         free(sums)
     return (out, dgamma, dbeta) if dresidual is None else (out, dgamma, dbeta, dresidual)
-
-
-def backward(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
-    cnp.ndarray stats not None, int axis, double eps, cnp.ndarray out, bint frozen,
-    bint exact_mean, int n_threads, int activation=0, double negative_slope=0,
-    cnp.ndarray beta=None, cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
-    bint needs_dx=True, bint needs_sums=True, bint needs_dresidual=False,
-):
-    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
-    and dresidual where it is needed.
-
-    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
-    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
-    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
-    mean nothing.
-    """
-    return run_backward(
-        dout, x, gamma, stats, axis, eps, out, frozen, exact_mean, n_threads, activation,
-        negative_slope, beta, residual, weights, total, needs_dx, needs_sums, needs_dresidual,
-    )
-
-
-cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
-    cdef Py_ssize_t f
-    for f in range(cnp.PyArray_DIMS(target)[0]):
-        if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
-            (<float*> cnp.PyArray_DATA(target))[f] = <float> values[f]
-        else:
-            (<double*> cnp.PyArray_DATA(target))[f] = values[f]
 
 
 # ---------------------------------------------------------------- one visit alone
@@ -766,7 +743,7 @@ def plain_forward(
         )
         kept = activation, negative_slope, beta, residual, None, 0.0, spoilt
     if bn_param is None:
-        y, stats = run_forward(
+        y, stats = forward(
             x, gamma, beta, axis, eps, out, None, 1, code, slope, residual, None, 0
         )
         return x, gamma, y, stats, default_eps, False, kept
@@ -794,7 +771,7 @@ def plain_forward(
     # Made before anything is written to out: there may be no memory, and out may lie over them.
     mean = running_average(old_mean, x, axis)
     var = running_average(old_var, x, axis)
-    y, stats = run_forward(
+    y, stats = forward(
         x, gamma, beta, axis, eps, out, None if train else given_statistics(mean, var, eps), 1,
         code, slope, residual, None, 0,
     )
@@ -854,7 +831,7 @@ def plain_backward(
         or (out is not None and residual is not None and overlap(out, residual))
     ):
         return None
-    return run_backward(
+    return backward(
         dout, x, gamma, stats, axis, eps, out, frozen, exact_mean, 1, code, slope, beta,
         residual, None, 0, True, True, residual is not None,
     )
