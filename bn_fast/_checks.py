@@ -224,8 +224,6 @@ def _number(value: Any, name: str) -> float:
         raise ValueError(f"{name} must be in the range of float64, got a larger {kind}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
-    except OverflowError:
-        raise ValueError(f"{name} must be in float64's range, got {_kind(value)}") from None
 
 
 def epsilon(value: Any, name: str = "eps") -> float:
@@ -526,14 +524,14 @@ def _foreign_cache(cache: Any) -> Cache:
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
         stats[row] = _flat_parameter(value, name, n_features, axis)
     gamma = _flat_parameter(gamma, "gamma", n_features, axis)
-    frozen = bool(getattr(cache, "frozen", False))  # as reference.py's cache of test mode says
+    frozen = bool(getattr(cache, "frozen", False))  # as the reference's cache of test mode says
     return Cache(
         x, gamma, stats, axis, -1.0, frozen, False, options=_foreign_options(cache, x, axis)
     )
 
 
 def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
-    """Those of reference.py's cache, which has them as attributes."""
+    """Those of the reference's cache, which has them as attributes."""
     names = ("activation", "residual", "weights")
     activation, residual, weights = (getattr(cache, name, None) for name in names)
     if activation is None and residual is None and weights is None:
