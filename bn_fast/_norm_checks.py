@@ -117,7 +117,7 @@ def groups(
         if shape != (n_groups,):
             return ""
         return (
-            "; one value for each group is what ONNX had up to opset 18, and np.repeat"
+            "; one value for each group is what opset 18 of ONNX had, and np.repeat"
             f"(value, {n // n_groups}) makes one for each channel of it"
         )
 
@@ -346,5 +346,4 @@ def _foreign_cache(norm: str, cache: Any) -> NormCache:
         shape, gamma = gamma.shape, _as_parameter(gamma)
     stats = np.full((4, inv_std.size), np.nan)
     stats[0], stats[1], stats[2] = mean.reshape(-1), 0, inv_std.reshape(-1)
-    beta_shape = None if norm == "rmsnorm" else shape
-    return NormCache(norm, x, gamma, beta_shape, axes, stats, -1.0, False)
+    return NormCache(norm, x, gamma, shape, axes, stats, -1.0, exact_mean=False)

@@ -475,8 +475,11 @@ def test_spatial():
 
 
 def test_the_reference_imports_numpy_only():
-    assert imported_by(reference) == {".batch"}
+    """And what checks and keeps arguments for it and the compiled functions alike."""
+    assert imported_by(reference) == {".batch", ".norms"}
     assert imported_by(reference.batch) == {"numpy", "numpy.lib.array_utils", "numpy.typing"}
+    shared = {"..", ".._cache", ".._norm_checks", ".._types"}
+    assert imported_by(reference.norms) == {"numpy", "numpy.typing"} | shared
 
 
 def imported_by(module):
@@ -484,7 +487,7 @@ def imported_by(module):
     names = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + node.module)
+            names.add("." * node.level + (node.module or ""))
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}

@@ -1,7 +1,7 @@
 """What the functions of bn_fast mean, in plain NumPy, and an oracle to judge any of them by.
 
 None of it calls compiled code. `batch` has batch normalization, the derivations of its backward
-pass, and the oracle.
+pass, and the oracle; `norms` has layer, RMS, group and instance normalization.
 """
 
 from .batch import (
@@ -26,6 +26,22 @@ from .batch import (
     spatial_batchnorm_backward,
     spatial_batchnorm_forward,
 )
+from .norms import (
+    group_norm,
+    groupnorm_backward,
+    groupnorm_forward,
+    instance_norm,
+    instancenorm_backward,
+    instancenorm_forward,
+    layer_norm,
+    layernorm_backward,
+    layernorm_forward,
+    rms_norm,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    spatial_groupnorm_backward,
+    spatial_groupnorm_forward,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -41,11 +57,25 @@ __all__ = [
     "batchnorm_backward_three_pathways",
     "batchnorm_double_backward",
     "batchnorm_forward",
+    "group_norm",
+    "groupnorm_backward",
+    "groupnorm_forward",
+    "instance_norm",
+    "instancenorm_backward",
+    "instancenorm_forward",
+    "layer_norm",
+    "layernorm_backward",
+    "layernorm_forward",
     "moments",
     "normalize",
     "oracle_backward",
     "oracle_double_backward",
     "oracle_forward",
+    "rms_norm",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
+    "spatial_groupnorm_backward",
+    "spatial_groupnorm_forward",
 ]
