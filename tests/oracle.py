@@ -1,4 +1,4 @@
-"""The longdouble oracle of `bn_fast.reference`, and the size of what it adds up."""
+"""The longdouble oracle of `bn_fast.reference`, and what it adds up; other norms from it."""
 
 from typing import NamedTuple
 
@@ -109,3 +109,71 @@ def largest(a):
 def total(a):
     """The sum of the sizes."""
     return _finite(a).sum()
+
+
+class Rows(NamedTuple):
+    """x of a norm as rows, one for each statistic, and the way back. For other arrays likewise."""
+
+    cut: object  # an array like x -> long double, shape (n_statistics, M)
+    join: object  # the way back
+    spread: object  # a parameter -> as rows
+    gather: object  # what rows have for a parameter -> its sums over all that share it
+
+
+def _rows(norm, shape, axis, num_groups):
+    """Written for its own sake, by moving axes to where a textbook has them."""
+    if norm in ("layernorm", "rmsnorm"):
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        axes = sorted(a % len(shape) for a in axes)
+        last = range(-len(axes), 0)
+        others = [n for d, n in enumerate(shape) if d not in axes]
+        lengths = [shape[d] for d in axes]
+        m = int(np.prod(lengths))
+        n = int(np.prod(others))
+        return Rows(
+            lambda a: np.moveaxis(a, axes, last).astype(np.longdouble).reshape(n, m),
+            lambda rows: np.moveaxis(rows.reshape(*others, *lengths), last, axes),
+            lambda p: np.broadcast_to(np.asarray(p, np.longdouble).reshape(m), (n, m)),
+            lambda rows: rows.sum(axis=0).reshape(lengths),
+        )
+    moved = np.moveaxis(np.empty(shape), axis, 1).shape
+    n, c, places = moved[0], moved[1], int(np.prod(moved[2:]))
+    g = c if norm == "instancenorm" else num_groups
+    cut = (n * g, c // g * places)
+    return Rows(
+        lambda a: np.moveaxis(a, axis, 1).astype(np.longdouble).reshape(cut),
+        lambda rows: np.moveaxis(rows.reshape(moved), 1, axis),
+        lambda p: np.tile(np.repeat(np.asarray(p, np.longdouble), places), n).reshape(cut),
+        lambda rows: rows.reshape(n, c, places).sum(axis=(0, 2)),
+    )
+
+
+def norm(norm, x, gamma, beta, dout, axis, eps=1e-5, num_groups=None):
+    """out, mean and 1/sqrt(var + eps) of each statistic, and the gradients, in long double.
+
+    Each row is taken around its first value, which is exact: what differs in it is its own size.
+    """
+    to = _rows(norm, np.shape(x), axis, num_groups)
+    rows, g = to.cut(np.asarray(x)), to.cut(np.asarray(dout))
+    gamma, beta = to.spread(gamma), to.spread(beta)
+    t = g * gamma
+    ones, m = np.ones(len(rows)), rows.shape[1]
+    if norm == "rmsnorm":
+        mean = np.zeros(len(rows), np.longdouble)
+        std = np.sqrt((rows * rows).sum(axis=1) / m + eps)
+        inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
+        x_hat = rows * inv_std[:, None]
+        dx = inv_std[:, None] * (t - x_hat * (t * x_hat).sum(axis=1, keepdims=True) / m)
+        size = np.abs(t)
+    else:
+        shifted = rows - rows[:, :1]
+        x_hat, mean, var = oracle_forward(shifted, ones, 0 * ones, axis=0, eps=eps)
+        mean += rows[:, 0]
+        std = np.sqrt(var + eps)
+        inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
+        dx = oracle_backward(t, shifted, ones, axis=0, eps=eps)[0]
+        size = np.abs(t - t.mean(axis=1, keepdims=True))
+    scales = (size * inv_std[:, None]).max(), *(to.gather(abs(a)).max() for a in (g * x_hat, g))
+    gradients = to.join(dx), to.gather(g * x_hat), to.gather(g)
+    out = to.join(x_hat * gamma + beta)
+    return out, mean, inv_std, Gradients(*gradients, *map(float, scales))
