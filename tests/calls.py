@@ -183,17 +183,17 @@ def exact_first_order(p, got, f, mode, activation):
         g, x, gamma, **given, forward_pass=forward_pass, gated=activation is not None
     )
     # What even a mean or a slope cannot hold of the least numbers; seen where x or dout is of them.
-    r = (1 / np.sqrt(var + p.eps)).max()
-    lost = 2.0**-1074 * oracle.largest(r)
+    inv_std = 1 / np.sqrt(var + p.eps)
+    r = oracle.largest(inv_std)
+    lost = 2.0**-1074 * r
     step = _step(p.x.dtype)
-    r = oracle.largest(r)
     floors = {
         "dx": step * (1 + oracle.largest(gamma) * r),
         "dgamma": step * len(x) * (1 + oracle.largest(x_hat)) + lost * oracle.total(g),
         "dbeta": step * len(x),
     }
     loose = mode == "train" and not all(np.isfinite(a).all() for a in (x, dout, gamma, z))
-    loose = loose or not np.isfinite(r)
+    loose = loose or not np.isfinite(inv_std).all()  # every x_hat is infinite, or 0 inf = NaN
     result = {
         "out": Exact(z, max(terms), lost * oracle.largest(gamma), None if w is None else w > 0),
         "dresidual": Exact(g, 0, step),

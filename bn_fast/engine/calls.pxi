@@ -313,7 +313,7 @@ cpdef tuple forward(
     new_job(&job, FROZEN if frozen else FORWARD, x, stats)
     job.reduces = not frozen
     job.applies = True
-    job.activation = <Activation> activation
+    job.activation = activation
     job.negative_slope = negative_slope
     job.total = total
     job.eps = eps
@@ -369,7 +369,7 @@ cpdef tuple backward(
     new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats)
     job.reduces = needs_sums or needs_dresidual or (needs_dx and not frozen)
     job.applies = needs_dx
-    job.activation = <Activation> activation
+    job.activation = activation
     job.negative_slope = negative_slope
     # With weights dout has no shift, and M = 2 no form of its own.
     job.exact_mean = exact_mean and weights is None

@@ -81,10 +81,11 @@ ctypedef fused activation:
     Relu
     LeakyRelu
 
-cdef enum Activation:
+cdef enum:                    # activations
     IDENTITY
     RELU
     LEAKY_RELU
+    N_ACTIVATIONS
 
 activations = {"relu": RELU, "leaky_relu": LEAKY_RELU}
 
@@ -114,14 +115,17 @@ ctypedef fused formula:
     Gradient
     Mixed
 
-cdef enum Formula:
+cdef enum:                    # formulas
     AFFINE
+    ADDED
     OPENED
+    ADDED_OPENED
     GRADIENT
     MIXED
+    N_FORMULAS
 
 cdef struct Block:
-    char** row[N_ROLES]       # row[R] is NULL where there is no residual
+    char** row[N_ROLES]
     Py_ssize_t n_rows
     Py_ssize_t width
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
@@ -129,8 +133,8 @@ cdef struct Block:
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
     const char* bias
-    Formula formula
-    Activation activation
+    int formula
+    int activation
     double slope              # the activation's, below 0
     const char* open_scale    # forward's constants of x for the gate in GRADIENT and in sums; the
     const char* open_bias     # shift is that of x,
@@ -409,27 +413,13 @@ cdef void sum_products_along(
         block.sum_2[j] = ss[j]
 
 
-cdef inline void sum_products_walked(
+cdef void sum_products_walked(
     const Block* block, const lane* lane_tag, const activation* activation_tag,
 ) noexcept nogil:
     if block.along:
         sum_products_along(block, lane_tag, activation_tag)
     else:
         sum_products_across(block, lane_tag, activation_tag)
-
-
-cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) noexcept nogil:
-    """Add a block to the sums of its columns."""
-    if products and block.activation == RELU:
-        sum_products_walked[lane, Relu](block, lane_tag, NULL)
-    elif products and block.activation == LEAKY_RELU:
-        sum_products_walked[lane, LeakyRelu](block, lane_tag, NULL)
-    elif products:
-        sum_products_walked[lane, Identity](block, lane_tag, NULL)
-    elif block.along:
-        sum_squares_along(block, lane_tag)
-    else:
-        sum_squares_across(block, lane_tag)
 
 
 # ---------------------------------------------------------------- output
@@ -601,7 +591,7 @@ cdef inline void apply_singly(
             strip += step
 
 
-cdef inline void apply_walked(
+cdef void apply_formula(
     const Block* block, const lane* lane_tag, const formula* formula_tag,
     const activation* activation_tag,
 ) noexcept nogil:
@@ -613,32 +603,54 @@ cdef inline void apply_walked(
         apply_across(block, lane_tag, formula_tag, activation_tag)
 
 
-cdef inline void apply_activated(
-    const Block* block, const lane* lane_tag, const activation* activation_tag,
-) noexcept nogil:
-    if block.formula == GRADIENT:
-        apply_walked[lane, Gradient, activation](block, lane_tag, NULL, activation_tag)
-    elif block.formula == AFFINE and block.row[R] != NULL:
-        apply_walked[lane, Added, activation](block, lane_tag, NULL, activation_tag)
-    elif block.formula == AFFINE:
-        apply_walked[lane, Affine, activation](block, lane_tag, NULL, activation_tag)
-    elif activation is not Identity:
-        if block.row[R] != NULL:
-            apply_walked[lane, AddedOpened, activation](block, lane_tag, NULL, activation_tag)
-        else:
-            apply_walked[lane, Opened, activation](block, lane_tag, NULL, activation_tag)
-    elif block.formula == MIXED:
-        apply_walked[lane, Mixed, Identity](block, lane_tag, NULL, activation_tag)
+# ---------------------------------------------------------------- the table
+#
+# A row for each activation, of kernels for float and for double lanes.
+
+ctypedef void (*Kernel)(const Block*, const void*, const void*) noexcept nogil
+
+cdef struct Kernels:
+    Kernel sum_products
+    Kernel apply[N_FORMULAS]
+
+cdef Kernels[N_ACTIVATIONS][2] kernels
+
+
+cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* activation_tag):
+    row.sum_products = <Kernel> sum_products_walked[lane, activation]
+    row.apply[AFFINE] = <Kernel> apply_formula[lane, Affine, activation]
+    row.apply[ADDED] = <Kernel> apply_formula[lane, Added, activation]
+    row.apply[GRADIENT] = <Kernel> apply_formula[lane, Gradient, activation]
+    if activation is Identity:
+        row.apply[MIXED] = <Kernel> apply_formula[lane, Mixed, activation]
+    else:
+        row.apply[OPENED] = <Kernel> apply_formula[lane, Opened, activation]
+        row.apply[ADDED_OPENED] = <Kernel> apply_formula[lane, AddedOpened, activation]
+
+
+cdef void fill_lanes(Kernels* row, const activation* activation_tag):
+    fill_kernels[float, activation](&row[0], NULL, NULL)
+    fill_kernels[double, activation](&row[1], NULL, NULL)
+
+
+fill_lanes[Identity](kernels[IDENTITY], NULL)
+fill_lanes[Relu](kernels[RELU], NULL)
+fill_lanes[LeakyRelu](kernels[LEAKY_RELU], NULL)
+
+
+cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) noexcept nogil:
+    """Add a block to the sums of its columns."""
+    if products:
+        kernels[block.activation][lane is double].sum_products(block, NULL, NULL)
+    elif block.along:
+        sum_squares_along(block, lane_tag)
+    else:
+        sum_squares_across(block, lane_tag)
 
 
 cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
     """y_ij by the block's formula."""
-    if block.activation == RELU:
-        apply_activated[lane, Relu](block, lane_tag, NULL)
-    elif block.activation == LEAKY_RELU:
-        apply_activated[lane, LeakyRelu](block, lane_tag, NULL)
-    else:
-        apply_activated[lane, Identity](block, lane_tag, NULL)
+    kernels[block.activation][lane is double].apply[block.formula](block, NULL, NULL)
 
 
 # ---------------------------------------------------------------- columns to features

@@ -35,7 +35,7 @@ cdef struct Operation:
     SetConstants set_constants
     bint takes_dout           # as an input, behind the gate of an activation
     bint weighs               # weights have a part in the output too
-    Formula formula           # of the output,
+    int formula               # of the output,
     int input                 # and the role of what it takes for x
     int n_reduce              # columns of constants in either visit
     int[2] reduce_columns

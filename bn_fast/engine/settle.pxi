@@ -65,7 +65,7 @@ cdef struct Job:
     bint applies
     Schedule schedule
     bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
-    Activation activation
+    int activation
     double negative_slope
     Py_ssize_t n_features
     double total              # values per feature, M, of all parts; with weights their sum, W

@@ -365,13 +365,12 @@ cdef void open_rows(
     for i in range(n):
         v.s.row[D][i] = buffer + i * v.width * sizeof(lane)
     fill_block[lane](&block, v, n, lane_tag)
-    block.row[R] = v.s.row[R] if v.plan.used[R] else NULL
     block.row[Y] = v.s.row[D]
     block.ahead = ahead
     block.shift[X] = <char*> columns_at[lane](v, shift, lane_tag)
     block.coef[X] = <char*> columns_at[lane](v, coef, lane_tag)
     block.bias = <char*> columns_at[lane](v, bias, lane_tag)
-    block.formula = OPENED
+    block.formula = ADDED_OPENED if v.plan.used[R] else OPENED
     block.activation = v.job.activation
     apply_block[lane](&block, lane_tag)
 
@@ -751,11 +750,10 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     cdef Block block
     fill_block[lane](&block, v, n, lane_tag)
     block.row[X] = v.s.row[v.job.op.input if plan.used[G] else X]
-    block.row[R] = v.s.row[R] if plan.used[R] and not plan.used[G] else NULL
     block.ahead = kernel_ahead(v)
     if plan.layout == LONG_RUN and v.access[Y] == DIRECT:
         block.ahead = v.job.schedule.prefetch_output
-    block.formula = AFFINE
+    block.formula = ADDED if plan.used[R] and not plan.used[G] else AFFINE
     block.coef[X] = <char*> columns_at[lane](v, COEF_X, lane_tag)
     block.bias = <char*> columns_at[lane](v, BIAS, lane_tag)
     if not v.job.op.takes_dout:
