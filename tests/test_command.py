@@ -13,7 +13,7 @@ from bn_fast import __main__ as command
 def quick(monkeypatch):
     monkeypatch.setattr(command, "LAYERS", [((32, 64), 1), ((2, 3, 4, 5), 3)])
     monkeypatch.setattr(command, "LAYER_SECONDS", 0.01)
-    monkeypatch.setattr(command, "find_torch", lambda: (None, "PyTorch: none"))
+    monkeypatch.setattr(command, "find_torch", lambda: None)
 
 
 def row_of(text, shown):
@@ -25,7 +25,7 @@ def test_all_is_well(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert bn_fast.__version__ in row_of("version", shown)
     assert "FAILED" not in shown
-    for name, _, _ in command.CHECKS:
+    for name, _ in command.CHECKS:
         assert row_of(name, shown).endswith("ok")
     assert "backward" in shown[shown.index("(2, 3, 4, 5) axis 3") :]
     record = json.loads((tmp_path / "figures.json").read_text())
@@ -75,8 +75,8 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(capsys, monkeypatch
     def broken():
         raise RuntimeError("no such thing")
 
-    (name, limits, _), *others = command.CHECKS
-    monkeypatch.setattr(command, "CHECKS", [(name, limits, broken), *others[:1]])
+    (name, _), *others = command.CHECKS
+    monkeypatch.setattr(command, "CHECKS", [(name, broken), *others[:1]])
     assert command.main([]) == 1
     shown = capsys.readouterr().out
     assert row_of(name, shown).endswith("FAILED RuntimeError: no such thing")
