@@ -5,11 +5,14 @@ the same numbers, with three differences (docs/conventions.md): PyTorch's moment
 the new value, its running variance is the unbiased one, and Keras' arrays are a list.
 """
 
+import sys
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import _layer_checks
 
 State = dict[str, NDArray[Any]]
 
@@ -28,19 +31,39 @@ def _complement(momentum: float | None) -> float | None:
     return None if momentum is None else float(1 - Decimal(repr(float(momentum))))
 
 
-def _demand(value: Any, name: str, kind: str, attributes: tuple[str, ...]) -> None:
-    if not all(hasattr(value, attribute) for attribute in attributes):
-        raise TypeError(f"{name} must be a {kind}, got {type(value).__name__}")
+def _demand(value: Any, name: str, kind: str, known: list[type], method: str) -> None:
+    """That a value is of a known class, or of a subclass that computes nothing else."""
+    got = type(value).__name__
+    base = next((each for each in known if isinstance(value, each)), None)
+    if base is None:
+        raise TypeError(f"{name} must be a {kind}, got {got}")
+    for each in (method, "__call__"):
+        if each in vars(value) or getattr(type(value), each) is not getattr(base, each):
+            raise TypeError(
+                f"{name} must be a {kind} that does nothing else, got {got}, which has a {each} of"
+                " its own"
+            )
 
 
 def _demand_torch(module: Any) -> None:
     kind = "torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm"
-    _demand(module, "module", kind, ("num_features", "eps", "momentum", "running_var"))
-    if module.running_var is None:
+    names = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
+    torch = sys.modules.get("torch")  # whoever has a module has imported it
+    _demand(
+        module, "module", kind, [getattr(torch.nn, n) for n in names] if torch else [], "forward"
+    )
+    more = [f"{key!r} in its state" for key in module.state_dict() if key not in _TORCH]
+    if module._forward_hooks or module._forward_pre_hooks:
+        more.append("forward hooks")
+    if more:  # parametrizations, weight norm, submodules; or nobody knows what
+        raise TypeError(f"module must be a {kind} that does nothing else, got one with {more[0]}")
+    if module.running_var is None or not module.track_running_stats:
         raise ValueError(
-            "module must keep running statistics, got track_running_stats=False: it evaluates with"
-            " the batch's, which here is forward(x, training=True)"
+            "module must keep running statistics, got track_running_stats=False: what it computes"
+            " from each batch alone is here forward(x, training=True)"
         )
+    if module.running_var.is_meta:
+        raise ValueError("module must have numbers, got one on the meta device")
 
 
 def from_torch(module: Any) -> tuple[dict[str, Any], State]:
@@ -71,16 +94,38 @@ def to_torch(module: Any, state: State, eps: float, momentum: float | None) -> N
     _demand_torch(module)
     tensors = module.state_dict()
     state = _fitting(state, module.num_features, "module", "weight" in tensors, "bias" in tensors)
-    module.load_state_dict(
-        {key: old.new_tensor(state[_TORCH[key]]) for key, old in tensors.items()}
-    )
+    fitted = {}
+    for key, old in tensors.items():
+        value = state[_TORCH[key]]
+        new = fitted[key] = old.new_tensor(value)
+        held = (new.double() if new.is_floating_point() else new).cpu().numpy()
+        _check_held(value, held, f"module's {key}", old.dtype, eps)
+    module.load_state_dict(fitted)
     module.eps, module.momentum = eps, _complement(momentum)
+
+
+def _check_held(value: NDArray[Any], held: NDArray[Any], name: str, dtype: Any, eps: float) -> None:
+    """That the other side holds what it is given: what is finite so, what is counted exactly, and a
+    variance beside eps not as 0."""
+    if value.dtype.kind == "i":
+        lost = value != held
+    else:
+        lost = np.isfinite(value) & ~np.isfinite(held)
+        if name.endswith("running_var"):
+            lost |= (value + eps != eps) & (held == 0)
+    _layer_checks.refuse_lost(lost, value, held, name, dtype)
 
 
 def _keras_weights(layer: Any) -> list[str]:
     """Our names of a Keras layer's arrays, in its order."""
     kind = "keras.layers.BatchNormalization"
-    _demand(layer, "layer", kind, ("epsilon", "momentum", "scale", "center", "get_weights"))
+    known = [
+        each
+        for each in type(layer).__mro__
+        if each.__name__ == "BatchNormalization"
+        and each.__module__.partition(".")[0] in ("keras", "tf_keras", "tensorflow")
+    ]
+    _demand(layer, "layer", kind, known, "call")
     names = ["gamma"] * bool(layer.scale) + ["beta"] * bool(layer.center)
     names += ["running_mean", "running_var"]
     found = len(layer.get_weights())
@@ -118,9 +163,12 @@ def to_keras(layer: Any, state: State, eps: float, momentum: float | None) -> No
     names = _keras_weights(layer)
     if momentum is None:
         raise ValueError("layer cannot keep a cumulative average (momentum=None): Keras has none")
-    n_features = len(layer.get_weights()[-1])
-    state = _fitting(state, n_features, "layer", "gamma" in names, "beta" in names)
-    layer.set_weights([state[name] for name in names])
+    old = layer.get_weights()
+    state = _fitting(state, len(old[-1]), "layer", "gamma" in names, "beta" in names)
+    fitted = [_layer_checks.rounded(state[name], weight.dtype) for name, weight in zip(names, old)]
+    for name, new in zip(names, fitted):
+        _check_held(state[name], new, f"layer's {name}", new.dtype, eps)
+    layer.set_weights(fitted)
     layer.epsilon, layer.momentum = eps, momentum
 
 

@@ -7,7 +7,9 @@ those two and nothing else.
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from copy import copy
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -15,12 +17,26 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _checks, _interchange, _layer_checks
 from ._cache import Cache
 from ._core import core
+from ._layer_checks import MOST_BATCHES, Setting
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
 
 __all__ = ["BatchNorm"]
 
 _NO_BUFFER = None, None
+
+A = TypeVar("A", bound=Array)
+
+# What a pickle holds, by the names under which it is set again: the constructor's arguments, the
+# arrays, and what has no check because only its owner reads it.
+_SETTINGS = (
+    "num_features", "axis", "eps", "momentum", "affine", "ddof", "dtype", "bad_batch",
+    "reuse_buffers",
+)  # fmt: skip
+_STATISTICS = "running_mean", "running_var", "num_batches"
+_AFFINE = "gamma", "beta"
+_UNCHECKED = "dgamma", "dbeta", "_has_warned"
+_LEFT_BY_CALLS = "_cache", "_trained", "_buffers"
 
 
 class BatchNorm:
@@ -72,6 +88,8 @@ class BatchNorm:
         If an argument is of the wrong kind.
     ValueError
         If a size or value is wrong.
+    AttributeError
+        If `num_features`, `affine` or `dtype` is set later: the arrays are of them.
 
     See Also
     --------
@@ -86,9 +104,13 @@ class BatchNorm:
         running_var = m * running_var + (1 - m) * var * M / (M - ddof)
         num_batches = num_batches + 1
 
+    The arguments, but for the three above, and the arrays may be set at any time and are checked as
+    by the constructor. An array is kept as it is, not copied, where its dtype is the layer's.
+
     Copies and pickles hold the parameters, gradients, statistics and settings, not what `forward`
-    left for `backward`. Several threads may call ``forward(x, training=False)`` at once, unless
-    buffers are reused; train in one thread at a time.
+    left for `backward`; a pickle is checked when it is read. Several threads may call
+    ``forward(x, training=False)`` at once, unless buffers are reused; train in one thread at a
+    time.
 
     References
     ----------
@@ -116,6 +138,27 @@ class BatchNorm:
 
     _warns_at = 3  # the frame that called `forward`, from `_update`
 
+    num_features = Setting(_layer_checks.n_features, fixed=True)
+    eps = Setting(_checks.epsilon)
+    momentum = Setting(_layer_checks.momentum)
+    affine = Setting(_layer_checks.flag, fixed=True)
+    ddof: Setting[int] = Setting(partial(_layer_checks.choice, choices=(0, 1)))
+    dtype = Setting(_layer_checks.dtype, fixed=True)
+    bad_batch: Setting[str] = Setting(
+        partial(_layer_checks.choice, choices=("skip", "raise", "propagate"))
+    )
+    num_batches = Setting(_layer_checks.count)
+
+    # Where they are kept.
+    _num_features: int
+    _eps: float
+    _momentum: float | None
+    _affine: bool
+    _ddof: int
+    _dtype: np.dtype[Any]
+    _bad_batch: str
+    _num_batches: int
+
     def __init__(
         self,
         num_features: int,
@@ -129,28 +172,26 @@ class BatchNorm:
         bad_batch: str = "skip",
         reuse_buffers: bool = False,
     ) -> None:
-        self.num_features = _layer_checks.n_features(num_features)
-        self.axis = _layer_checks.integer(axis, "axis")
-        self.eps = _checks.epsilon(eps)
-        self.momentum = _layer_checks.momentum(momentum)
-        self.affine = _layer_checks.flag(affine, "affine")
-        self.ddof: int = _layer_checks.choice(ddof, "ddof", (0, 1))
-        self.dtype = _layer_checks.dtype(dtype)
-        self.bad_batch: str = _layer_checks.choice(
-            bad_batch, "bad_batch", ("skip", "raise", "propagate")
-        )
-        self.reuse_buffers = _layer_checks.flag(reuse_buffers, "reuse_buffers")
+        self._forget()
+        self.num_features = num_features
+        self.axis = axis
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.ddof = ddof
+        self.dtype = dtype
+        self.bad_batch = bad_batch
+        self.reuse_buffers = reuse_buffers
 
-        n = self.num_features
-        self._gamma = np.ones(n, self.dtype)
-        self._beta = np.zeros(n, self.dtype)
+        n = self._num_features
+        self._gamma: Array = np.ones(n, self._dtype)
+        self._beta: Array = np.zeros(n, self._dtype)
         self.dgamma: Array | None = None
         self.dbeta: Array | None = None
         self._running_mean = np.zeros(n)
         self._running_var = np.ones(n)
         self.num_batches = 0
         self._has_warned = False
-        self._forget()
 
     def _forget(self) -> None:
         """Drop what holds arrays of x's size."""
@@ -158,24 +199,44 @@ class BatchNorm:
         self._trained = False  # whether the cache is that of a training batch
         self._buffers: dict[str, tuple[object, Array]] = {}
 
-    # State that callers may replace: checked, and kept as it is where it fits, so that
+    # More that is checked whenever it is set. Arrays are kept as they are where they fit, so that
     # `layer.gamma -= step` works in place.
 
     @property
+    def axis(self) -> int:
+        return self._axis
+
+    @axis.setter
+    def axis(self, value: int) -> None:
+        self._axis = _layer_checks.integer(value, "axis")
+        self._forget()  # the x of the last forward has its features elsewhere
+
+    @property
+    def reuse_buffers(self) -> bool:
+        return self._reuse_buffers
+
+    @reuse_buffers.setter
+    def reuse_buffers(self, value: bool) -> None:
+        self._reuse_buffers = _layer_checks.flag(value, "reuse_buffers")
+        self._buffers = {}
+
+    @property
     def gamma(self) -> Array | None:
-        return self._gamma if self.affine else None
+        return self._gamma if self._affine else None
 
     @gamma.setter
     def gamma(self, value: ArrayLike) -> None:
-        self._gamma = self._affine_parameter(value, "gamma")
+        if value is not self._gamma or not self._affine:  # after a step in place it is
+            self._gamma = self._apart(self._affine_parameter(value, "gamma"))
 
     @property
     def beta(self) -> Array | None:
-        return self._beta if self.affine else None
+        return self._beta if self._affine else None
 
     @beta.setter
     def beta(self, value: ArrayLike) -> None:
-        self._beta = self._affine_parameter(value, "beta")
+        if value is not self._beta or not self._affine:
+            self._beta = self._apart(self._affine_parameter(value, "beta"))
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -183,7 +244,7 @@ class BatchNorm:
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        self._running_mean = self._per_feature(value, "running_mean").astype(float, copy=False)
+        self._running_mean = self._apart(self._mean(value, "running_mean"))
 
     @property
     def running_var(self) -> NDArray[np.float64]:
@@ -191,19 +252,29 @@ class BatchNorm:
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        self._running_var = self._variance(value, "running_var")
-
-    def _per_feature(self, value: ArrayLike, name: str) -> Array:
-        return _checks._parameter(value, name, self.num_features, self.axis)
+        self._running_var = self._apart(self._variance(value, "running_var"))
 
     def _affine_parameter(self, value: ArrayLike, name: str) -> Array:
-        if not self.affine:
+        if not self._affine:
             raise AttributeError(f"{name} cannot be set: this layer was made with affine=False")
-        return self._per_feature(value, name).astype(self.dtype, copy=False)
+        array = _checks._parameter(value, name, self._num_features, self._axis)
+        return _layer_checks.kept(array, self._dtype, name)
+
+    def _mean(self, value: ArrayLike, name: str) -> NDArray[np.float64]:
+        mean = _checks._parameter(value, name, self._num_features, self._axis)
+        return mean.astype(float, copy=False)
 
     def _variance(self, value: ArrayLike, name: str) -> NDArray[np.float64]:
-        var = _checks.variance(value, name, self.num_features, self.axis)
+        var = _checks.variance(value, name, self._num_features, self._axis)
         return var.astype(float, copy=False)
+
+    def _apart(self, array: A) -> A:
+        """The array; a buffer that it lies in is given up, or the next output would be written
+        over it."""
+        for name, (_, buffer) in list(self._buffers.items()):
+            if np.may_share_memory(buffer, array):
+                del self._buffers[name]
+        return array
 
     def forward(self, x: ArrayLike, training: bool = True) -> Array:
         """Normalize x, with its own statistics in training, else with the running ones.
@@ -240,16 +311,16 @@ class BatchNorm:
         else:
             param = {
                 "mode": "test",
-                "eps": self.eps,
+                "eps": self._eps,
                 "running_mean": self._running_mean,
                 "running_var": self._running_var,
             }
             # The copy: a step of gamma in place must not change what backward computes.
             out, cache = batchnorm_forward(
-                x, self._gamma.copy(), self._beta, param, axis=self.axis, out=out
+                x, self._gamma.copy(), self._beta, param, axis=self._axis, out=out
             )
         self._cache, self._trained = cache, training
-        if self.reuse_buffers:
+        if self._reuse_buffers:
             self._buffers["out"] = _layout(x), out
         return out
 
@@ -281,19 +352,19 @@ class BatchNorm:
         x = self._cache.x
         out = self._buffer("dx", x, dout, x) if self._buffers else None
         dx, dgamma, dbeta = gradients(dout, self._cache, out)
-        if self.affine:
-            fits = dgamma.dtype == self.dtype
-            self.dgamma = dgamma if fits else dgamma.astype(self.dtype)
-            self.dbeta = dbeta if fits else dbeta.astype(self.dtype)
-        if self.reuse_buffers:
+        if self._affine:
+            fits = dgamma.dtype == self._dtype
+            self.dgamma = dgamma if fits else dgamma.astype(self._dtype)
+            self.dbeta = dbeta if fits else dbeta.astype(self._dtype)
+        if self._reuse_buffers:
             self._buffers["dx"] = _layout(x), dx
         return dx
 
     def _features(self, x: Any) -> Array:
-        if core.is_plain(x, self._gamma, self._beta, self.axis, None):  # the straight road
+        if core.is_plain(x, self._gamma, self._beta, self._axis, None):  # the straight road
             plain: Array = x
             return plain
-        return _layer_checks.features(x, self.num_features, self.axis)
+        return _layer_checks.features(x, self._num_features, self._axis)
 
     # The two hooks, and the only place where running statistics change.
 
@@ -305,11 +376,13 @@ class BatchNorm:
         And what `_update` takes, of the batch: M, mean and biased variance.
         """
         # Not through batchnorm_forward: all is checked, and its bn_param costs 3 us of 6.
-        axis = self.axis % x.ndim
+        axis = self._axis % x.ndim
         gamma = self._gamma.copy()
-        out, stats = core.forward(x, gamma, self._beta, axis, self.eps, out, None, n_threads_for(x))
-        cache = Cache(x, gamma, stats, axis, self.eps, False, True)
-        return out, cache, x.size // self.num_features, stats[0], stats[3]
+        out, stats = core.forward(
+            x, gamma, self._beta, axis, self._eps, out, None, n_threads_for(x)
+        )
+        cache = Cache(x, gamma, stats, axis, self._eps, False, True)
+        return out, cache, x.size // self._num_features, stats[0], stats[3]
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -326,9 +399,9 @@ class BatchNorm:
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:
-            if self.bad_batch == "raise":
+            if self._bad_batch == "raise":
                 raise ValueError(f"{what}; bad_batch='raise'")
-            if self.bad_batch == "skip":
+            if self._bad_batch == "skip":
                 if not self._has_warned:
                     warnings.warn(
                         f"{what}: running_mean and running_var are left as they were (said once;"
@@ -338,16 +411,16 @@ class BatchNorm:
                     )
                 self._has_warned = True
                 return
-        n = self.num_batches
-        m = self.momentum
+        n = self._num_batches
+        m = self._momentum
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
-        if self.ddof:
-            var = var * (count / (count - self.ddof) if count > self.ddof else np.nan)
+        if self._ddof:
+            var = var * (count / (count - self._ddof) if count > self._ddof else np.nan)
         running_mean, running_var = self._running_mean.copy(), self._running_var.copy()
         core.update_average(running_mean, mean, old, new)
         core.update_average(running_var, var, old, new)
         self._running_mean, self._running_var = running_mean, running_var
-        self.num_batches = n + 1
+        self._num_batches = n + 1 if n < MOST_BATCHES else n
 
     def _buffer(self, name: str, like: Array, *inputs: ArrayLike) -> Array | None:
         """The array to write into: that of the last call if it fits and is apart from all inputs.
@@ -378,6 +451,9 @@ class BatchNorm:
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take the state that `state_dict` gave, all of it or, on an error, nothing.
 
+        gamma and beta are written to in place, so that they stay those to which an optimizer holds
+        references; the running statistics become new arrays, as with each update.
+
         Raises
         ------
         TypeError
@@ -388,48 +464,75 @@ class BatchNorm:
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, got {type(state).__name__}")
-        own = self.state_dict()
+        checks = {
+            "gamma": self._affine_parameter,
+            "beta": self._affine_parameter,
+            "running_mean": self._mean,
+            "running_var": self._variance,
+            "num_batches": _layer_checks.count,
+        }
+        own = (*(_AFFINE if self._affine else ()), *_STATISTICS)
         wrong = [f"{key!r} is missing" for key in own if key not in state]
         wrong += [f"{key!r} is unexpected" for key in state if key not in own]
         found: dict[str, Any] = {}
         for key in own:
             if key in state:
                 try:
-                    check = {"running_var": self._variance, "num_batches": _layer_checks.count}
-                    found[key] = check.get(key, self._per_feature)(state[key], repr(key))
+                    # A copy: the state may lie over the arrays that are written to.
+                    found[key] = copy(checks[key](state[key], repr(key)))
                 except (TypeError, ValueError) as error:
                     wrong.append(str(error))
         if wrong:
             raise ValueError(f"state does not fit {self!r}: {'; '.join(wrong)}")
-        if self.affine:
-            self._gamma = found["gamma"].astype(self.dtype)
-            self._beta = found["beta"].astype(self.dtype)
-        self._running_mean = found["running_mean"].astype(float)
-        self._running_var = found["running_var"].astype(float)
-        self.num_batches = found["num_batches"]
+        for key, value in found.items():
+            array = getattr(self, f"_{key}")
+            if key in _AFFINE and self._is_own(array):
+                array[...] = value
+            else:
+                setattr(self, key, value)
 
-    def fold_into(self, weight: ArrayLike, bias: ArrayLike | None = None) -> tuple[Array, Array]:
+    def _is_own(self, parameter: Array) -> bool:
+        """Whether gamma or beta can be written to, and that without changing the other."""
+        apart = not np.may_share_memory(self._gamma, self._beta)
+        return parameter.flags.writeable and apart
+
+    def fold_into(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0, groups: int = 1
+    ) -> tuple[Array, Array]:
         """Weight and bias of the linear map or convolution before this layer, with it folded in.
+
+        Output channels are taken to lie along the first axis of weight, as in PyTorch's Linear and
+        Conv. Others need `axis`: where weight is square, nothing else tells them.
 
         Parameters
         ----------
-        weight : array_like, shape (C, in) or (C, in, kh, kw), or any other with C rows
-            Of a map whose output this layer normalizes, feature by feature. (CS231n's ``x @ w``
-            has w of shape (in, C): give ``w.T``.)
+        weight : array_like, 2 or more dimensions, C long along `axis`
+            Of a map whose output this layer normalizes, feature by feature.
         bias : array_like, shape (C,), optional
             None: zeros.
+        axis : int, default 0
+            The axis of weight's output channels:
+
+            - 0: PyTorch's Linear (C, in), Conv1d, 2d and 3d (C, in/groups, ...);
+            - 1: PyTorch's ConvTranspose1d, 2d and 3d (in, C/groups, ...);
+            - -1: ``x @ weight`` with weight (in, C), as in CS231n; Keras' Dense and Conv
+              (..., in, C);
+            - -2: Keras' ConvTranspose (..., C, in).
+        groups : int, default 1
+            PyTorch's. It matters for ``axis=1``, where weight is C/groups long.
 
         Returns
         -------
         weight, bias : ndarray
-            New arrays of weight's dtype (float64 for integers), computed in double.
+            New arrays of weight's shape and dtype (float64 for integers), computed in double.
 
         Raises
         ------
         TypeError
-            If weight or bias is not real-valued.
+            If an argument is of the wrong kind.
         ValueError
-            If a shape is wrong, or ``running_var + eps`` is 0 for a feature.
+            If a shape is wrong; ``running_var + eps`` is 0 for a feature; a finite weight or bias
+            would become infinite or NaN in weight's dtype, or all weights of a feature 0.
 
         Notes
         -----
@@ -445,20 +548,36 @@ class BatchNorm:
         >>> from bn_fast import BatchNorm
         >>> layer = BatchNorm(2, eps=0)
         >>> layer.running_mean, layer.running_var = [1, 2], [4, 16]
-        >>> layer.fold_into(np.eye(2))
-        (array([[0.5 , 0.  ],
-               [0.  , 0.25]]), array([-0.5, -0.5]))
+        >>> layer.fold_into(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        (array([[0.5 , 1.  ],
+               [0.75, 1.  ]]), array([-0.5, -0.5]))
+        >>> layer.fold_into(np.array([[1.0, 2.0], [3.0, 4.0]]), axis=-1)[0]
+        array([[0.5, 0.5],
+               [1.5, 1. ]])
         """
-        weight, offset = _layer_checks.weights(weight, bias, self.num_features)
-        var = self._running_var + self.eps
+        split, axes, offset = _layer_checks.weights(weight, bias, self._num_features, axis, groups)
+        var = self._running_var + self._eps
         if not var.all():
             raise ValueError(
                 f"running_var + eps must not be 0, got 0 for feature {np.flatnonzero(var == 0)[0]}"
             )
-        scale = self._gamma / np.sqrt(var)
-        folded = weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
-        offset = scale * (offset - self._running_mean) + self._beta
-        return folded.astype(weight.dtype), offset.astype(weight.dtype)
+        others = tuple(d for d in range(split.ndim) if d not in axes)
+        with np.errstate(all="ignore"):  # what is lost is said below
+            scale = self._gamma / np.sqrt(var)
+            factors = np.expand_dims(scale.reshape([split.shape[d] for d in axes]), others)
+            folded = (split * factors).astype(split.dtype)
+            shifted = (scale * (offset - self._running_mean) + self._beta).astype(split.dtype)
+        shape = np.shape(weight)
+        _layer_checks.check_kept(split.reshape(shape), folded.reshape(shape), "folded weight")
+        _layer_checks.check_kept(offset, shifted, "folded bias")
+        had, has = ((array != 0).any(axis=others).reshape(-1) for array in (split, folded))
+        lost = np.flatnonzero(had & ~has & (self._gamma != 0) & np.isfinite(var))
+        if lost.size:
+            raise ValueError(
+                f"folded weight must fit {split.dtype}, got that of feature {lost[0]}, which would"
+                " be 0 throughout"
+            )
+        return folded.reshape(shape), shifted
 
     @classmethod
     def from_torch(cls, module: Any, **settings: Any) -> Self:
@@ -480,9 +599,10 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If `module` is none of them.
+            If `module` is none of them (a lazy one is after its first call), or does more: a
+            subclass with a forward of its own, parametrizations, forward hooks.
         ValueError
-            If it has ``track_running_stats=False``.
+            If it has ``track_running_stats=False``, or is on the meta device.
 
         Notes
         -----
@@ -500,8 +620,9 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If `module` is no such module, cannot keep gamma or beta, has another number of features
-            or ``track_running_stats=False``. It is then as it was.
+            If `module` is none that `from_torch` takes, cannot keep gamma or beta, has another
+            number of features, or a dtype in which a value would become infinite or a variance 0.
+            It is then as it was.
         """
         _interchange.to_torch(module, self.state_dict(), self.eps, self.momentum)
 
@@ -525,7 +646,7 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If `layer` is none.
+            If `layer` is none, or of a subclass with a call of its own.
         ValueError
             If it is not built, or was made with ``renorm=True``.
 
@@ -545,8 +666,9 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If `layer` is no such layer, is not built, cannot keep gamma or beta, has another number
-            of features, or `momentum` is None here. It is then as it was.
+            If `layer` is none that `from_keras` takes, cannot keep gamma or beta, has another
+            number of features or a dtype in which a value would become infinite or a variance 0, or
+            if `momentum` is None here. It is then as it was.
         """
         _interchange.to_keras(layer, self.state_dict(), self.eps, self.momentum)
 
@@ -557,14 +679,24 @@ class BatchNorm:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_cache", "_trained", "_buffers"):
-            del state[name]
-        return state
+        named = (*_SETTINGS, *_AFFINE, *_STATISTICS)
+        left_out = {*(f"_{name}" for name in named), *_LEFT_BY_CALLS}
+        rest = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {name: getattr(self, name) for name in named} | rest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        """All is checked as in the constructor and the setters, before C reads any of it."""
+        named = (*_SETTINGS, *_AFFINE, *_STATISTICS, *_UNCHECKED)
+        missing = [name for name in named if name not in state]
+        if missing:
+            raise ValueError(
+                f"state of a {type(self).__name__} must have {missing[0]!r}, got one without: it"
+                " was made by another version of bn_fast"
+            )
+        vars(self).update({name: state[name] for name in state if name not in named})
+        BatchNorm.__init__(self, **{name: state[name] for name in _SETTINGS})
+        for name in (*(_AFFINE if self._affine else ()), *_STATISTICS, *_UNCHECKED):
+            setattr(self, name, state[name])
 
     def __repr__(self) -> str:
         names = ["axis", "eps", "momentum", "affine", "ddof"]

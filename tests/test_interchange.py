@@ -1,6 +1,7 @@
 """Layers of PyTorch and Keras become BatchNorm and back: same evaluation, same next steps."""
 
 import os
+from itertools import product
 
 import numpy as np
 import pytest
@@ -135,6 +136,151 @@ class TestTorch:
             BatchNorm(3).to_torch(module)
         assert all(map(torch.equal, before, module.state_dict().values()))
 
+    @pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"])
+    def test_every_batch_norm_is_one(self, torch, kind):
+        module = getattr(torch.nn, kind)(4)
+        layer = BatchNorm(4, momentum=0.5)
+        layer.running_mean = [1, 2, 3, 4]
+        layer.to_torch(module)
+        assert_same_bits(state_bits(BatchNorm.from_torch(module)), state_bits(layer))
+
+        class Lenient(type(module)):
+            """Computes the same, of more shapes."""
+
+            def _check_input_dim(self, input):
+                pass
+
+        assert_same_bits(state_bits(BatchNorm.from_torch(Lenient(4))), state_bits(BatchNorm(4)))
+
+    def test_a_lazy_module_is_one_after_its_first_call(self, torch):
+        module = torch.nn.LazyBatchNorm1d()
+        with pytest.raises(TypeError, match=r"module must be a .*got LazyBatchNorm1d"):
+            BatchNorm.from_torch(module)
+        module(torch.tensor(batches()[0], dtype=torch.float32))
+        assert BatchNorm.from_torch(module).num_batches == 1
+
+    @pytest.mark.parametrize(
+        "kind", ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm"]
+    )
+    def test_another_norm_is_refused(self, torch, kind):
+        """An instance norm has all the attributes of a batch norm."""
+        arguments = (2, 4) if kind == "GroupNorm" else (4,)
+        more = {"affine": True, "track_running_stats": True} if kind[0] == "I" else {}
+        module = getattr(torch.nn, kind)(*arguments, **more)
+        for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+            with pytest.raises(TypeError, match=f"module must be a torch.*BatchNorm.*got {kind}"):
+                convert(module)
+
+    def more_than_a_batch_norm(self, torch):
+        class Activated(torch.nn.BatchNorm1d):
+            def forward(self, input):
+                return super().forward(input).relu()
+
+        class Exponential(torch.nn.Module):
+            def forward(self, weight):
+                return weight.exp()
+
+        patched, before, after, parametrized = (torch.nn.BatchNorm1d(4) for _ in range(4))
+        patched.forward = lambda input: input
+        before.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        after.register_forward_hook(lambda module, args, out: out.relu())
+        torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", Exponential())
+        return {
+            "got Activated, which has a forward of its own": Activated(4),
+            "got BatchNorm1d, which has a forward of its own": patched,
+            "got one with forward hooks": before,
+            "got one with forward hooks ": after,
+            "got one with 'parametrizations.weight.original' in its state": parametrized,
+        }
+
+    def test_what_does_more_is_refused(self, torch):
+        for message, module in self.more_than_a_batch_norm(torch).items():
+            for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+                with pytest.raises(TypeError, match=f"that does nothing else, {message.strip()}"):
+                    convert(module)
+
+    def test_statistics_that_are_not_kept_or_not_there(self, torch):
+        module = self.trained(torch)
+        module.track_running_stats = False  # it evaluates with them, and trains without
+        with pytest.raises(ValueError, match="track_running_stats=False"):
+            BatchNorm.from_torch(module)
+        module = torch.nn.BatchNorm1d(4, device="meta")
+        for convert in (BatchNorm.from_torch, BatchNorm(4).to_torch):
+            with pytest.raises(ValueError, match="got one on the meta device"):
+                convert(module)
+
+    @pytest.mark.parametrize(
+        ("dtype", "name", "value"),
+        [
+            ("float16", "running_var", 1e9),
+            ("float16", "running_var", 1e-9),
+            ("float16", "running_mean", -7e4),
+            ("float16", "weight", 1e5),
+            ("bfloat16", "bias", 3.4e38),
+            ("float32", "running_var", 1e39),
+            ("float32", "num_batches_tracked", 2**40),
+        ],
+    )
+    def test_what_the_module_cannot_hold_is_refused(self, torch, dtype, name, value):
+        module = self.trained(torch).to(getattr(torch, dtype))
+        module.num_batches_tracked = module.num_batches_tracked.to(torch.int32)
+        before = [t.clone() for t in module.state_dict().values()]
+        layer = BatchNorm(4, eps=0.25 if value == 1e9 else 1e-5)
+        ours = {"weight": "gamma", "bias": "beta", "num_batches_tracked": "num_batches"}
+        array = np.full(4, 0.5)
+        array[2] = value
+        setattr(layer, ours.get(name, name), value if isinstance(value, int) else array)
+        at = "" if isinstance(value, int) else " at 2"
+        message = rf"module's {name} must fit torch\.\w+, got .*{at}, which would be"
+        with pytest.raises(ValueError, match=message):
+            layer.to_torch(module)
+        assert all(map(torch.equal, before, module.state_dict().values()))
+        assert module.eps == 1e-5
+
+    def test_a_variance_that_adds_nothing_to_eps_may_sink(self, torch):
+        """That of a dead channel decays below every type's range."""
+        layer = BatchNorm(4)
+        layer.running_var = [0, 1e-46, 1, 2]
+        layer.to_torch(torch.nn.BatchNorm1d(4))
+        layer.eps = 0
+        with pytest.raises(
+            ValueError, match=r"running_var must fit torch\.float32, got 1e-46 at 1"
+        ):
+            layer.to_torch(torch.nn.BatchNorm1d(4))
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(
+        ("name", "dims", "groups"),
+        [("Linear", 0, 1), *product(["Conv", "ConvTranspose"], [1, 2, 3], [1, 2, 4])],
+    )
+    def test_every_layer_that_folds(self, torch, name, dims, groups, bias):
+        """Folded and alone it gives what the layer and its norm give one after the other, in
+        PyTorch's norm and in this."""
+        if name == "Linear":
+            # Square, so that only axis tells which are the output channels.
+            theirs = torch.nn.Linear(4, 4, bias=bias).double()
+            shape = (5, 4)
+        else:
+            kind = getattr(torch.nn, f"{name}{dims}d")
+            theirs = kind(4, 4, (3, 2, 1)[:dims], stride=2, groups=groups, bias=bias).double()
+            shape = (5, 4, 6, 7, 3)[: dims + 2]
+        x = torch.tensor(normal(shape, np.float64))
+        axis = 1 if name == "ConvTranspose" else 0
+        with torch.no_grad():
+            norm = self.trained(torch).eval()
+            layer = BatchNorm.from_torch(norm)
+            expected = layer.forward(theirs(x).numpy(), training=False)
+            between = torch.movedim(theirs(x), 1, -1)
+            close(
+                torch.movedim(norm(between.reshape(-1, 4)).reshape(between.shape), -1, 1), expected
+            )
+            weight = theirs.weight.numpy()
+            given = theirs.bias.numpy() if bias else None
+            weight, offset = layer.fold_into(weight, given, axis=axis, groups=groups)
+            theirs.weight.copy_(torch.tensor(weight))
+            theirs.bias = torch.nn.Parameter(torch.tensor(offset))
+            close(theirs(x).numpy(), expected)
+
 
 class TestKeras:
     @pytest.fixture
@@ -209,6 +355,56 @@ class TestKeras:
             BatchNorm.from_keras(renorm)
         with pytest.raises(TypeError, match=r"layer must be a keras.layers.BatchNorm.*got Dense"):
             BatchNorm.from_keras(keras.layers.Dense(3))
+
+    def test_what_does_more_is_refused(self, keras):
+        class Activated(keras.layers.BatchNormalization):
+            def call(self, inputs, training=None):
+                return keras.ops.relu(super().call(inputs, training=training))
+
+        class Named(keras.layers.BatchNormalization):
+            """Computes the same."""
+
+        theirs = Activated()
+        theirs.build((None, 4))
+        for convert in (BatchNorm.from_keras, BatchNorm(4).to_keras):
+            with pytest.raises(TypeError, match="nothing else, got Activated, which has a call of"):
+                convert(theirs)
+        theirs = Named()
+        theirs.build((None, 4))
+        BatchNorm(4).to_keras(theirs)
+
+    @pytest.mark.parametrize(("name", "value"), [("running_var", 1e-9), ("beta", 7e4)])
+    def test_what_the_layer_cannot_hold_is_refused(self, keras, name, value):
+        theirs = keras.layers.BatchNormalization(dtype="float16")
+        theirs.build((None, 4))
+        before = theirs.get_weights()
+        layer = BatchNorm(4)
+        setattr(layer, name, [1, 1, value, 1])
+        with pytest.raises(ValueError, match=rf"layer's {name} must fit float16, got .* at 2"):
+            layer.to_keras(theirs)
+        assert_same_bits(theirs.get_weights(), before)
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "shape", "axis"),
+        [
+            ("Dense", (4,), (5, 4), -1),
+            ("Conv1D", (4, 3), (5, 9, 4), -1),
+            ("Conv2D", (4, 3), (5, 9, 8, 4), -1),
+            ("Conv1DTranspose", (4, 3), (5, 9, 4), -2),
+            ("Conv2DTranspose", (4, 3), (5, 6, 7, 4), -2),
+        ],
+    )
+    def test_layers_that_fold(self, keras, name, arguments, shape, axis):
+        theirs = getattr(keras.layers, name)(*arguments, dtype="float64")
+        theirs.build(shape)
+        x = keras.ops.convert_to_tensor(normal(shape, np.float64), "float64")
+        between = keras.ops.convert_to_numpy(theirs(x))
+        norm = self.trained(keras, between.shape)
+        layer = BatchNorm.from_keras(norm)
+        expected = layer.forward(between, training=False)
+        np.testing.assert_allclose(evaluated(keras, norm, between, False), expected, **KERAS)
+        theirs.set_weights(layer.fold_into(*theirs.get_weights(), axis=axis))
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(theirs(x)), expected, **KERAS)
 
 
 def test_from_torch_to_keras():

@@ -350,6 +350,32 @@ def test_a_buffer_that_is_an_input_is_not_written_to():
     assert_same_bits([layer.backward(batch(seed=2))], [plain.backward(batch(seed=2))])
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+def test_a_buffer_that_an_array_of_the_layer_lies_in_is_given_up(name):
+    """A view of the output becomes gamma, say: the next output must not be written over it."""
+    n_features = 3000  # several tiles
+    x = np.abs(normal((50, n_features), np.float32)).astype(np.float64)
+    plain, layer = (BatchNorm(n_features, dtype=np.float64, reuse_buffers=r) for r in (False, True))
+    plain.forward(x)
+    view = layer.forward(x).reshape(-1)[7 * n_features + 600 :][:n_features]
+    view[...] = np.abs(view)
+    setattr(layer, name, view)
+    setattr(plain, name, view.copy())
+    for training in (True, False):
+        assert_same_bits([layer.forward(x, training)], [plain.forward(x, training)])
+    assert_same_bits(snapshot(layer), snapshot(plain))
+
+
+def test_buffers_end_where_they_are_switched_off():
+    layer = trained(reuse_buffers=True)
+    out = layer.forward(batch())
+    layer.reuse_buffers = False
+    layer.backward(batch())  # what forward left is still there
+    assert layer.forward(batch()) is not out
+    layer.reuse_buffers = True
+    assert layer.forward(batch()) is not out
+
+
 # -- state, copies, text
 
 
@@ -379,6 +405,32 @@ def test_state_shares_no_memory():
     assert all((a == 7).all() for a in snapshot(layer))
 
 
+def test_a_state_is_loaded_into_the_arrays_of_the_layer():
+    """An optimizer keeps references to gamma and beta; the running statistics are snapshots."""
+    layer, other = trained(), BatchNorm(3)
+    parameters, mean = [other.gamma, other.beta], other.running_mean
+    other.load_state_dict(layer.state_dict())
+    assert other.gamma is parameters[0]
+    assert other.beta is parameters[1]
+    assert (mean == 0).all()
+    other.load_state_dict(layer.state_dict() | {"gamma": other.beta, "beta": other.gamma})
+    assert_same_bits([other.gamma, other.beta], [layer.beta, layer.gamma])
+
+
+def test_a_state_is_not_loaded_through_one_array_into_another():
+    """Where gamma cannot be written to, or only together with beta, there are new arrays."""
+    layer, state = BatchNorm(3), trained().state_dict()
+    shared = np.zeros(6, np.float32)
+    for gamma, beta in [
+        (shared[:3], shared[:3]),
+        (shared[:3], shared[2:5]),
+        (np.broadcast_to(np.float32(1), 3), shared[:3]),
+    ]:
+        layer.gamma, layer.beta = gamma, beta
+        layer.load_state_dict(state)
+        assert_same_bits([layer.gamma, layer.beta], [state["gamma"], state["beta"]])
+
+
 def test_a_state_that_does_not_fit_changes_nothing():
     layer = trained()
     before = snapshot(layer)
@@ -391,6 +443,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
         | {"running_var": [1.0, -1.0, 1.0]},
         "'num_batches' must be one integer.*got -1": good | {"num_batches": -1},
         "'num_batches' must be one integer.*got 1.5": good | {"num_batches": 1.5},
+        "'num_batches' must be .* at most 9223372036854775807, got 9223372036854775808": good
+        | {"num_batches": np.uint64(2**63)},
+        "'beta' must fit float32, got 1e[+]39 at 2, which would be inf": good
+        | {"beta": [0, 0, 1e39]},
         "'running_mean' must be an array of real numbers, got None": good | {"running_mean": None},
     }
     for message, state in bad.items():
@@ -423,6 +479,54 @@ def test_copies(duplicate):
     assert_same_bits(snapshot(layer), before)
 
 
+TAMPERED = {
+    "eps": (-1.0, ValueError, "eps must be finite"),
+    "axis": (None, TypeError, "axis must be an integer"),
+    "num_features": (4, ValueError, r"gamma must have shape \(4,\)"),
+    "dtype": ("int8", TypeError, "dtype must be float32 or float64"),
+    "gamma": (np.ones(2, np.float32), ValueError, r"gamma must have shape \(3,\)"),
+    "beta": (np.ones((3, 1)), ValueError, r"beta must have shape \(3,\)"),
+    "running_mean": (None, TypeError, "running_mean must be an array"),
+    "running_var": (np.ones(3) - 2, ValueError, "running_var must not be negative"),
+    "num_batches": ("3", TypeError, "num_batches must be one integer"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_pickle_is_checked_when_it_is_read(name):
+    """Changed by hand, or by another version that meant something else, or had not all."""
+    value, error, message = TAMPERED[name]
+    layer, state = BatchNorm.__new__(BatchNorm), trained().__getstate__()
+    with pytest.raises(error, match=message):
+        layer.__setstate__(state | {name: value})
+    del state[name]
+    with pytest.raises(ValueError, match=f"state of a BatchNorm must have '{name}'.*version"):
+        layer.__setstate__(state)
+
+
+def test_a_pickle_brings_no_unchecked_array():
+    """Under the names where the layer keeps what was checked."""
+    layer, state = BatchNorm.__new__(BatchNorm), trained().__getstate__()
+    layer.__setstate__(state | {"_gamma": np.ones(1), "_axis": "1", "_cache": 1, "more": 2})
+    assert_same_bits([layer.forward(batch())], [trained().forward(batch())])
+    assert layer.more == 2
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_another_layer_is_pickled_with_what_it_has_more(affine):
+    layer = Named(3, "first", affine=affine)
+    layer.forward(batch())
+    other = pickle.loads(pickle.dumps(layer))
+    assert other.name == "first"
+    assert_same_bits(snapshot(other), snapshot(layer))
+
+
+class Named(BatchNorm):
+    def __init__(self, num_features, name, **settings):
+        super().__init__(num_features, **settings)
+        self.name = name
+
+
 def test_a_pickle_holds_nothing_of_the_size_of_x():
     layer = BatchNorm(3, reuse_buffers=True)
     layer.forward(batch(100_000))
@@ -453,30 +557,97 @@ def test_repr_is_what_makes_the_layer():
 # -- errors
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
-        ({"num_features": 2.0}, TypeError, "num_features must be an integer, got 2.0"),
-        ({"num_features": True}, TypeError, "num_features must be an integer, got True"),
-        ({"axis": None}, TypeError, "axis must be an integer, got None"),
-        ({"eps": -1}, ValueError, "eps must be finite and at least 0, got -1"),
-        ({"eps": "0"}, TypeError, "eps must be a real number"),
-        ({"momentum": 1.5}, ValueError, r"momentum must be None or in \[0, 1\], got 1.5"),
-        ({"momentum": np.nan}, ValueError, "momentum must be None or in"),
-        ({"momentum": "0.9"}, TypeError, "momentum must be a real number"),
-        ({"affine": 1}, TypeError, "affine must be True or False, got 1"),
-        ({"ddof": 2}, ValueError, r"ddof must be one of \(0, 1\), got 2"),
-        ({"ddof": True}, ValueError, "ddof must be one of"),
-        ({"dtype": np.int64}, TypeError, "dtype must be float32 or float64, got .*int64"),
-        ({"dtype": None}, TypeError, "dtype must be float32 or float64, got None"),
-        ({"bad_batch": "ignore"}, ValueError, "bad_batch must be one of .*'raise'.*got 'ignore'"),
-        ({"reuse_buffers": None}, TypeError, "reuse_buffers must be True or False, got None"),
-    ],
-)
-def test_constructor_errors(settings, error, message):
+HUGE = 10**400  # no float
+BAD_SETTINGS = [
+    ("num_features", 0, ValueError, "num_features must be at least 1, got 0"),
+    ("num_features", 2.0, TypeError, "num_features must be an integer, got 2.0"),
+    ("num_features", True, TypeError, "num_features must be an integer, got True"),
+    ("num_features", HUGE, ValueError, "num_features must be the size of an array, got 1000"),
+    ("axis", None, TypeError, "axis must be an integer, got None"),
+    ("eps", -1, ValueError, "eps must be finite and at least 0, got -1"),
+    ("eps", "0", TypeError, "eps must be a real number"),
+    ("eps", HUGE, ValueError, "eps must be in the range of float64, got a larger int"),
+    ("momentum", 1.5, ValueError, r"momentum must be None or in \[0, 1\], got 1.5"),
+    ("momentum", np.nan, ValueError, "momentum must be None or in"),
+    ("momentum", "0.9", TypeError, "momentum must be a real number"),
+    ("momentum", HUGE, ValueError, "momentum must be in the range of float64"),
+    ("affine", 1, TypeError, "affine must be True or False, got 1"),
+    ("ddof", 2, ValueError, r"ddof must be one of \(0, 1\), got 2"),
+    ("ddof", True, ValueError, "ddof must be one of"),
+    ("dtype", np.int64, TypeError, "dtype must be float32 or float64, got .*int64"),
+    ("dtype", None, TypeError, "dtype must be float32 or float64, got None"),
+    ("bad_batch", "ignore", ValueError, "bad_batch must be one of .*'raise'.*got 'ignore'"),
+    ("reuse_buffers", None, TypeError, "reuse_buffers must be True or False, got None"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_SETTINGS)
+def test_constructor_errors(name, value, error, message):
     with pytest.raises(error, match=message):
-        BatchNorm(**({"num_features": 3} | settings))
+        BatchNorm(**({"num_features": 3} | {name: value}))
+
+
+FIXED = "num_features", "affine", "dtype"  # the arrays are of them
+BAD_ARRAYS = [
+    ("gamma", np.ones(2), ValueError, r"gamma must have shape \(3,\)"),
+    ("gamma", None, TypeError, "gamma must be an array of real numbers"),
+    ("gamma", [1, 1e39, 1], ValueError, "gamma must fit float32, got 1e[+]39 at 1"),
+    ("beta", np.ones((3, 1)), ValueError, r"beta must have shape \(3,\)"),
+    ("beta", np.ones(3, complex), TypeError, "beta must be an array of real numbers"),
+    ("running_mean", [0, HUGE, 0], TypeError, "running_mean must be an array of real numbers"),
+    ("running_var", [1, -1, 1], ValueError, "running_var must not be negative"),
+    ("num_batches", -1, ValueError, "num_batches must be one integer of at least 0.*got -1"),
+    ("num_batches", 2**63, ValueError, "num_batches must be one integer.*at most"),
+    ("num_batches", HUGE, ValueError, "num_batches must be one integer.*at most"),
+    ("num_batches", 1.5, TypeError, "num_batches must be one integer.*got 1.5"),
+    ("num_batches", True, TypeError, "num_batches must be one integer.*got True"),
+    ("num_batches", [1], TypeError, "num_batches must be one integer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [case for case in BAD_SETTINGS if case[0] not in FIXED] + BAD_ARRAYS,
+)
+def test_what_is_set_later_is_checked_as_in_the_constructor(name, value, error, message):
+    layer = trained()
+    before, text = snapshot(layer), repr(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy's about a cast, say
+        with pytest.raises(error, match=message):
+            setattr(layer, name, value)
+    assert repr(layer) == text
+    assert_same_bits(snapshot(layer), before)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_the_arrays_are_made_of_stays(name):
+    layer = trained()
+    with pytest.raises(AttributeError, match=f"{name} cannot be set"):
+        setattr(layer, name, getattr(BatchNorm(4, affine=False, dtype=np.float64), name))
+    assert repr(layer) == repr(BatchNorm(3))
+
+
+def test_settings_may_change_later():
+    x = batch(dtype=np.float64)
+    settings = {"eps": 0.5, "momentum": None, "ddof": 1, "bad_batch": "raise", "axis": -1}
+    layer, other = BatchNorm(3, dtype=np.float64), BatchNorm(3, dtype=np.float64, **settings)
+    for name, value in settings.items():
+        setattr(layer, name, value)
+    assert repr(layer) == repr(other)
+    assert_same_bits([layer.forward(x)], [other.forward(x)])
+    assert_same_bits(snapshot(layer), snapshot(other))
+    layer.axis = 0  # what forward left had its features along the last
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        layer.backward(x)
+
+
+def test_the_number_of_batches_ends_where_its_array_ends():
+    layer = BatchNorm(3, momentum=None)
+    layer.num_batches = np.array(2**63 - 1)
+    layer.forward(batch())
+    layer.load_state_dict(layer.state_dict())
+    assert copy.deepcopy(layer).num_batches == 2**63 - 1
 
 
 def test_settings_are_keywords():
@@ -526,13 +697,18 @@ def test_features_may_be_the_last_axis():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", ["C", "Fortran", "sliced"])
-def test_fold_into_linear(layout, affine, bias):
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_fold_into_linear(axis, layout, affine, bias):
+    """weight @ x with one row for each feature, and x @ kernel with one column."""
     layer = trained(3, np.float64, affine=affine)
     weight, b = LAYOUTS[layout](normal((3, 5), np.float64, 1)), normal(3, np.float64, 2) * bias
     x = normal((30, 5), np.float64, 3)
-    folded, offset = layer.fold_into(weight, b if bias else None)
+    given = np.moveaxis(weight, 0, axis)
+    folded, offset = layer.fold_into(given, b if bias else None, axis=axis)
+    assert folded.shape == given.shape
     expected = layer.forward(x @ weight.T + b, training=False)
-    np.testing.assert_allclose(x @ folded.T + offset, expected, rtol=0, atol=1e-13)
+    kernel = np.moveaxis(folded, axis, -1)
+    np.testing.assert_allclose(x @ kernel + offset, expected, rtol=0, atol=1e-13)
 
 
 def convolve(x, weight, bias):
@@ -540,12 +716,17 @@ def convolve(x, weight, bias):
     return np.einsum("nihwkl,oikl->nohw", windows, weight) + bias[:, None, None]
 
 
-def test_fold_into_convolution():
+@pytest.mark.parametrize("order", ["oikl", "klio", "iokl", "kloi"])
+def test_fold_into_convolution(order):
+    """PyTorch's kernels, Keras', and the same of transposed convolutions."""
     layer = trained(3, np.float64)
     weight, bias = normal((3, 4, 3, 2), np.float64, 1), normal(3, np.float64, 2)
     x = normal((2, 4, 6, 7), np.float64, 3)
     expected = layer.forward(convolve(x, weight, bias), training=False)
-    np.testing.assert_allclose(convolve(x, *layer.fold_into(weight, bias)), expected, atol=1e-13)
+    given = weight.transpose(["oikl".index(letter) for letter in order])
+    folded, offset = layer.fold_into(given, bias, axis=order.index("o"))
+    folded = folded.transpose([order.index(letter) for letter in "oikl"])
+    np.testing.assert_allclose(convolve(x, folded, offset), expected, atol=1e-13)
 
 
 def test_fold_is_computed_in_double():
@@ -568,23 +749,39 @@ def test_fold_keeps_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "error", "message"),
+    ("changes", "error", "message"),
     [
         (
-            np.ones((2, 3)),
-            None,
+            {"weight": np.ones((2, 3))},
             ValueError,
-            r"weight must have shape \(3, in, \.\.\.\).*got \(2, 3",
+            r"weight must have 3 output channels along axis=0 .*\(2, 3\).* may be axis=1",
         ),
-        (np.ones(3), None, ValueError, "weight must have shape"),
-        (None, None, TypeError, "weight must be an array of real numbers"),
-        (np.ones((3, 2)), np.ones(2), ValueError, r"bias must have shape \(3,\)"),
-        (np.ones((3, 2)), "b", TypeError, "bias must be an array of real numbers"),
+        ({"axis": 1}, ValueError, r"weight must have 3 .*axis=1 .*\(3, 2\).* may be axis=0"),
+        ({"axis": -1}, ValueError, r"weight must have 3 output channels along axis=-1"),
+        ({"axis": 2}, ValueError, r"one of them axis=2, got shape \(3, 2\)"),
+        ({"axis": None}, TypeError, "axis must be an integer, got None"),
+        ({"groups": 2}, ValueError, "groups must divide num_features=3, got 2"),
+        ({"groups": 0}, ValueError, "groups must divide num_features=3, got 0"),
+        ({"groups": 1.0}, TypeError, "groups must be an integer, got 1.0"),
+        (
+            {"weight": np.ones((6, 3, 2)), "axis": 1, "groups": 3},
+            ValueError,
+            r"weight must have 1 output channels along axis=1 \(num_features=3, groups=3\)",
+        ),
+        (
+            {"weight": np.ones((4, 1, 2)), "axis": 1, "groups": 3},
+            ValueError,
+            r"axis 0 that groups=3 divides, got shape \(4, 1, 2\)",
+        ),
+        ({"weight": np.ones(3)}, ValueError, "weight must have 2 or more dimensions"),
+        ({"weight": None}, TypeError, "weight must be an array of real numbers"),
+        ({"bias": np.ones(2)}, ValueError, r"bias must have shape \(3,\)"),
+        ({"bias": "b"}, TypeError, "bias must be an array of real numbers"),
     ],
 )
-def test_fold_errors(weight, bias, error, message):
+def test_fold_errors(changes, error, message):
     with pytest.raises(error, match=message):
-        trained().fold_into(weight, bias)
+        trained().fold_into(**({"weight": np.ones((3, 2))} | changes))
 
 
 def test_a_variance_of_zero_cannot_be_folded():
@@ -592,3 +789,43 @@ def test_a_variance_of_zero_cannot_be_folded():
     layer.running_var = [1, 0, 1]
     with pytest.raises(ValueError, match=r"running_var \+ eps must not be 0, got 0 for feature 1"):
         layer.fold_into(np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_fold_stays_in_the_range_of_the_weight(dtype):
+    """Nothing finite turns to infinity, and no feature's weights to 0, without a word."""
+    finfo = np.finfo
+    if dtype == "bfloat16":
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        finfo, dtype = ml_dtypes.finfo, ml_dtypes.bfloat16
+    largest, least = finfo(dtype).max, finfo(dtype).smallest_subnormal
+    layer = BatchNorm(2, eps=0, dtype=np.float64)
+    weight = np.ones((2, 3), dtype)
+    weight[1, 2] = largest / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded, _ = layer.fold_into(weight)
+        assert_same_bits([folded], [weight])
+        layer.gamma = [1, 4]
+        with pytest.raises(ValueError, match=r"folded weight .*at \(1, 2\), which would be inf"):
+            layer.fold_into(weight)
+        layer.gamma, layer.running_mean = [1, 1], [0, float(largest)]
+        with pytest.raises(ValueError, match=r"folded bias must fit .*at 1, which would be -inf"):
+            layer.fold_into(weight, np.array([0, -largest], float))
+        layer.running_mean, layer.gamma, weight[0] = [0, 0], [0.25, 1], least
+        with pytest.raises(ValueError, match=r"folded weight must fit .*feature 0, which would"):
+            layer.fold_into(weight)
+        layer.gamma = [0, 1]  # and with what is 0 anyway nothing is lost
+        folded, _ = layer.fold_into(weight)
+        assert_same_bits([folded[0]], [np.zeros(3, dtype)])
+        weight[0] = [0, np.inf, np.nan]  # these are the caller's
+        with np.errstate(invalid="ignore"):
+            folded, _ = layer.fold_into(weight)
+        assert np.isnan(folded[0, 1:].astype(float)).all()
+
+
+def test_statistics_that_are_not_finite_are_not_folded():
+    layer = BatchNorm(2)
+    layer.running_var = [1, np.nan]
+    with pytest.raises(ValueError, match=r"folded weight .* got 1.0 at \(1, 0\).* would be nan"):
+        layer.fold_into(np.ones((2, 3)))

@@ -1,9 +1,11 @@
 """bn_fast.torch stands in the place of torch.nn.functional.batch_norm."""
 
+import copy
+import shutil
+
 import numpy as np
 import pytest
 
-from .arrays import normal
 from .judge import check, check_gradients
 
 pytest.importorskip("torch")
@@ -299,6 +301,38 @@ def test_running_statistics_may_be_of_another_dtype():
     torch.testing.assert_close(wide[1].float(), var)
 
 
+@pytest.mark.parametrize("momentum", [np.float32(0.25), torch.tensor(0.25), np.array(0.25), 1])
+def test_momentum_may_be_any_number(momentum):
+    x, mean, var, *_ = tensors((9, 3), torch.float64)
+    expected = mean.clone(), var.clone()
+    batch_norm(x, mean, var, training=True, momentum=momentum)
+    F.batch_norm(x, *expected, training=True, momentum=float(momentum))
+    torch.testing.assert_close((mean, var), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_may_be_parameters_where_no_gradient_is_recorded(training):
+    x, mean, var, *_ = tensors((9, 3), torch.float64)
+    expected = mean.clone(), var.clone()
+    mean, var = torch.nn.Parameter(mean), torch.nn.Parameter(var)
+    with torch.no_grad():
+        y = batch_norm(x, mean, var, training=training)
+    torch.testing.assert_close(y, F.batch_norm(x, *expected, training=training))
+    torch.testing.assert_close((mean.detach(), var.detach()), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 0), (2, 0, 3), (1, 0, 2), (0, 0, 2)])
+def test_no_channels(shape):
+    for training in (True, False):
+        x = torch.zeros(shape, requires_grad=True)
+        y = batch_norm(x, torch.zeros(0), torch.ones(0), training=training)
+        assert y.shape == F.batch_norm(x, torch.zeros(0), torch.ones(0), training=training).shape
+        y.sum().backward()
+        assert x.grad.shape == shape
+    with pytest.raises(ValueError, match="more than 1 value"):
+        batch_norm(torch.zeros(1, 0), None, None, training=True)
+
+
 def test_no_grad_and_inference_mode():
     x, mean, var, weight, bias, _ = tensors((9, 3), torch.float64)
     weight.requires_grad_()
@@ -373,13 +407,20 @@ BAD = {
         {"running_mean": torch.zeros(3, requires_grad=True)},
     ),
     "one value": (ValueError, "more than 1 value for each", {"input": torch.ones(1, 3)}),
-    "momentum": (TypeError, "momentum must be a number, got None", {"momentum": None}),
+    "momentum": (TypeError, "momentum must be a real number, got None", {"momentum": None}),
     "infinite momentum": (ValueError, "momentum must be finite", {"momentum": np.inf}),
-    "eps": (ValueError, "eps.* must be finite and at least 0", {"eps": -1.0}),
+    "huge momentum": (ValueError, "momentum must be in the range of float64", {"momentum": 10**400}),
+    "eps": (ValueError, "^eps must be finite and at least 0", {"eps": -1.0}),
+    "eps of a kind": (TypeError, "^eps must be a real number", {"eps": None}),
     "negative var": (
         ValueError,
-        "running_var.* must not be negative",
+        "^running_var must not be negative, got -1.0 for feature 0",
         {"running_var": -ONES, "training": False},
+    ),
+    "negative var in half": (
+        ValueError,
+        "^running_var must not be negative, got -1.0 for feature 0",
+        {"running_var": -ONES.half()},
     ),
 }
 
@@ -398,13 +439,302 @@ def test_bad_arguments(case):
         assert torch.equal(given["running_mean"], before)
 
 
-def test_transforms_are_refused():
-    x = torch.from_numpy(normal((4, 3, 2), np.float64))
+# -- transforms, compilation, graphs: the rows of the table in docs/conventions.md
 
-    def function(x):
-        return batch_norm(x, None, None, training=True)
 
-    with pytest.raises(RuntimeError, match=r"functorch transforms \(vmap, grad, jvp"):
-        torch.func.vmap(function)(x)
-    with pytest.raises(RuntimeError, match=r"functorch transforms \(vmap, grad, jvp"):
-        torch.func.grad(lambda x: function(x).sum())(x)
+@pytest.fixture
+def net(monkeypatch):
+    """A network behind the door, in test mode, with no number that is there by default."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(144, 5),
+        torch.nn.BatchNorm1d(5),
+    )
+    for _ in range(3):
+        F.mse_loss(net(images(8)), torch.zeros(8, 5)).backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    monkeypatch.setattr(F, "batch_norm", batch_norm)
+    return net.eval()
+
+
+def images(n, seed=0):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+X, MEAN, VAR, WEIGHT, BIAS, _ = tensors((6, 3), torch.float64)
+BATCH = torch.stack([X, X.flip(0) * 2, X**2, -X])
+WEIGHTS = torch.stack([WEIGHT, 2 * WEIGHT, -WEIGHT, 0 * WEIGHT])
+
+
+def cubes(function, training=True):
+    running = (None, None) if training else (MEAN, VAR)
+    return lambda x, weight, bias: (function(x, *running, weight, bias, training) ** 3).sum()
+
+
+def with_running(function, batched):
+    """The output of a batch of calls, or a gradient, and the running statistics after it."""
+    size = (4,) if batched else ()
+    mean, var = MEAN.expand(*size, 3).clone(), VAR.expand(*size, 3).clone()
+
+    def out(x, mean, var):
+        return function(x, mean, var, WEIGHT, BIAS, True)
+
+    if batched:
+        return torch.func.vmap(out)(BATCH, mean, var), mean, var
+    return torch.func.grad(lambda x: (out(x, mean, var) ** 3).sum())(X), mean, var
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(cubes(f), (0, 1, 2))(X, WEIGHT, BIAS),
+    "grad, frozen": lambda f: torch.func.grad(cubes(f, False), (0, 1, 2))(X, WEIGHT, BIAS),
+    "grad, running statistics": lambda f: with_running(f, False),
+    "grad of grad": lambda f: torch.func.grad(
+        lambda *a: sum((g**2).sum() for g in torch.func.grad(cubes(f), (0, 1, 2))(*a)), (0, 1)
+    )(X, WEIGHT, BIAS),
+    "vjp": lambda f: torch.func.vjp(cubes(f), X, WEIGHT, BIAS)[1](torch.tensor(2.0).double()),
+    "jacrev": lambda f: torch.func.jacrev(lambda x: f(x, MEAN, VAR, WEIGHT))(X),
+    "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(cubes(f)))(X, WEIGHT, BIAS),
+    "vmap": lambda f: torch.func.vmap(lambda x: f(x, None, None, WEIGHT, BIAS, True))(BATCH),
+    "vmap, frozen": lambda f: torch.func.vmap(lambda x: f(x, MEAN, VAR))(BATCH),
+    "vmap, another axis": lambda f: torch.func.vmap(
+        lambda x, w: f(x, None, None, w, BIAS, True), in_dims=(1, 0), out_dims=2
+    )(BATCH.transpose(0, 1), WEIGHTS),
+    "vmap, weight alone": lambda f: torch.func.vmap(lambda w: f(X, None, None, w, BIAS, True))(
+        WEIGHTS
+    ),
+    "vmap, running statistics": lambda f: with_running(f, True),
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(cubes(f), (0, 1)), (0, 0, None))(
+        BATCH, WEIGHTS, BIAS
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform):
+    got, expected = (TRANSFORMS[transform](f) for f in (batch_norm, F.batch_norm))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_functional_call(net):
+    x = images(6)
+    state = dict(net.named_parameters()), dict(net.named_buffers())
+    assert torch.equal(torch.func.functional_call(net, state, x), net(x))
+
+    def loss(parameters):
+        return (torch.func.functional_call(net, (parameters, state[1]), x) ** 2).sum()
+
+    got = torch.func.grad(loss)(state[0])
+    (net(x) ** 2).sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad)
+
+
+def dual(function):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(X, X))
+
+
+def out(x):
+    return batch_norm(x, None, None, WEIGHT, BIAS, True)
+
+
+REFUSED = {
+    "jvp": lambda: torch.func.jvp(out, (X,), (X,)),
+    "jacfwd": lambda: torch.func.jacfwd(out)(X),
+    "hessian": lambda: torch.func.hessian(cubes(batch_norm))(X, WEIGHT, BIAS),
+    "forward mode": lambda: dual(out),
+    "vmap, one running statistic for all": lambda: torch.func.vmap(
+        lambda x: batch_norm(x, MEAN.clone(), VAR.clone(), training=True)
+    )(BATCH),
+    "is_grads_batched": lambda: torch.autograd.grad(
+        out(LEAF), LEAF, torch.stack([X, X]), is_grads_batched=True
+    ),
+    "third derivative": lambda: torch.func.grad(
+        lambda x: torch.func.grad(
+            lambda x: torch.func.grad(cubes(batch_norm))(x, WEIGHT, BIAS)[0, 0]
+        )(x)[0, 0]
+    )(X),
+}
+LEAF = X.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_there_is_said_in_a_sentence(case):
+    message = r"^bn_fast.torch.batch_norm (cannot|has no) .*"
+    if case != "third derivative":
+        message += "(torch.nn.functional.batch_norm|or None)"
+    with pytest.raises((NotImplementedError, RuntimeError), match=message):
+        REFUSED[case]()
+
+
+def steps(net, compiled, dtype, memory_format):
+    """What three steps of training make of a copy, and its output in test mode, after each."""
+    net = copy.deepcopy(net).train().to(dtype).to(memory_format=memory_format)
+    function = compiled(net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    for seed in range(3):  # of several sizes
+        x = images(4 + seed, seed).to(dtype).to(memory_format=memory_format)
+        sgd.zero_grad()
+        (function(x) ** 2).mean().backward()
+        sgd.step()
+    net.eval()
+    return [function(x).detach(), *net.state_dict().values()]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(net, backend, memory_format):
+    torch._dynamo.reset()
+    got, expected = (
+        steps(net, compiled, torch.float64, memory_format)
+        for compiled in (lambda f: torch.compile(f, backend=backend, fullgraph=True), lambda f: f)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
+def test_compiled_with_the_default_back_end(net):
+    torch._dynamo.reset()
+    got, expected = (
+        steps(net, compiled, torch.float64, torch.channels_last)
+        for compiled in (lambda f: torch.compile(f, fullgraph=True, dynamic=True), lambda f: f)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_transforms_within_a_compiled_function():
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(cubes(batch_norm)), backend="eager")
+    expected = torch.func.grad(cubes(F.batch_norm))(X, WEIGHT, BIAS)
+    torch.testing.assert_close(compiled(X, WEIGHT, BIAS), expected, rtol=1e-10, atol=1e-10)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(cubes(batch_norm)), backend="eager", fullgraph=True)
+    message = r"bn_fast.torch.batch_norm cannot be compiled .* fullgraph=True, or"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        compiled(X, WEIGHT, BIAS)
+
+
+def test_errors_within_a_compiled_function():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: batch_norm(x, None, None), backend="eager")
+    with pytest.raises(ValueError, match="given with training=False, got running_mean=None"):
+        compiled(X)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic", "fx"])
+def test_a_graph_of_calls_calls_it(mode):
+    if mode == "fx":
+        graph = torch.fx.symbolic_trace(lambda x: batch_norm(x, None, None, training=True))
+    else:
+        make_fx = torch.fx.experimental.proxy_tensor.make_fx
+        graph = make_fx(lambda x: batch_norm(x, None, None, training=True), tracing_mode=mode)(X)
+    assert "bn_fast" in graph.code
+    x = X**2 + 1  # not what it was made with
+    torch.testing.assert_close(graph(x), F.batch_norm(x, None, None, training=True))
+
+
+# In whose results NumPy and PyTorch choose other strides.
+MIXED = {"features last, expanded": lambda x: FORMATS["features last"](x)[:1].expand(x.shape)}
+
+
+@pytest.mark.parametrize("layout", FORMATS | MIXED)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_operators_are_what_they_say(layout, training):
+    """In shapes, dtypes and strides, which a compiled graph counts on; they change nothing."""
+    import bn_fast.torch as door
+
+    x, mean, var, weight, bias, dout = tensors((4, 3, 5, 6), torch.float32)
+    x, dout = ((FORMATS | MIXED)[layout](a) for a in (x, dout))
+    stats = door._forward_op(x, weight, bias, mean, var, training, 0.1, 1e-5)[1]
+    rest = dout, x, weight, stats, 1e-5, not training
+    for op, args in [
+        (door._forward_op, (x, weight, bias, mean, var, training, 0.1, 1e-5)),
+        (door._forward_op, (x, None, None, None, None, True, 0.1, 1e-5)),
+        (door._backward_op, rest),
+        (door._double_backward_op, (dout, weight, bias, *rest)),
+        (door._replace_op, (mean, var)),
+    ]:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        for got, said in zip(op(*args) or (), fake or ()):
+            assert (got.shape, got.dtype, got.stride()) == (said.shape, said.dtype, said.stride())
+
+
+def test_modes_see_one_operator():
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        y = batch_norm(X, MEAN, VAR, WEIGHT, BIAS)
+    assert torch.equal(y, batch_norm(X, MEAN, VAR, WEIGHT, BIAS))
+    assert seen == ["bn_fast::batch_norm"]
+    with torch._subclasses.FakeTensorMode() as mode:
+        y = batch_norm(mode.from_tensor(X), None, None, training=True)
+    assert y.shape == X.shape
+
+
+def exported(net, x, path):
+    return torch.export.export(net, (x,)).module()
+
+
+def saved(scripted, path):
+    torch.jit.save(scripted, path)
+    return torch.jit.load(path)
+
+
+def onnx(net, x, path, dynamo):
+    reference = pytest.importorskip("onnx.reference")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    torch.onnx.export(net, (x,), path, dynamo=dynamo, verbose=False)
+    evaluator = reference.ReferenceEvaluator(path)
+    kinds = {node.op_type for node in evaluator.proto_.graph.node}
+    assert "BatchNormalization" in kinds
+    (name,) = evaluator.input_names
+    return lambda x: torch.from_numpy(evaluator.run(None, {name: x.numpy()})[0])
+
+
+GRAPHS = {
+    "torch.jit.trace": lambda net, x, path: saved(torch.jit.trace(net, x), path),
+    "torch.jit.script": lambda net, x, path: saved(torch.jit.script(net), path),
+    "torch.export": exported,
+    "torch.onnx.export, dynamo=False": lambda *a: onnx(*a, False),
+    "torch.onnx.export, dynamo=True": lambda *a: onnx(*a, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("way", GRAPHS)
+def test_what_is_written_down_has_pytorchs_own(net, way, tmp_path):
+    """And no constant in its place: other images than the example's are other numbers."""
+    x = images(2, 7)
+    if "onnx" in way:  # which would fold the first norm into the convolution
+        x, net = net[0](x).detach(), net[1:].eval()
+    written = GRAPHS[way](net, x, str(tmp_path / "net"))
+    other = x.flip(0) + 1
+    torch.testing.assert_close(written(other), net(other), rtol=1e-4, atol=1e-5)
+    graph = getattr(written, "inlined_graph", getattr(written, "graph", ""))
+    assert "bn_fast" not in str(graph)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_trains(net):
+    scripted = torch.jit.script(copy.deepcopy(net).train())
+    net.train()
+    for seed in range(3):
+        torch.testing.assert_close(scripted(images(4, seed)), net(images(4, seed)))
+    for a, b in zip(scripted.buffers(), net.buffers()):
+        torch.testing.assert_close(a, b)
