@@ -57,8 +57,8 @@ cdef inline double power_of_two(double value) noexcept nogil:
 
 
 cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
-    """What float64 lanes multiply x by so that x - mean is near 1; but a feature as large as that is
-    constant if its deviation is below 1, and must not leave the range."""
+    """What float64 lanes multiply x by so that x - mean is near 1; but a feature as large as that
+    is constant if its deviation is below 1, and must not leave the range."""
     cdef double factor = power_of_two(inv_std)
     return 1 if factor > 1 and fabs(mean) * factor > 1e300 else factor
 
