@@ -16,44 +16,45 @@ from timeit import repeat
 
 import numpy as np
 
-Work = Callable[..., object]  # of the inputs, then the output
+Call = Callable[[], object]
+Work = Callable[..., Call]  # of the inputs, then the output; what it returns does it
 
 CHUNK_BYTES = 1 << 19  # fits L2; larger ones cost less to start
 
 
-def one_pass(*arrays: np.ndarray) -> None:
+def one_pass(*arrays: np.ndarray) -> Call:
     """A copy of one input, a sum of two."""
     *inputs, out = arrays
-    if len(inputs) == 1:
-        np.copyto(out, inputs[0])
-    else:
-        np.add(*inputs, out)
+    return partial(np.copyto, out, *inputs) if len(inputs) == 1 else partial(np.add, *inputs, out)
 
 
-def two_passes(*arrays: np.ndarray) -> None:
-    *inputs, out = arrays
-    step = CHUNK_BYTES // out.itemsize
-    chunks = [slice(start, start + step) for start in range(0, out.size, step)]
-    for chunk in chunks:
-        for a in inputs:
-            np.maximum.reduce(a[chunk])  # NumPy's fastest way to read
-    for chunk in reversed(chunks):
-        one_pass(*(a[chunk] for a in arrays))
+def two_passes(*arrays: np.ndarray) -> Call:
+    step = CHUNK_BYTES // arrays[0].itemsize
+    chunks = [[a[i : i + step] for a in arrays] for i in range(0, arrays[0].size, step)]
+    # NumPy's fastest way to read; of small arrays, though, the call takes longer than the reading.
+    reads = [partial(np.maximum.reduce, a) for *inputs, _ in chunks for a in inputs]
+    writes = [one_pass(*chunk) for chunk in reversed(chunks)]
+    return partial(_all, [*reads, *writes])
 
 
-def fastest(work: Work, arrays: tuple[np.ndarray, ...], n_threads: int) -> Callable[[], None]:
+def _all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def fastest(work: Work, arrays: tuple[np.ndarray, ...], n_threads: int) -> Call:
     """The work on one thread or on all, what is faster: waking threads takes some 20 us."""
     flat = [a.reshape(-1) for a in arrays]
-    alone = partial(work, *flat)
+    alone = work(*flat)
     if n_threads == 1:
         return alone
     # The pool's threads end when the function that holds it is gone.
     pool = ThreadPoolExecutor(n_threads - 1)
-    mine, *theirs = zip(*(np.array_split(a, n_threads) for a in flat))
+    mine, *theirs = (work(*part) for part in zip(*(np.array_split(a, n_threads) for a in flat)))
 
     def together() -> None:
-        jobs = [pool.submit(work, *part) for part in theirs]
-        work(*mine)
+        jobs = [pool.submit(one) for one in theirs]
+        mine()
         wait(jobs)
 
     return min(alone, together, key=lambda call: min(repeat(call, number=1, repeat=10)))

@@ -27,7 +27,7 @@ STYLES = {
     "reference": {"marker": "x", "color": "#555555", "s": 26},
     "copy": {"marker": "|", "color": "#000000", "s": 40},
 }
-LABELS = {"reference": "NumPy (reference)", "copy": "one pass"}
+LABELS = {"reference": "NumPy (reference)", "copy": "copy (one pass)"}
 TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
 
 
