@@ -184,7 +184,7 @@ class Sdist(sdist):
     """Add the files that setuptools does not find by itself (a MANIFEST.in in four lines)."""
 
     def make_distribution(self):
-        patterns = ["CHANGELOG.md", ".ci/*", "bn_fast/*.p*", "bn_fast/*.h", "docs/**/*.md",
+        patterns = ["CHANGELOG.md", ".ci/*", "bn_fast/**/*.p*", "bn_fast/*.h", "docs/**/*.md",
                     "docs/**/*.png", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
         found = {path.as_posix() for pattern in patterns for path in Path().glob(pattern)}
         self.filelist.extend(sorted(found))

@@ -6,7 +6,7 @@ right kind with a wrong shape, size or value. Nothing here writes to anything.
 
 import math
 import operator
-from collections.abc import Container, MutableMapping
+from collections.abc import Container, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,11 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
             f"{name} must have shape ({n_features},), one value for each feature along axis {axis}"
             f" of x, got {array.shape}"
         )
+    return _as_parameter(array)
+
+
+def _as_parameter(array: NDArray[Any]) -> Array:
+    """float32 and float64 as they are; half types, which float32 holds, as that."""
     if array.dtype == np.float32 or array.dtype == np.float64:
         return array
     half = array.dtype == np.float16 or is_bfloat16(array.dtype)
@@ -107,15 +112,16 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         reach += (length - 1) * stride
     output: Array = np.asarray(out)
     for name, array in inputs.items():
-        same = output.ctypes.data == array.ctypes.data and output.strides == array.strides
-        if not same and np.shares_memory(output, array):
-            place = (
-                f"{name} itself or apart from it"
-                if name in ("x", "dout", "residual")
-                else f"apart from {name}"
-            )
+        may_be_out = name in ("x", "dout", "residual")
+        if not (may_be_out and is_same(output, array)) and np.shares_memory(output, array):
+            place = f"{name} itself or apart from it" if may_be_out else f"apart from {name}"
             raise ValueError(f"out must be {place}, got a partial overlap")
     return output
+
+
+def is_same(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape and dtype are the same memory."""
+    return a.size > 0 and a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
 def forward_arrays(
@@ -290,14 +296,14 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     return Settings(mode == "train", eps, momentum, mean, var)
 
 
-def needs(value: Any, out: Any) -> set[str]:
+def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:
     """Which gradients are wanted."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise TypeError(f"needs must be a sequence of names of gradients, got {_kind(value)}")
     names = list(value)
     for name in names:
-        if name not in GRADIENTS:
-            raise ValueError(f"needs must be of {', '.join(GRADIENTS)}, got {name!r}")
+        if name not in gradients:
+            raise ValueError(f"needs must be of {', '.join(gradients)}, got {name!r}")
     if out is not None and "dx" not in names:
         raise ValueError("out is for dx, which needs does not name")
     return set(names)
@@ -406,17 +412,21 @@ def _is_array(value: Any, dtypes: Container[Any], shape: tuple[int, ...]) -> boo
     )  # fmt: skip
 
 
+def _unfit(cache: Any, name: str, expected: str) -> ValueError:
+    got = getattr(cache, name)
+    kind = f"{got.shape} of {got.dtype}" if isinstance(got, np.ndarray) else _kind(got)
+    return ValueError(
+        f"cache cannot be used: its {name} must be {expected}, got {kind}; was it changed?"
+    )
+
+
 def _check_cache(cache: Cache) -> None:
     """Refuse a cache that does not fit itself, as one that was changed by hand: what it says is
     where the engine reads."""
 
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:
-            got = getattr(cache, name)
-            kind = f"{got.shape} of {got.dtype}" if isinstance(got, np.ndarray) else _kind(got)
-            raise ValueError(
-                f"cache cannot be used: its {name} must be {expected}, got {kind}; was it changed?"
-            )
+            raise _unfit(cache, name, expected)
 
     x, axis, stats, options = cache.x, cache.axis, cache.stats, cache.options
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
@@ -524,14 +534,14 @@ def _foreign_cache(cache: Any) -> Cache:
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
         stats[row] = _flat_parameter(value, name, n_features, axis)
     gamma = _flat_parameter(gamma, "gamma", n_features, axis)
-    frozen = bool(getattr(cache, "frozen", False))  # as reference.py's cache of test mode says
+    frozen = bool(getattr(cache, "frozen", False))  # as the reference's cache of test mode says
     return Cache(
         x, gamma, stats, axis, -1.0, frozen, False, options=_foreign_options(cache, x, axis)
     )
 
 
 def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
-    """Those of reference.py's cache, which has them as attributes."""
+    """Those of the reference's cache, which has them as attributes."""
     names = ("activation", "residual", "weights")
     activation, residual, weights = (getattr(cache, name, None) for name in names)
     if activation is None and residual is None and weights is None:

@@ -1,2 +1,2 @@
 # The instruction set that every CPU of the family has.
-include "engine.pxi"
+include "engine/engine.pxi"

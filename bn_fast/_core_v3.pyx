@@ -1,2 +1,2 @@
 # AVX2 (x86-64-v3).
-include "engine.pxi"
+include "engine/engine.pxi"

@@ -1,2 +1,2 @@
 # AVX-512 (x86-64-v4).
-include "engine.pxi"
+include "engine/engine.pxi"

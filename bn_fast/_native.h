@@ -167,6 +167,28 @@ static inline void bn_read_stack(void) {}
 static inline int bn_startable(int n) { return n; }
 #endif
 
+/* Bytes of the caches that one CPU sees: its L1 for data, its L2, and L3, of which a share: a virtual
+ * machine reports all of its host's, and 32 MiB is what a few cores have together. What the system
+ * does not say is that of the machine on which the schedule was measured. */
+#if defined(__linux__)
+#include <unistd.h>
+static inline Py_ssize_t bn_cache(int name, Py_ssize_t other) {
+    long n = sysconf(name);
+    return n > 0 ? (Py_ssize_t)n : other;
+}
+static inline void bn_ask_caches(Py_ssize_t *level) {
+    Py_ssize_t most = (Py_ssize_t)32 << 20;
+    level[0] = bn_cache(_SC_LEVEL1_DCACHE_SIZE, 32 << 10);
+    level[1] = bn_cache(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
+    level[2] = bn_cache(_SC_LEVEL3_CACHE_SIZE, most);
+    if (level[2] > most) level[2] = most;
+}
+#else
+static inline void bn_ask_caches(Py_ssize_t *level) {
+    level[0] = 32 << 10, level[1] = 1 << 20, level[2] = (Py_ssize_t)32 << 20;
+}
+#endif
+
 /* x + y on the units that multiply, as x * 1 + y: rounded once like any sum, so the same bits. CPUs
  * whose adders are apart (Zen) have these units to spare in a sum of differences. The compiler must
  * not know the 1, or it adds. */

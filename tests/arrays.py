@@ -74,7 +74,7 @@ LAYOUTS = {
     "unaligned": unaligned,
 }
 
-# (shape, axis). The numbers around which they lie are the limits of bn_fast/layout.pxi: NARROW 16,
+# (shape, axis). The numbers around which they lie are limits of the layout: NARROW 16,
 # BLOCK_ROWS, TREE_RUN 128, JOIN_COLUMNS, ALONG_RUN 256, MAX_COLUMNS 512, PIECE 1024; and LANES 16.
 SHAPES = [
     ((1, 5), 1),  # one value for each feature
@@ -167,3 +167,14 @@ def widened(half):
     wide = np.lib.stride_tricks.as_strided(memory[first:], half.shape, steps)
     wide[...] = half
     return wide
+
+
+def twin(a):
+    """The same values at the same steps in memory of its own; a copy where elements repeat."""
+    if 0 in a.strides:
+        return np.array(a)
+    low, high = np.lib.array_utils.byte_bounds(a)
+    memory = np.zeros(high - low, np.uint8)
+    view = np.ndarray(a.shape, a.dtype, memory, a.ctypes.data - low, a.strides)
+    view[...] = a
+    return view

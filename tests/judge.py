@@ -1,5 +1,7 @@
 """How results are judged: in roundings (units of the dtype's eps) of the largest value."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 # What the engine must keep, in eps of the result's dtype. It needs about 2.5 at most; each result
@@ -74,3 +76,56 @@ def assert_same_bits(got, expected):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         assert a.tobytes() == b.tobytes()
+
+
+class Exact(NamedTuple):
+    """What a result should be, the size of what was added up for it, and what may be lost anyway.
+
+    apart: elements that are judged by their own size, not by that of all. loose: NaN and infinity
+    may stand for one another.
+    """
+
+    value: np.ndarray
+    scale: float = 0.0
+    floor: float = 0.0
+    apart: np.ndarray | None = None
+    loose: bool = False
+
+
+def fault(name, got, exact, lanes, limit=LIMIT):
+    """What is wrong with a result that lanes of this dtype have computed; "" if nothing is.
+
+    NaN must be NaN and infinity infinity, of the same sign; what the result's dtype cannot hold
+    must be infinite, too.
+    """
+    value = np.asarray(exact.value, np.longdouble)
+    assert got.shape == value.shape
+    half = HALF_EPS.get(got.dtype.name, 0.0)
+    tiny = HALF_NORMAL.get(got.dtype.name) or float(np.finfo(got.dtype).tiny)
+    eps = 2.0 ** (-52 if lanes.itemsize == 8 else -23)
+    with np.errstate(all="ignore"):
+        target = value.astype(np.float32 if half else got.dtype).astype(got.dtype)
+    top = 65520 if got.dtype == np.float16 else float(np.nextafter(np.inf, 0, dtype=_wide(got)))
+    got, target = (a.astype(np.longdouble) for a in (got, target))
+    edge = np.abs(np.abs(value) / top - 1) < limit * eps + half  # may be the largest or infinity
+    finite = np.isfinite(target) & ~edge
+    faults = []
+    for part in [finite] if exact.apart is None else [finite & exact.apart, finite & ~exact.apart]:
+        size = np.abs(value[part])
+        tolerance = limit * eps * max(size.max(initial=0), exact.scale, tiny) + exact.floor
+        error = np.abs(got[part] - value[part]) - half / 2 * np.maximum(size, tiny)
+        if not (error <= tolerance).all():
+            worst = np.argmax(np.where(np.isnan(error), np.inf, error))
+            faults.append(
+                f"{error[worst] / tolerance * limit:.3g} eps off (limit {limit}):"
+                f" {got[part][worst]:.9g} for {value[part][worst]:.9g}"
+            )
+    right = got == target if not exact.loose else ~np.isfinite(got)
+    wrong = ~finite & ~edge & ~(right | (np.isnan(got) & np.isnan(target)))
+    if wrong.any():
+        faults.append(f"{got[wrong][0]:.9g} for {target[wrong][0]:.9g}")
+    return f"{name} is {' and '.join(faults)}" if faults else ""
+
+
+def _wide(a):
+    return np.float64 if a.dtype.itemsize == 8 else np.float32

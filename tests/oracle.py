@@ -1,10 +1,10 @@
-"""The longdouble oracle of `bn_fast.reference`, and the size of what it adds up."""
+"""The longdouble oracle of `bn_fast.reference`, and what it adds up; other norms from it."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from bn_fast.reference import oracle_backward, oracle_forward
+from bn_fast.reference import oracle_backward, oracle_double_backward, oracle_forward
 
 
 class Gradients(NamedTuple):
@@ -51,15 +51,129 @@ def backward(
     t = g - g.mean(axis=others, keepdims=True) if centered else g
     std = np.sqrt(var + np.longdouble(eps))
     inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
-    largest = np.abs(t).max(initial=0)
+    biggest = largest(t)
     if weights is not None:  # the sums come back to each element by its share
         w = np.broadcast_to(np.asarray(weights, np.longdouble), g.shape)
         share = (w / w.sum(axis=others, keepdims=True)).max(initial=0)
-        sums = [np.abs(a).max(initial=0) for a in (gradients[1], gradients[2], x_hat)]
-        largest = max(largest, share * (sums[1] + sums[2] * sums[0]))
-    dx_scale = float(np.abs(gamma * inv_std).max(initial=0) * largest)
-    scales = [float(np.abs(a).sum(axis=others).max(initial=0)) for a in (t * x_hat, g)]
+        sums = [largest(a) for a in (gradients[1], gradients[2], x_hat)]
+        biggest = max(biggest, share * (sums[1] + sums[2] * sums[0]))
+    dx_scale = largest(gamma * inv_std) * biggest
+    scales = [largest(_finite(a).sum(axis=others)) for a in (t * x_hat, g)]
     # What the oracle itself rounds: of a constant feature with weights x_hat is not quite 0.
-    low = float(np.finfo(np.longdouble).eps * np.abs(inv_std).max(initial=0))
-    scales[0] += low * scales[1] * float(np.abs(np.asarray(x, np.float64)).max(initial=0))
+    low = np.finfo(np.longdouble).eps * largest(inv_std)
+    scales[0] += low * scales[1] * largest(np.asarray(x, np.float64))
     return Gradients(*gradients, dx_scale, *scales)
+
+
+def double_backward(ddx, ddgamma, ddbeta, dout, x, gamma, axis=1, mean=None, var=None, eps=1e-5):
+    """The exact results, and the size of what each one adds up: the terms may cancel."""
+    given = {"axis": axis, "mean": mean, "var": var, "eps": eps}
+    results = oracle_double_backward(ddx, ddgamma, ddbeta, dout, x, gamma, **given)
+    others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+    n = x.shape[axis]
+    x_hat, _, batch_var = oracle_forward(x, np.ones(n), np.zeros(n), **given)
+    shape = [n if d == axis % x.ndim else 1 for d in range(x.ndim)]
+    v = batch_var if var is None else np.asarray(var, np.longdouble)
+    std = np.sqrt(v + np.longdouble(eps))
+    r = np.divide(1, std, where=std != 0, out=np.zeros_like(std)).reshape(shape)
+    gamma, ddgamma, ddbeta = (np.reshape(a, shape) for a in (gamma, ddgamma, ddbeta))
+    u, g = np.asarray(ddx, np.longdouble), np.asarray(dout, np.longdouble)
+
+    def mean_size(a):
+        return _finite(a).mean(axis=others, keepdims=True)
+
+    if mean is None:
+        u = u - u.mean(axis=others, keepdims=True)
+        g = g - g.mean(axis=others, keepdims=True)
+    b, d, e = mean_size(u * x_hat), mean_size(g * x_hat), mean_size(u * g)
+    a = np.abs(gamma) * r
+    dx = np.abs(ddgamma) * r * np.abs(g)
+    ddout = a * np.abs(u) + np.abs(ddgamma * x_hat) + np.abs(ddbeta)
+    dgamma = r * e * (x.size // n)
+    if mean is None:
+        dx = dx + r * a * (b * np.abs(g) + d * np.abs(u) + np.abs(x_hat) * (e + 3 * b * d))
+        ddout = ddout + a * b * np.abs(x_hat)
+        dgamma = dgamma + r * b * d * (x.size // n)
+    return results, [largest(size) for size in (dx, dgamma, ddout)]
+
+
+def _finite(a):
+    """Sizes, 0 for what is not finite: that has no say in how large the rest is."""
+    return np.where(np.isfinite(a), np.abs(a), 0)
+
+
+def largest(a):
+    return _finite(a).max(initial=0)
+
+
+def total(a):
+    """The sum of the sizes."""
+    return _finite(a).sum()
+
+
+class Rows(NamedTuple):
+    """x of a norm as rows, one for each statistic, and the way back. For other arrays likewise."""
+
+    cut: object  # an array like x -> long double, shape (n_statistics, M)
+    join: object  # the way back
+    spread: object  # a parameter -> as rows
+    gather: object  # what rows have for a parameter -> its sums over all that share it
+
+
+def _rows(norm, shape, axis, num_groups):
+    """Written for its own sake, by moving axes to where a textbook has them."""
+    if norm in ("layernorm", "rmsnorm"):
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        axes = sorted(a % len(shape) for a in axes)
+        last = range(-len(axes), 0)
+        others = [n for d, n in enumerate(shape) if d not in axes]
+        lengths = [shape[d] for d in axes]
+        m = int(np.prod(lengths))
+        n = int(np.prod(others))
+        return Rows(
+            lambda a: np.moveaxis(a, axes, last).astype(np.longdouble).reshape(n, m),
+            lambda rows: np.moveaxis(rows.reshape(*others, *lengths), last, axes),
+            lambda p: np.broadcast_to(np.asarray(p, np.longdouble).reshape(m), (n, m)),
+            lambda rows: rows.sum(axis=0).reshape(lengths),
+        )
+    moved = np.moveaxis(np.empty(shape), axis, 1).shape
+    n, c, places = moved[0], moved[1], int(np.prod(moved[2:]))
+    g = c if norm == "instancenorm" else num_groups
+    cut = (n * g, c // g * places)
+    return Rows(
+        lambda a: np.moveaxis(a, axis, 1).astype(np.longdouble).reshape(cut),
+        lambda rows: np.moveaxis(rows.reshape(moved), 1, axis),
+        lambda p: np.tile(np.repeat(np.asarray(p, np.longdouble), places), n).reshape(cut),
+        lambda rows: rows.reshape(n, c, places).sum(axis=(0, 2)),
+    )
+
+
+def norm(norm, x, gamma, beta, dout, axis, eps=1e-5, num_groups=None):
+    """out, mean and 1/sqrt(var + eps) of each statistic, and the gradients, in long double.
+
+    Each row is taken around its first value, which is exact: what differs in it is its own size.
+    """
+    to = _rows(norm, np.shape(x), axis, num_groups)
+    rows, g = to.cut(np.asarray(x)), to.cut(np.asarray(dout))
+    gamma, beta = to.spread(gamma), to.spread(beta)
+    t = g * gamma
+    ones, m = np.ones(len(rows)), rows.shape[1]
+    if norm == "rmsnorm":
+        mean = np.zeros(len(rows), np.longdouble)
+        std = np.sqrt((rows * rows).sum(axis=1) / m + eps)
+        inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
+        x_hat = rows * inv_std[:, None]
+        dx = inv_std[:, None] * (t - x_hat * (t * x_hat).sum(axis=1, keepdims=True) / m)
+        size = np.abs(t)
+    else:
+        shifted = rows - rows[:, :1]
+        x_hat, mean, var = oracle_forward(shifted, ones, 0 * ones, axis=0, eps=eps)
+        mean += rows[:, 0]
+        std = np.sqrt(var + eps)
+        inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
+        dx = oracle_backward(t, shifted, ones, axis=0, eps=eps)[0]
+        size = np.abs(t - t.mean(axis=1, keepdims=True))
+    scales = (size * inv_std[:, None]).max(), *(to.gather(abs(a)).max() for a in (g * x_hat, g))
+    gradients = to.join(dx), to.gather(g * x_hat), to.gather(g)
+    out = to.join(x_hat * gamma + beta)
+    return out, mean, inv_std, Gradients(*gradients, *map(float, scales))

@@ -16,6 +16,7 @@ from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_for
 
 from .arrays import DTYPES, HALVES, SHAPES, TALL, hostile, normal, problem, spread_weights
 from .judge import assert_same_bits
+from .problems import OPTIONS
 
 LAYOUTS = ["C", "Fortran", "sliced", "features last"]
 MODES = ["train", "hostile", "test"]
@@ -30,16 +31,6 @@ SHAPES_OF_ROADS = [  # each of the engine's ways to cut an array, and sizes that
     *(((n, 3, 1), 1) for n in (1, 2)),
     *((shape, 1) for shape in ((0, 5), (4, 0), (3, 5, 0))),  # nothing to do
 ]
-
-
-OPTIONS = {  # activation, residual, weights
-    "residual": (None, True, None),
-    "relu": ("relu", False, None),
-    "leaky_relu residual": ("leaky_relu", True, None),
-    "weights": (None, False, "real"),
-    "relu mask": ("relu", False, "mask"),
-    "leaky_relu residual weights": ("leaky_relu", True, "integers"),
-}
 
 
 def results(shape, axis, dtype, layout, mode, kind="plain"):
@@ -109,14 +100,6 @@ KINDS = {
     "second order": second_order,
     "pieces": pieces,
 }
-
-
-@pytest.fixture
-def threads_always(monkeypatch):
-    """Small arrays on several threads too."""
-    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
-    yield
-    bn_fast.set_num_threads(None)
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES_OF_ROADS, ids=str)

@@ -15,10 +15,10 @@ import bn_fast
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/conventions.md", "docs/cs231n.md"]
 MODULES = ["bn_fast"] + [
-    f"bn_fast.{module.name}"
-    for module in pkgutil.iter_modules(bn_fast.__path__)
+    module.name
+    for module in pkgutil.walk_packages(bn_fast.__path__, "bn_fast.")
     # the command runs when it is imported; of the kernels only the chosen level may be
-    if module.name != "__main__" and not module.name.startswith("_core_")
+    if not module.name.startswith(("bn_fast.__main__", "bn_fast._core_"))
 ]
 
 

@@ -140,7 +140,7 @@ def test_any_layout(dtype, shape, axis, layout, mode):
 
 @pytest.mark.parametrize("length", [512, 513, 1000])
 def test_long_runs_element_by_element(dtype, length):
-    """Rows of one feature's, wider than half.pxi's HALF_PIECE of 512, gathered and scattered."""
+    """Rows of one feature's, wider than storage.pxi's HALF_PIECE of 512, gathered and scattered."""
     x, dout, gamma, beta = half_problem((2, 3, length), 1, dtype)
     expected = call(x, dout, gamma, beta, 1)
     sliced = LAYOUTS["sliced"]

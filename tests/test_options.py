@@ -26,7 +26,7 @@ from .arrays import (
     widened,
 )
 from .judge import assert_same_bits, check, check_gradients
-from .test_properties import arrays, few, problems
+from .strategies import arrays, few, problems
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
 SLOPE = 0.25  # a power of two: exact in every dtype

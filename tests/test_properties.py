@@ -1,98 +1,19 @@
 """Any shape, axis, strides, dtype and parameters, against the oracle; and finite differences."""
 
-import tempfile
 from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import bn_fast
 from bn_fast import batchnorm_backward, batchnorm_forward
 
 from . import oracle
-from .arrays import DTYPES, normal, strided, unaligned
+from .arrays import normal, strided
 from .judge import assert_same_bits, check, check_gradients
-
-# No database: the package under test may be installed where nothing can be written.
-few = settings(max_examples=250, deadline=None, database=None, derandomize=True)
-
-
-MODES = ["train", "test"]
-EPS = [1e-5, 1e-3, 0.5]
-
-
-def memory_mapped(a):
-    """The array in a file, its strides kept."""
-    low = np.lib.array_utils.byte_bounds(a)[0]
-    memory = np.lib.array_utils.byte_bounds(a)[1] - low
-    with tempfile.TemporaryFile() as file:
-        file.truncate(memory)
-        array = np.ndarray(
-            a.shape, a.dtype, np.memmap(file, np.uint8), a.ctypes.data - low, a.strides
-        )
-    array[...] = a
-    array.flags.writeable = False
-    return array
-
-
-@st.composite
-def arrays(draw, shape, wild=False, dtypes=DTYPES):
-    """An array of this shape in any order and direction, with gaps, repeats and odd addresses."""
-    ndim = len(shape)
-    seed = draw(st.integers(0, 2**16))
-    dtype = draw(st.sampled_from(dtypes))
-    values = normal(shape, dtype, seed) + dtype(draw(st.sampled_from([0, 100])))
-    if wild:
-        values += dtype(draw(st.sampled_from([0, 0, 1e4, -3e5])))
-        values *= dtype(draw(st.sampled_from([1, 1, 1, 1e-3, 1e5, 1e8, 1e-12])))
-        if draw(st.integers(0, 4)) == 0:  # constant along some axis, or everywhere
-            which = draw(st.integers(0, 2**ndim - 1))
-            values[...] = values[
-                tuple(slice(0, 1 if which >> d & 1 else None) for d in range(ndim))
-            ]
-    repeated = tuple(slice(0, 1) if draw(st.integers(0, 9)) == 0 else slice(None) for _ in shape)
-    values = values[repeated]
-    steps = draw(st.tuples(*[st.sampled_from([1, 1, 1, -1, 2, -3])] * ndim))
-    array = strided(values, draw(st.permutations(range(ndim))), steps)
-    form = draw(
-        st.sampled_from(["", "", "", "byte-swapped", "unaligned", "integers", "memory map"])
-    )
-    if form == "byte-swapped" and array.dtype.kind == "f":  # ml_dtypes has none
-        array = array.astype(array.dtype.newbyteorder())
-    elif form == "unaligned":
-        array = unaligned(array)
-    elif form == "integers":
-        array = (4 * array % 30000).astype(np.int16)
-    elif form == "memory map":
-        array = memory_mapped(array)
-    array = np.broadcast_to(array, shape)
-    return array
-
-
-@st.composite
-def problems(draw, wild=False, dtypes=DTYPES):
-    shape = draw(st.lists(st.integers(1, 12), min_size=2, max_size=5))
-    if draw(st.booleans()):
-        long = draw(st.integers(0, len(shape) - 1))
-        shape = [min(n, 4) for n in shape]
-        shape[long] = draw(st.integers(1, 600))
-    shape = tuple(shape)
-    axis = draw(st.integers(-len(shape), len(shape) - 1))
-    x, dout = draw(arrays(shape, wild, dtypes)), draw(arrays(shape, wild))
-    shares = draw(st.integers(0, 9))
-    if shares == 0:
-        dout = x
-    elif shares == 1:
-        dout = x[::-1]  # shares memory with x, at other places
-    values = st.lists(
-        st.floats(-4, 4, width=16).filter(lambda v: v == 0 or abs(v) > 0.1),
-        min_size=shape[axis],
-        max_size=shape[axis],
-    )
-    gamma, beta = np.array(draw(values)), np.array(draw(values))
-    return x, dout, gamma, beta, axis
+from .strategies import EPS, MODES, few, problems
 
 
 def check_problem(problem, mode, eps):

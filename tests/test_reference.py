@@ -475,11 +475,19 @@ def test_spatial():
 
 
 def test_the_reference_imports_numpy_only():
-    modules = set()
-    for node in ast.walk(ast.parse(inspect.getsource(reference))):
+    """And what checks and keeps arguments for it and the compiled functions alike."""
+    assert imported_by(reference) == {".batch", ".norms"}
+    assert imported_by(reference.batch) == {"numpy", "numpy.lib.array_utils", "numpy.typing"}
+    shared = {"..", ".._cache", ".._norm_checks", ".._types"}
+    assert imported_by(reference.norms) == {"numpy", "numpy.typing"} | shared
+
+
+def imported_by(module):
+    """The modules that its source names, but for the standard library's."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.ImportFrom):
-            modules.add("." * node.level + node.module)
+            names.add("." * node.level + (node.module or ""))
         elif isinstance(node, ast.Import):
-            modules.update(alias.name for alias in node.names)
-    outside = {name for name in modules if name.split(".")[0] not in sys.stdlib_module_names}
-    assert outside == {"numpy", "numpy.lib.array_utils", "numpy.typing"}
+            names.update(alias.name for alias in node.names)
+    return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}

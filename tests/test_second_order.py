@@ -16,10 +16,10 @@ from bn_fast import (
     reference,
 )
 
-from . import judge
+from . import judge, oracle
 from .arrays import DTYPES, HALVES, LAYOUTS, SHAPES, TALL, normal, problem
 from .judge import LIMIT, assert_same_bits, describe, roundings
-from .test_properties import arrays, few, problems
+from .strategies import arrays, few, problems
 
 MODES = ["train", "test"]
 RESULTS = "dx", "dgamma", "ddout"
@@ -46,40 +46,9 @@ def call(ddx, ddgamma, ddbeta, dout, x, gamma, axis=1, mean=None, var=None, eps=
     return batchnorm_double_backward(ddx, ddgamma, ddbeta, dout, cache)
 
 
-def oracle(ddx, ddgamma, ddbeta, dout, x, gamma, axis=1, mean=None, var=None, eps=1e-5):
-    """The exact results, and the size of what each one adds up: the terms may cancel."""
-    given = {"axis": axis, "mean": mean, "var": var, "eps": eps}
-    results = reference.oracle_double_backward(ddx, ddgamma, ddbeta, dout, x, gamma, **given)
-    others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
-    n = x.shape[axis]
-    x_hat, _, batch_var = reference.oracle_forward(x, np.ones(n), np.zeros(n), **given)
-    shape = [n if d == axis % x.ndim else 1 for d in range(x.ndim)]
-    v = batch_var if var is None else np.asarray(var, np.longdouble)
-    r = (1 / np.sqrt(v + np.longdouble(eps))).reshape(shape)
-    gamma, ddgamma, ddbeta = (np.reshape(a, shape) for a in (gamma, ddgamma, ddbeta))
-    u, g = np.asarray(ddx, np.longdouble), np.asarray(dout, np.longdouble)
-
-    def mean_size(a):
-        return np.abs(a).mean(axis=others, keepdims=True)
-
-    if mean is None:
-        u = u - u.mean(axis=others, keepdims=True)
-        g = g - g.mean(axis=others, keepdims=True)
-    b, d, e = mean_size(u * x_hat), mean_size(g * x_hat), mean_size(u * g)
-    a = np.abs(gamma) * r
-    dx = np.abs(ddgamma) * r * np.abs(g)
-    ddout = a * np.abs(u) + np.abs(ddgamma * x_hat) + np.abs(ddbeta)
-    dgamma = r * e * (x.size // n)
-    if mean is None:
-        dx = dx + r * a * (b * np.abs(g) + d * np.abs(u) + np.abs(x_hat) * (e + 3 * b * d))
-        ddout = ddout + a * b * np.abs(x_hat)
-        dgamma = dgamma + r * b * d * (x.size // n)
-    return results, [float(np.max(size)) for size in (dx, dgamma, ddout)]
-
-
 def check(arguments, limit=LIMIT, **given):
     got = call(*arguments, **given)
-    expected, scales = oracle(*arguments, **given)
+    expected, scales = oracle.double_backward(*arguments, **given)
     x = arguments[4]
     for name, a, b, scale in zip(RESULTS, got, expected, scales, strict=True):
         assert a.dtype == x.dtype.newbyteorder("=")
@@ -132,7 +101,7 @@ def check_any_problem(half, data, wild=False):
     zeros = np.zeros(x.shape), np.zeros(n), np.zeros(n)
     arguments = [zero if a is None else a for a, zero in zip(given, zeros, strict=True)]
     arguments = [arguments[0].astype(dtype), *arguments[1:], dout.astype(dtype), x, gamma]
-    expected, scales = oracle(*arguments, axis, mean, var)
+    expected, scales = oracle.double_backward(*arguments, axis, mean, var)
     for name, a, b, scale in zip(RESULTS, got, expected, scales, strict=True):
         single = dtype.itemsize == 2 and name == "dgamma"
         judge.check(name, a, b, a.astype(np.float32) if single else like, 8, scale)

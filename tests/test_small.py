@@ -8,7 +8,7 @@ from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_for
 
 from .arrays import DTYPES, HALVES, normal, problem, spread_weights
 from .judge import assert_same_bits
-from .test_bits import OPTIONS, threads_always  # noqa: F401
+from .problems import OPTIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),

@@ -1,4 +1,4 @@
-r"""What the functions of bn_fast mean, in plain NumPy, and an oracle to judge any of them by.
+r"""Batch normalization in plain NumPy, its derivations, and an oracle.
 
 Three kinds of functions, none of which calls compiled code:
 
@@ -32,28 +32,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
 from numpy.typing import ArrayLike, NDArray
-
-__all__ = [
-    "Cache",
-    "FrozenCache",
-    "Moments",
-    "backward_apply",
-    "backward_reduce",
-    "batchnorm_backward",
-    "batchnorm_backward_alt",
-    "batchnorm_backward_column_wise",
-    "batchnorm_backward_element_wise",
-    "batchnorm_backward_three_pathways",
-    "batchnorm_double_backward",
-    "batchnorm_forward",
-    "moments",
-    "normalize",
-    "oracle_backward",
-    "oracle_double_backward",
-    "oracle_forward",
-    "spatial_batchnorm_backward",
-    "spatial_batchnorm_forward",
-]
 
 Array = NDArray[np.floating[Any]]
 Gradients = tuple[Array, Array, Array]

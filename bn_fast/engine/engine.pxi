@@ -1,0 +1,29 @@
+# The engine, read top down: each file uses only what stands above it.
+
+cimport numpy as cnp
+from cython.parallel cimport parallel, threadid
+from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, sqrt
+from libc.stdlib cimport calloc, free, malloc
+from libc.stdint cimport INTPTR_MAX
+from libc.string cimport memcpy, memset
+
+cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
+
+cdef extern from "_native.h" nogil:
+    void bn_read_stack()
+    int bn_startable(int n_threads)
+    void bn_barrier(int n_threads)
+    int bn_team "omp_get_num_threads" ()
+
+cnp.import_array()
+bn_read_stack()
+
+include "kernels.pxi"
+include "storage.pxi"
+include "layout.pxi"
+include "schedule.pxi"
+include "settle.pxi"
+include "ops.pxi"
+include "sweep.pxi"
+include "calls.pxi"

@@ -1,0 +1,696 @@
+# The arithmetic: every loop over the columns of rows, written once.
+#
+# A kernel sees a *block*: a few rows of `width` adjacent elements ("columns") of each array, given
+# by one pointer a row, and constants of the columns.  What a column means (a feature, an element of
+# a feature's run, or both) is the layout's business; the kernels only know that column j has
+# shift[j], coef[j], ...  Therefore one kernel serves every layout, and `lane` every dtype.
+#
+#     reduce:  sum_1[j] += sum_i d_ij,  sum_2[j] += sum_i d_ij^2,           d = x - shift
+#              sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,        t = dout - shift
+#     apply:   y_ij = the sum of (input - shift_j) coef_j over one to three inputs, + bias_j
+#
+#   (a) Sums.  Eight (or four) rows are added as a tree in `lane`, and only the tree's root goes
+#       into the double accumulator of the column.  A tree adds no more than three roundings, so a
+#       float32 sum is as good as one in double to about 2^-24 / sqrt(rows), at twice the speed of
+#       converting every element (measured, 256 x 512 in L2, AVX-512: 13.3 against 6.8 Gelem/s).
+#   (b) Order.  Column j meets its rows in order and the tree is fixed, so the result does not
+#       depend on the vector length: the same bits on every instruction set (contraction is off).
+#   (c) Squares.  d = x - shift with the shift near the mean, never E[x^2] - E[x]^2: x - shift is
+#       exact for x within a factor of two of the shift (Sterbenz), whatever the offset.
+#   (d) Rows come in multiples of TREE_ROWS for sums, of APPLY_ROWS for output; the caller pads with
+#       rows equal to the shift, which add exactly 0, and with a spare row to write to, instead of a
+#       second loop here for the rest.
+#   (e) Sums are `restrict`: nothing else points at them, so that no compiler has to ask at run time
+#       whether it may vectorize.
+#   (f) Rows from far away are walked strip by strip of STRIP columns, and the rows that come next
+#       are prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight
+#       rows: summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows
+#       13, in strips 8, and one sequential read 6 (one thread).
+
+ctypedef fused lane:
+    float
+    double
+
+cdef extern from "_native.h" nogil:
+    void bn_prefetch(const char* address, Py_ssize_t n)
+    void bn_stream(char* to, const char* from_, Py_ssize_t n)
+    void bn_stream_end()
+    bint BN_STREAMS
+    double bn_one()
+    double bn_plus(double x, double y, double one)
+    float bn_plusf(float x, float y, float one)
+
+cdef enum:
+    TREE_ROWS = 8             # of x alone; of x and dout four, see sum_products_tree
+    APPLY_ROWS = 4
+    MAX_COLUMNS = 1056        # of a row
+    STRIP = 64
+    LANES = 16                # columns that a long run of one feature is wound up on: a cache line
+
+cdef enum:                    # roles of the arrays: x (or the only input), dout,
+    X = 0
+    G = 1
+    R = 2                     # a third input: the residual; in second order the gradient of dx,
+    Y = 3                     # the output,
+    D = 4                     # a second output: the gradient of the residual; of dout,
+    W = 5                     # weights, which repeat themselves along the features
+    N_ROLES = 6
+
+# ---------------------------------------------------------------- tags
+#
+# Tags are pointers to these types, always NULL, so that Cython decides every `is` when it compiles:
+# no loop asks.  An activation is a tag, a name, and a branch of each function that names the
+# others.
+#
+#   y = activate(z) in the registers of the loop that makes z.  Backward forms z again from x and
+#   the constants of forward: the same bits and so the same gate, and nothing of x's size has to be
+#   kept.  At z = 0 the slope is that from below, as in PyTorch.  NaN is not <= 0, so it comes
+#   through; relu is no product with 0, so -inf and infinite gradients leave 0 there and not NaN.
+
+cdef struct Identity:
+    char unused
+
+cdef struct Relu:
+    char unused
+
+cdef struct LeakyRelu:
+    char unused
+
+ctypedef fused activation:
+    Identity
+    Relu
+    LeakyRelu
+
+cdef enum Activation:
+    IDENTITY
+    RELU
+    LEAKY_RELU
+
+activations = {"relu": RELU, "leaky_relu": LEAKY_RELU}
+
+cdef struct Affine:           # activate(x' + bias), x' = (x - shift) coef
+    char unused
+
+cdef struct Added:            # activate(x' + bias + r)
+    char unused
+
+cdef struct Opened:           # what of g comes through the activation of x' + bias
+    char unused
+
+cdef struct AddedOpened:      # ... of x' + bias + r
+    char unused
+
+cdef struct Gradient:         # g' + x' + bias, g having come through the activation
+    char unused
+
+cdef struct Mixed:            # g' + r' + x' + bias
+    char unused
+
+ctypedef fused formula:
+    Affine
+    Added
+    Opened
+    AddedOpened
+    Gradient
+    Mixed
+
+cdef enum Formula:
+    AFFINE
+    OPENED
+    GRADIENT
+    MIXED
+
+cdef struct Block:
+    char** row[N_ROLES]       # row[R] is NULL where there is no residual
+    Py_ssize_t n_rows
+    Py_ssize_t width
+    Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
+    bint along                # rows are one feature's, all with the same constants
+    const char* shift[3]      # of x, dout and the third input; columns of the rows' type
+    const char* coef[3]
+    const char* bias
+    Formula formula
+    Activation activation
+    double slope              # the activation's, below 0
+    const char* open_scale    # forward's constants of x for the gate in GRADIENT and in sums; the
+    const char* open_bias     # shift is that of x,
+    const char* open_shift    # but in sums it is forward's own
+    double* sum_1
+    double* sum_2
+
+
+cdef inline lane activate(lane z, lane slope, const activation* activation_tag) noexcept nogil:
+    if activation is Relu:
+        return 0 if z <= 0 else z
+    elif activation is LeakyRelu:
+        return slope * z if z <= 0 else z
+    else:
+        return z
+
+
+cdef inline lane gate(
+    lane g, lane z, lane slope, const activation* activation_tag,
+) noexcept nogil:
+    """What of a gradient with respect to activate(z) comes through to z."""
+    if activation is Relu:
+        return 0 if z <= 0 else g
+    elif activation is LeakyRelu:
+        return slope * g if z <= 0 else g
+    else:
+        return g
+
+
+cdef inline lane let_through(
+    lane g, lane d, lane a, lane c, lane slope, const activation* activation_tag,
+) noexcept nogil:
+    """What of dout comes through the activation: forward's own arithmetic decides, to the bit, from
+    d = x - its shift on."""
+    if activation is Identity:
+        return g
+    else:
+        return gate(g, d * a + c, slope, activation_tag)
+
+
+cdef inline lane plus(lane x, lane y, lane one) noexcept nogil:
+    """x + y, by the units that multiply where there are such; `one` is bn_one()."""
+    if lane is float:
+        return bn_plusf(x, y, one)
+    else:
+        return bn_plus(x, y, one)
+
+
+cdef inline void prefetch_rows(
+    char** rows, Py_ssize_t n_rows, Py_ssize_t strip, Py_ssize_t width, const lane* lane_tag,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n_rows):
+        bn_prefetch(
+            rows[i] + strip * sizeof(lane), min(<Py_ssize_t> STRIP, width - strip) * sizeof(lane)
+        )
+
+
+# ---------------------------------------------------------------- sums
+
+cdef inline void sum_squares_tree(
+    const lane* x0, const lane* x1, const lane* x2, const lane* x3,
+    const lane* x4, const lane* x5, const lane* x6, const lane* x7,
+    Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """Eight rows of the columns first .. last - 1 into their sums."""
+    cdef Py_ssize_t j
+    cdef lane k, d0, d1, d2, d3, d4, d5, d6, d7
+    for j in range(first, last):
+        k = shift[j]
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
+        d4 = plus(x4[j], -k, one)
+        d5 = plus(x5[j], -k, one)
+        d6 = plus(x6[j], -k, one)
+        d7 = plus(x7[j], -k, one)
+        s[j] += <double> (
+            (plus(d0, d1, one) + (d2 + d3)) + (plus(d4, d5, one) + (d6 + d7))
+        )
+        ss[j] += <double> (
+            ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+            + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+        )
+
+
+cdef void sum_squares_across(const Block* block, const lane* lane_tag) noexcept nogil:
+    """sum_1[j] += sum_i d_ij,  sum_2[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
+    cdef char** rows = block.row[X]
+    cdef const lane* shift = <const lane*> block.shift[X]
+    cdef Py_ssize_t i, strip, width = block.width, step = STRIP if block.ahead else width
+    cdef lane one = <lane> bn_one()
+    for i in range(0, block.n_rows, 8):  # TREE_ROWS; Cython wants a literal step
+        strip = 0
+        while strip < width:
+            if block.ahead:
+                prefetch_rows(rows + i + block.ahead, 8, strip, width, lane_tag)
+            sum_squares_tree(
+                <const lane*> rows[i], <const lane*> rows[i + 1],
+                <const lane*> rows[i + 2], <const lane*> rows[i + 3],
+                <const lane*> rows[i + 4], <const lane*> rows[i + 5],
+                <const lane*> rows[i + 6], <const lane*> rows[i + 7],
+                strip, min(strip + step, width), shift, one, block.sum_1, block.sum_2,
+            )
+            strip += step
+
+
+cdef void last_rows(
+    const lane* x, Py_ssize_t left, int n, const lane* shift, const lane** rows, lane* last,
+) noexcept nogil:
+    """The `left` elements after a run's trees as the n rows of one more: what is missing is the
+    shift, which adds 0.  (Its last LANES elements with a mask instead of a copy of some cost 30 %,
+    (32, 256, 14, 14) backward.)"""
+    cdef Py_ssize_t j, k, whole = left // LANES
+    for k in range(n):
+        rows[k] = x + k * LANES if k < whole else shift
+    if left % LANES:
+        for j in range(LANES):
+            last[j] = x[whole * LANES + j] if j < left % LANES else shift[j]
+        rows[whole] = last
+
+
+cdef void sum_squares_along(const Block* block, const lane* lane_tag) noexcept nogil:
+    """The same where a row is one feature's, wound up on LANES columns: a sequential read, which
+    needs no prefetch (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
+    cdef Py_ssize_t i, j, r, width = block.width
+    cdef Py_ssize_t trees = width // (TREE_ROWS * LANES), left = width % (TREE_ROWS * LANES)
+    cdef lane one = <lane> bn_one()
+    cdef const lane* shift = <const lane*> block.shift[X]
+    cdef const lane* x
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    cdef const lane* row[TREE_ROWS]
+    cdef lane[LANES] last
+    for j in range(LANES):
+        s[j] = block.sum_1[j]
+        ss[j] = block.sum_2[j]
+    for r in range(block.n_rows):
+        x = <const lane*> block.row[X][r]
+        for i in range(trees):
+            sum_squares_tree(
+                x, x + LANES, x + 2 * LANES, x + 3 * LANES,
+                x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
+                0, LANES, shift, one, s, ss,
+            )
+            x += TREE_ROWS * LANES
+        if left:
+            last_rows(x, left, TREE_ROWS, shift, row, last)
+            sum_squares_tree(
+                row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
+                0, LANES, shift, one, s, ss,
+            )
+    for j in range(LANES):
+        block.sum_1[j] = s[j]
+        block.sum_2[j] = ss[j]
+
+
+cdef inline void sum_products_tree(
+    const lane* x0, const lane* x1, const lane* x2, const lane* x3,
+    const lane* g0, const lane* g1, const lane* g2, const lane* g3,
+    Py_ssize_t first, Py_ssize_t last, const lane* shift_x, const lane* shift_g,
+    lane one, double* restrict s, double* restrict ss,
+    const lane* open_shift, const lane* open_scale, const lane* open_bias, lane open_slope,
+    const activation* activation_tag,
+) noexcept nogil:
+    """Four rows; eight pairs would fill the ways of a cache set where rows lie 4 KiB apart."""
+    cdef Py_ssize_t j
+    cdef lane k, m, d0, d1, d2, d3, t0, t1, t2, t3, o = 0, a = 0, c = 0
+    for j in range(first, last):
+        k = shift_x[j]
+        m = shift_g[j]
+        if activation is not Identity:
+            o = open_shift[j]
+            a = open_scale[j]
+            c = open_bias[j]
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
+        t0 = let_through(g0[j], x0[j] - o, a, c, open_slope, activation_tag)
+        t1 = let_through(g1[j], x1[j] - o, a, c, open_slope, activation_tag)
+        t2 = let_through(g2[j], x2[j] - o, a, c, open_slope, activation_tag)
+        t3 = let_through(g3[j], x3[j] - o, a, c, open_slope, activation_tag)
+        t0 = plus(t0, -m, one)
+        t1 = plus(t1, -m, one)
+        t2 = plus(t2, -m, one)
+        t3 = plus(t3, -m, one)
+        s[j] += <double> ((t0 + t1) + (t2 + t3))
+        ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
+
+
+cdef void sum_products_across(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    """sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
+
+    Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
+    would cost its digits there.  Behind an activation dout is what comes through it.
+    """
+    cdef const lane* shift_x = <const lane*> block.shift[X]
+    cdef const lane* shift_g = <const lane*> block.shift[G]
+    cdef const lane* open_shift = <const lane*> block.open_shift
+    cdef const lane* open_scale = <const lane*> block.open_scale
+    cdef const lane* open_bias = <const lane*> block.open_bias
+    cdef lane open_slope = <lane> block.slope
+    cdef char** x_rows = block.row[X]
+    cdef char** g_rows = block.row[G]
+    cdef Py_ssize_t i, strip, width = block.width, ahead = block.ahead
+    cdef Py_ssize_t step = STRIP if ahead else width
+    cdef lane one = <lane> bn_one()
+    for i in range(0, block.n_rows, 4):
+        strip = 0
+        while strip < width:
+            if ahead:
+                prefetch_rows(x_rows + i + ahead, 4, strip, width, lane_tag)
+                prefetch_rows(g_rows + i + ahead, 4, strip, width, lane_tag)
+            sum_products_tree(
+                <const lane*> x_rows[i], <const lane*> x_rows[i + 1],
+                <const lane*> x_rows[i + 2], <const lane*> x_rows[i + 3],
+                <const lane*> g_rows[i], <const lane*> g_rows[i + 1],
+                <const lane*> g_rows[i + 2], <const lane*> g_rows[i + 3],
+                strip, min(strip + step, width), shift_x, shift_g, one, block.sum_1, block.sum_2,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
+            )
+            strip += step
+
+
+cdef void sum_products_along(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    """The same where a row is one feature's, wound up on LANES columns."""
+    cdef const lane* shift_x = <const lane*> block.shift[X]
+    cdef const lane* shift_g = <const lane*> block.shift[G]
+    cdef const lane* open_shift = <const lane*> block.open_shift
+    cdef const lane* open_scale = <const lane*> block.open_scale
+    cdef const lane* open_bias = <const lane*> block.open_bias
+    cdef lane open_slope = <lane> block.slope
+    cdef Py_ssize_t i, j, r
+    cdef Py_ssize_t trees = block.width // (4 * LANES), left = block.width % (4 * LANES)
+    cdef lane one = <lane> bn_one()
+    cdef const lane* x
+    cdef const lane* g
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    cdef const lane* x_row[4]
+    cdef const lane* g_row[4]
+    cdef lane[LANES] x_last
+    cdef lane[LANES] g_last
+    for j in range(LANES):
+        s[j] = block.sum_1[j]
+        ss[j] = block.sum_2[j]
+    for r in range(block.n_rows):
+        x = <const lane*> block.row[X][r]
+        g = <const lane*> block.row[G][r]
+        for i in range(trees):
+            sum_products_tree(
+                x, x + LANES, x + 2 * LANES, x + 3 * LANES,
+                g, g + LANES, g + 2 * LANES, g + 3 * LANES,
+                0, LANES, shift_x, shift_g, one, s, ss,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
+            )
+            x += 4 * LANES
+            g += 4 * LANES
+        if left:
+            last_rows(x, left, 4, shift_x, x_row, x_last)
+            last_rows(g, left, 4, shift_g, g_row, g_last)
+            sum_products_tree(
+                x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
+                0, LANES, shift_x, shift_g, one, s, ss,
+                open_shift, open_scale, open_bias, open_slope, activation_tag,
+            )
+    for j in range(LANES):
+        block.sum_1[j] = s[j]
+        block.sum_2[j] = ss[j]
+
+
+cdef inline void sum_products_walked(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    if block.along:
+        sum_products_along(block, lane_tag, activation_tag)
+    else:
+        sum_products_across(block, lane_tag, activation_tag)
+
+
+cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) noexcept nogil:
+    """Add a block to the sums of its columns."""
+    if products and block.activation == RELU:
+        sum_products_walked[lane, Relu](block, lane_tag, NULL)
+    elif products and block.activation == LEAKY_RELU:
+        sum_products_walked[lane, LeakyRelu](block, lane_tag, NULL)
+    elif products:
+        sum_products_walked[lane, Identity](block, lane_tag, NULL)
+    elif block.along:
+        sum_squares_along(block, lane_tag)
+    else:
+        sum_squares_across(block, lane_tag)
+
+
+# ---------------------------------------------------------------- output
+
+cdef inline lane combine(
+    lane x, lane g, lane r, lane k, lane m, lane n, lane a, lane b, lane e, lane c,
+    lane open_scale, lane open_bias, lane slope, lane one,
+    const formula* formula_tag, const activation* activation_tag,
+) noexcept nogil:
+    """One element.  The bias comes before a residual and after gradients: that is where the digits
+    are."""
+    cdef lane d, z
+    if formula is Gradient or formula is Mixed:
+        d = plus(x, -k, one)
+        z = (let_through(g, d, open_scale, open_bias, slope, activation_tag) - m) * b
+        if formula is Mixed:
+            z = z + (r - n) * e
+        z = (z + d * a) + c
+    else:
+        z = (x - k) * a + c
+        if formula is Added or formula is AddedOpened:
+            z = z + r
+        if formula is Affine or formula is Added:
+            z = activate(z, slope, activation_tag)
+        else:
+            z = gate(g, z, slope, activation_tag)
+    return z
+
+
+cdef inline bint takes_second(const formula* formula_tag) noexcept nogil:
+    return not (formula is Affine or formula is Added)
+
+
+cdef inline bint takes_third(const formula* formula_tag) noexcept nogil:
+    return formula is Added or formula is AddedOpened or formula is Mixed
+
+
+cdef inline void apply_four(
+    const lane* restrict x0, const lane* restrict x1,
+    const lane* restrict x2, const lane* restrict x3,
+    const lane* restrict g0, const lane* restrict g1,
+    const lane* restrict g2, const lane* restrict g3,
+    const lane* restrict r0, const lane* restrict r1,
+    const lane* restrict r2, const lane* restrict r3,
+    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
+    const lane* restrict shift_x, const lane* restrict shift_g, const lane* restrict shift_r,
+    const lane* restrict coef_x, const lane* restrict coef_g, const lane* restrict coef_r,
+    const lane* restrict bias, const lane* restrict open_scale, const lane* restrict open_bias,
+    lane slope, lane one, const formula* formula_tag, const activation* activation_tag,
+) noexcept nogil:
+    """Four rows at a time, so that the constants are loaded once for four."""
+    cdef Py_ssize_t j
+    cdef lane k, m = 0, n = 0, a, b = 0, e = 0, c, oa = 0, oc = 0
+    for j in range(width):
+        k = shift_x[j]
+        a = coef_x[j]
+        c = bias[j]
+        if formula is Gradient or formula is Mixed:
+            m = shift_g[j]
+            b = coef_g[j]
+            if activation is not Identity:
+                oa = open_scale[j]
+                oc = open_bias[j]
+        if formula is Mixed:
+            n = shift_r[j]
+            e = coef_r[j]
+        y0[j] = combine(
+            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
+            activation_tag,
+        )
+        y1[j] = combine(
+            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
+            activation_tag,
+        )
+        y2[j] = combine(
+            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
+            activation_tag,
+        )
+        y3[j] = combine(
+            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
+            activation_tag,
+        )
+
+
+cdef void apply_across(
+    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef char** x
+    cdef char** g
+    cdef char** r
+    cdef char** y
+    for i in range(0, block.n_rows, 4):  # APPLY_ROWS
+        x = block.row[X] + i
+        y = block.row[Y] + i
+        g = block.row[G] + i if takes_second(formula_tag) else x
+        r = block.row[R] + i if takes_third(formula_tag) else x
+        apply_four(
+            <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
+            <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
+            <const lane*> r[0], <const lane*> r[1], <const lane*> r[2], <const lane*> r[3],
+            <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
+            <const lane*> block.shift[X], <const lane*> block.shift[G],
+            <const lane*> block.shift[R], <const lane*> block.coef[X],
+            <const lane*> block.coef[G], <const lane*> block.coef[R], <const lane*> block.bias,
+            <const lane*> block.open_scale, <const lane*> block.open_bias,
+            <lane> block.slope, <lane> bn_one(), formula_tag, activation_tag,
+        )
+
+
+cdef inline void apply_row(
+    const lane* restrict x, const lane* restrict g, const lane* restrict r, lane* restrict y,
+    Py_ssize_t width, const lane* restrict shift_x, const lane* restrict shift_g,
+    const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
+    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
+    const lane* restrict open_bias, Py_ssize_t each, lane slope, lane one,
+    const formula* formula_tag, const activation* activation_tag,
+) noexcept nogil:
+    cdef Py_ssize_t j, k
+    for j in range(width):
+        k = j * each
+        y[j] = combine(
+            x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k], coef_r[k],
+            bias[k], open_scale[k], open_bias[k], slope, one, formula_tag, activation_tag,
+        )
+
+
+cdef inline void apply_singly(
+    const Block* block, Py_ssize_t each, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag,
+) noexcept nogil:
+    """The same row by row: where a row is one feature's, all with the same constants (each = 0); or
+    each column with its own (1) where the rows come from far away, as the hardware's prefetchers
+    lose the thread among four rows of every array ((65536, 128) backward 12 % slower, one thread,
+    (12544, 160) 17 %).  Of runs the output alone is prefetched, see PREFETCH_OUTPUT."""
+    cdef Py_ssize_t i, strip, first, width = block.width, ahead = block.ahead
+    cdef Py_ssize_t step = STRIP if ahead else width
+    cdef bint second = takes_second(formula_tag), third = takes_third(formula_tag)
+    cdef lane one = <lane> bn_one()
+    cdef char** g
+    cdef char** r
+    for i in range(block.n_rows):
+        g = block.row[G] + i if second else block.row[X] + i
+        r = block.row[R] + i if third else block.row[X] + i
+        strip = 0
+        while strip < width:
+            first = strip * each
+            if ahead and not each and not (formula is Gradient or formula is Mixed):
+                if i + 1 < block.n_rows:
+                    prefetch_rows(block.row[Y] + i + 1, 1, strip, width, lane_tag)
+            elif ahead:
+                prefetch_rows(block.row[X] + i + ahead, 1, strip, width, lane_tag)
+                if third:
+                    prefetch_rows(r + ahead, 1, strip, width, lane_tag)
+                if second:
+                    prefetch_rows(g + ahead, 1, strip, width, lane_tag)
+            apply_row(
+                <const lane*> block.row[X][i] + strip, <const lane*> g[0] + strip,
+                <const lane*> r[0] + strip, <lane*> block.row[Y][i] + strip,
+                min(step, width - strip),
+                <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
+                <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
+                <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
+                <const lane*> block.bias + first, <const lane*> block.open_scale + first,
+                <const lane*> block.open_bias + first, each, <lane> block.slope, one,
+                formula_tag, activation_tag,
+            )
+            strip += step
+
+
+cdef inline void apply_walked(
+    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag,
+) noexcept nogil:
+    if block.along:
+        apply_singly(block, 0, lane_tag, formula_tag, activation_tag)
+    elif block.ahead:
+        apply_singly(block, 1, lane_tag, formula_tag, activation_tag)
+    else:
+        apply_across(block, lane_tag, formula_tag, activation_tag)
+
+
+cdef inline void apply_activated(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    if block.formula == GRADIENT:
+        apply_walked[lane, Gradient, activation](block, lane_tag, NULL, activation_tag)
+    elif block.formula == AFFINE and block.row[R] != NULL:
+        apply_walked[lane, Added, activation](block, lane_tag, NULL, activation_tag)
+    elif block.formula == AFFINE:
+        apply_walked[lane, Affine, activation](block, lane_tag, NULL, activation_tag)
+    elif activation is not Identity:
+        if block.row[R] != NULL:
+            apply_walked[lane, AddedOpened, activation](block, lane_tag, NULL, activation_tag)
+        else:
+            apply_walked[lane, Opened, activation](block, lane_tag, NULL, activation_tag)
+    elif block.formula == MIXED:
+        apply_walked[lane, Mixed, Identity](block, lane_tag, NULL, activation_tag)
+
+
+cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
+    """y_ij by the block's formula."""
+    if block.activation == RELU:
+        apply_activated[lane, Relu](block, lane_tag, NULL)
+    elif block.activation == LEAKY_RELU:
+        apply_activated[lane, LeakyRelu](block, lane_tag, NULL)
+    else:
+        apply_activated[lane, Identity](block, lane_tag, NULL)
+
+
+# ---------------------------------------------------------------- columns to features
+
+cdef inline void fold_halves(
+    double* restrict low, const double* restrict high, Py_ssize_t n,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        low[j] += high[j]
+
+
+cdef inline double fold_run(const double* restrict values, Py_ssize_t n) noexcept nogil:
+    """The sum of n adjacent values, in eight lanes that are added as a tree at the end."""
+    cdef double[8] lanes
+    cdef Py_ssize_t e, k, whole = n // 8 * 8
+    for k in range(8):
+        lanes[k] = 0
+    for e in range(0, whole, 8):
+        for k in range(8):
+            lanes[k] += values[e + k]
+    for k in range(n - whole):
+        lanes[k] += values[whole + k]
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + (
+        (lanes[1] + lanes[5]) + (lanes[3] + lanes[7])
+    )
+
+
+cdef void fold_columns(
+    double* sums, Py_ssize_t n_joined, Py_ssize_t n_features, Py_ssize_t n_run,
+) noexcept nogil:
+    """Fold columns [joined][feature][run] onto their features: sums[f] = sum of its columns, joined
+    rows by halves (vector adds), runs in lanes."""
+    cdef Py_ssize_t f, half, length = n_joined
+    while length > 1:
+        half = (length + 1) // 2
+        fold_halves(sums, sums + half * n_features, (length - half) * n_features)
+        length = half
+    if n_run > 1:
+        for f in range(n_features):
+            sums[f] = fold_run(sums + f * n_run, n_run)
+
+
+cdef inline void add_compensated(
+    double* restrict high, double* restrict low, const double* restrict term, Py_ssize_t n,
+) noexcept nogil:
+    """(high + low)[j] += term[j] with the rounding error kept in low (Knuth's two-sum): blocks of
+    rows add up to any M without losing a digit."""
+    cdef Py_ssize_t j
+    cdef double t, b
+    for j in range(n):
+        t = high[j] + term[j]
+        b = t - high[j]
+        low[j] += (high[j] - (t - b)) + (term[j] - b)
+        high[j] = t

@@ -1,0 +1,182 @@
+# Operations: everything that the package computes is a row of this table over reduce and apply.
+#
+#     operation         reduce                    apply
+#     FORWARD           x: sum d, sum d^2         y = x' + bias (+ residual), activated
+#     FROZEN            -                         the same, with given statistics
+#     BACKWARD          x, dout: sum t, sum t d   dx = dout' + x' + bias
+#     FROZEN_BACKWARD   x, dout: sum t, sum t d   dx = dout', as the statistics were given
+#     PRODUCT           two arrays: sum t d       -
+#     SECOND            -                         dx = dout' + ddx' + x' + bias,
+#                                                 ddout = ddx' + x' + bias
+#
+# x' is (x - shift) coef, of each feature, and so are the others.  A row says with what shifts the
+# sums start, how sums become statistics or gradients, what is done with features for which that
+# failed, and what constants the output has.  The pointers are followed once a tile.  There are two
+# tables, for float and double lanes.
+
+cdef enum:
+    FORWARD
+    FROZEN
+    BACKWARD
+    FROZEN_BACKWARD
+    PRODUCT
+    SECOND
+    N_OPERATIONS
+
+ctypedef void (*Start)(Job*, Py_ssize_t, Py_ssize_t, const void*) noexcept nogil
+ctypedef double (*Settle)(Job*, Py_ssize_t, Py_ssize_t, bint) noexcept nogil
+ctypedef void (*Retry)(Job*, Py_ssize_t, const void*) noexcept nogil
+ctypedef void (*SetConstants)(Job*, Py_ssize_t, Py_ssize_t, bint, const void*) noexcept nogil
+
+cdef struct Operation:
+    Start start               # shifts of a range of features
+    Settle settle             # their sums; returns how many need another try (marked RETRY)
+    Retry retry               # better shifts or factors for one of them
+    SetConstants set_constants
+    bint takes_dout           # as an input, behind the gate of an activation
+    bint weighs               # weights have a part in the output too
+    Formula formula           # of the output,
+    int input                 # and the role of what it takes for x
+    int n_reduce              # columns of constants in either visit
+    int[2] reduce_columns
+    int n_apply
+    int[10] apply_columns
+
+
+# ---------------------------------------------------------------- start
+
+cdef void start_statistics(
+    Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
+) noexcept nogil:
+    sample_shift[lane](job, X, first, n, lane_tag)
+
+
+cdef void start_product(
+    Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
+) noexcept nogil:
+    sample_shift[lane](job, X, first, n, lane_tag)
+    sample_shift[lane](job, G, first, n, lane_tag)
+
+
+cdef void start_gradients(
+    Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
+) noexcept nogil:
+    round_means[lane](job, first, n, 1.5 * 2.0 ** 49, lane_tag)
+    if job.exact_mean:
+        sample_shift[lane](job, G, first, n, lane_tag)
+        if job.reduce.gate != NONE:
+            drop_gated_shift[lane](job, first, n, lane_tag)
+
+
+cdef void start_at_means(
+    Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
+) noexcept nogil:
+    round_means[lane](job, first, n, 0, lane_tag)
+
+
+# ---------------------------------------------------------------- settle
+
+cdef double settle_squares(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    cdef double** v = job.value
+    cdef double* sums = job.sums + f
+    cdef Py_ssize_t stride = job.stride
+    return settle_statistics(
+        sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
+        v[SHIFT_X] + f, v[FACTOR_X] + f, v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f,
+        v[VAR] + f, v[RETRY] + f, n, job.total, job.eps, job.low, first_try,
+    )
+
+
+cdef double settle_products(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    cdef double** v = job.value
+    cdef double* sums = job.sums + f
+    cdef Py_ssize_t stride = job.stride
+    return settle_gradients(
+        sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
+        v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f,
+        v[MEAN] + f, v[MEAN_LOW] + f, v[MULTIPLIER] + f, v[DGAMMA] + f, v[DBETA] + f,
+        v[MEAN_G] + f, v[MEAN_G_LOW] + f, v[MEAN_GX] + f, v[RETRY] + f,
+        n, job.total, job.low, first_try,
+    )
+
+
+cdef double settle_backward(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
+    cdef double count = settle_products(job, f, n, first_try)
+    return count + look_again(job, f, n) if first_try and job.exact_mean else count
+
+
+# ---------------------------------------------------------------- retry
+#
+# A better shift where that was the matter, else other lanes: float64's hold every square of
+# float32, and every square of float64 once it is scaled.
+
+cdef void retry_statistics(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept nogil:
+    cdef double* sums = job.sums + f
+    cdef double m = job.total
+    cdef double s1 = finish_sum(sums[0], sums[job.stride])
+    cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
+    cdef bint finite = isfinite(s1) and isfinite(s2)
+    if finite and is_far(s1 * (1 / m), s1, s2) != 0:
+        job.value[SHIFT_X][f] += s1 / m / job.value[FACTOR_X][f]
+    elif lane is double:
+        job.value[FACTOR_X][f] = ldexp(1.0, 540 if finite else -540)
+
+
+cdef void retry_gradients(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept nogil:
+    cdef double** v = job.value
+    cdef double* sums = job.sums + f
+    cdef double s1 = finish_sum(sums[0], sums[job.stride])
+    cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
+    v[SHIFT_X][f] = v[MEAN][f]
+    if lane is double:
+        v[FACTOR_X][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
+        v[FACTOR_G][f] = 1 if isfinite(s1) and isfinite(s2) else scaled_down()
+
+
+# ---------------------------------------------------------------- the table
+
+cdef Operation[2][N_OPERATIONS] operations  # of float lanes, of double lanes
+
+
+cdef void fill_operations(Operation* row, const lane* lane_tag):
+    cdef int* constants = [
+        SHIFT_X, COEF_X, BIAS, SHIFT_G, COEF_G, SHIFT_R, MIX_X, MIX_G, MIX_R, MIX_BIAS,
+    ]
+    cdef int i
+    memset(row, 0, N_OPERATIONS * sizeof(Operation))
+    for i in range(N_OPERATIONS):  # what most of them have
+        row[i].start = <Start> start_at_means[lane]
+        row[i].settle = settle_products
+        row[i].retry = <Retry> retry_gradients[lane]
+        row[i].set_constants = <SetConstants> set_forward_constants[lane]
+        row[i].takes_dout = i >= BACKWARD
+        row[i].formula = AFFINE
+        row[i].input = X
+        row[i].n_reduce = 2
+        row[i].reduce_columns = [SHIFT_X, SHIFT_G]
+        row[i].n_apply = 3
+        memcpy(row[i].apply_columns, constants, sizeof(row[i].apply_columns))
+    row[FORWARD].start = <Start> start_statistics[lane]
+    row[FORWARD].settle = settle_squares
+    row[FORWARD].retry = <Retry> retry_statistics[lane]
+    row[FORWARD].n_reduce = 1
+    row[BACKWARD].start = <Start> start_gradients[lane]
+    row[BACKWARD].settle = settle_backward
+    row[BACKWARD].set_constants = <SetConstants> set_backward_constants[lane]
+    row[BACKWARD].weighs = True
+    row[BACKWARD].formula = GRADIENT
+    row[BACKWARD].n_apply = 5
+    row[FROZEN_BACKWARD].set_constants = <SetConstants> set_frozen_constants[lane]
+    row[FROZEN_BACKWARD].input = G
+    row[PRODUCT].start = <Start> start_product[lane]
+    row[SECOND].set_constants = <SetConstants> set_second_constants[lane]
+    row[SECOND].formula = MIXED
+    row[SECOND].n_apply = 10
+
+
+fill_operations[float](operations[0], NULL)
+fill_operations[double](operations[1], NULL)

@@ -1,0 +1,292 @@
+# Schedule: every tuned number that cannot change a bit, and what follows from it: how wide tiles
+# are, which threads do what, what is prefetched, what goes past the caches.  Measured on a Zen 4
+# virtual machine with 32 KiB, 1 MiB and 32 MiB of caches (2026-11), in shares of which the numbers
+# are given where that is what they mean; another machine's are asked once, at import.
+
+cdef extern from "_native.h" nogil:
+    void bn_ask_caches(Py_ssize_t* level)  # bytes of one CPU's L1 and L2 and of L3
+
+cdef Py_ssize_t[3] cache
+bn_ask_caches(cache)
+
+
+def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
+    """For tests: schedule as on a machine with caches of so many bytes.  Returns what there was."""
+    old = cache[0], cache[1], cache[2]
+    cache[0], cache[1], cache[2] = l1, l2, l3
+    return old
+
+
+cdef inline Py_ssize_t sweep_bytes() noexcept nogil:
+    """A tile between its two visits.  Wide tiles beat tiles that fit L2: (1024, 4096) forward, one
+    thread: 2.9 ms with 0.5 MiB, 2.4 with 1 MiB, 2.0 with 4 MiB, and 3.4 with 0.5 MiB packed on the
+    first visit."""
+    return cache[2] // 8
+
+
+cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
+    return cache[2] // 4
+
+
+cdef inline Py_ssize_t along_sweep_bytes() noexcept nogil:
+    """Long runs: small features share what a tile costs, in L1."""
+    return cache[0]
+
+
+cdef inline Py_ssize_t split_to() noexcept nogil:
+    """From SPLIT_FROM to here threads share rows rather than features: (256, 512) forward, two
+    threads: 41 us as tiles of 256 features, 25 as chunks of rows."""
+    return 2 * cache[2]
+
+
+cdef inline Py_ssize_t stream_bytes() noexcept nogil:
+    """All arrays of a call: what does not fit L3 together goes past it.  (32768, 128) forward, 34
+    MB, 1.90 to 0.98 ms, (16, 64, 56, 56) backward, 39 MB, 1.13 to 0.81; but its forward, 26 MB,
+    0.47 to 0.50."""
+    return cache[2] // 8 * 7
+
+
+cdef inline Py_ssize_t prefetch_bytes() noexcept nogil:
+    return cache[2] // 8
+
+
+cdef inline Py_ssize_t prefetch_output_bytes() noexcept nogil:
+    """Forward's output begins a run as if it had never been seen: (16, 64, 56, 56) 0.70 to 0.63 ms
+    with the next run of it prefetched, (4, 33, 17, 40, 40) 0.85 to 0.75; but (8, 3, 224, 224), 5
+    MB, 0.121 to 0.126, and backward, with more to read, gains nothing.  What goes through the
+    buffer is asked for before the rows are read: (32, 64, 56, 56) in float16 on one thread 3.4 to
+    2.9 ms."""
+    return cache[2] // 4
+
+
+cdef enum:
+    GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
+    GATHER_COLUMNS = 256      # not wide, as its sums are taken up and laid down once a group
+    AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
+    AHEAD_ROWS = 24           # but no more than these and no less than a tree
+    AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
+    TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
+    SPLIT_FROM = 256 * 1024
+    PAGE_BYTES = 4096         # of a row that a thread has for itself, or threads share rows
+    SHARE_FEATURES = 64       # fewer are not worth another thread between the visits
+    HELD_SIZE = 1 << 14       # elements below which the GIL is not worth handing on
+
+# A narrow tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
+# of 128 bytes, 16 as chunks of rows; and these are best as whole rows, up to MAX_COLUMNS where no
+# buffer has to hold them: (50000, 600), two threads, 0.41 to 0.35 and 0.70 to 0.60 ns an element.
+# So it is for runs of which a thread has less than PAGE_BYTES side by side: (256, 10, 100) forward
+# 72 us as tiles, 36 as chunks.
+#
+# A residual is met in the second visit, which the hardware's prefetchers do not follow, and runs of
+# 16 bits are too short for them: (32, 64, 56, 56) with a residual, forward, 3.0 to 2.8 ms, in
+# bfloat16 2.0 to 1.65, backward 3.4 to 2.45.  (float32's in both visits: backward 10 % lost.)
+
+cdef struct Schedule:
+    bint sweep                # tiles go from their first visit to their last, one by one
+    Py_ssize_t tile           # features a tile; the first has `lead` more
+    Py_ssize_t lead
+    Py_ssize_t n_tiles
+    int n_threads
+    bint stream               # the output goes past the caches
+    bint stream_gradient      # so does that of the residual
+    bint prefetch             # on the first visit
+    bint prefetch_again       # and on the second, as the tile is not in cache
+    bint prefetch_output      # on the second, of runs and where rows come through the buffer
+
+cdef struct Work:             # what a schedule is made for
+    Plan* reduce
+    Plan* apply
+    Py_ssize_t n_features
+    Py_ssize_t feature_bytes  # of one array
+    int n_inputs              # of the first visit
+
+
+cdef Py_ssize_t columns_to_line(const Plan* plan) noexcept:
+    """Columns before the output's first cache line, if every row has them.
+
+    Tiles begin there.  Two threads that write to one line, once a row, cost (128, 256) on two
+    threads 20 us of 29.
+    """
+    cdef const Segment* main = &plan.segment[0]
+    cdef Py_ssize_t size = size_of(plan.storage)
+    cdef int d
+    for d in range(main.n_dims):
+        if main.stride[Y][d] % 64:
+            return 0
+    if not plan.used[Y] or plan.access[Y] == GATHERED or (<size_t> plan.base[Y]) % size:
+        return 0
+    return (64 - (<size_t> plan.base[Y]) % 64) % 64 // size
+
+
+cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t limit, Py_ssize_t step) noexcept:
+    """n in as few equal parts, multiples of `step`, as `limit` allows; 0 if it allows none."""
+    cdef Py_ssize_t parts
+    limit = limit // step * step
+    if limit == 0:
+        return 0
+    parts = (n + limit - 1) // limit
+    return ((n + parts - 1) // parts + step - 1) // step * step
+
+
+cdef void choose_run_tile(
+    Schedule* schedule, const Work* work, Py_ssize_t limit, Py_ssize_t share,
+) noexcept:
+    """Tiles of features whose runs lie side by side, or of some features with long runs."""
+    cdef const Plan* apply = work.apply
+    cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
+    cdef int n_threads = schedule.n_threads
+    if apply.layout == LONG_RUN:
+        limit = min(limit, max(<Py_ssize_t> 1, along_sweep_bytes() // bytes))
+    schedule.tile = even_part(share, min(limit, run_sweep_bytes() // bytes), 1)
+    # Else, as with three features for two threads, one of them would wait too long; or all of
+    # them would have pages in common, every few of one's runs beside those of another.
+    schedule.sweep = schedule.tile > 0 and 5 * work.n_features >= 4 * share * n_threads and (
+        n_threads <= 1 or work.reduce.n_chunks < n_threads
+        or share * apply.segment[0].n_run * size_of(apply.storage) >= PAGE_BYTES
+    )
+    if not schedule.sweep:
+        schedule.tile = 1 if apply.layout == LONG_RUN else limit
+
+
+cdef void choose_column_tile(
+    Schedule* schedule, const Work* work, Py_ssize_t limit, Py_ssize_t share,
+) noexcept:
+    """Several tiles, from one cache line of the output to another; or all features as one."""
+    cdef const Plan* reduce = work.reduce
+    cdef const Plan* apply = work.apply
+    cdef Py_ssize_t size = size_of(apply.storage), line = 64 // size
+    cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
+    cdef Py_ssize_t narrow = min(limit, <Py_ssize_t> TILE_COLUMNS)
+    cdef int n_threads = schedule.n_threads
+    schedule.lead = columns_to_line(apply)
+    if reduce.used[W] or apply.used[W] or reduce.gate != NONE:
+        limit = narrow
+    schedule.tile = even_part(share, min(narrow - line, sweep_bytes() // bytes), line)
+    schedule.sweep = schedule.tile > 0 and work.n_features > schedule.tile * (n_threads - 1) and (
+        bytes * work.n_features < SPLIT_FROM
+        or (
+            schedule.tile * size >= TILE_BYTES
+            and (
+                n_threads <= 1 or reduce.n_chunks < n_threads
+                or bytes * work.n_features > split_to()
+            )
+        )
+    )
+    if work.n_features <= (limit if not schedule.sweep else narrow if n_threads <= 1 else 0):
+        schedule.lead = 0
+        schedule.tile = work.n_features
+        schedule.sweep = n_threads <= 1 and bytes * schedule.tile <= sweep_bytes()
+    elif not schedule.sweep:
+        schedule.tile = limit - line
+
+
+cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
+    cdef Py_ssize_t limit = min(work.reduce.max_tile, work.apply.max_tile)
+    cdef int n_threads = schedule.n_threads
+    cdef Py_ssize_t share = (work.n_features + n_threads - 1) // n_threads  # of a thread
+    schedule.lead = 0
+    if work.reduce.layout == JOINED or work.apply.layout == JOINED:
+        schedule.tile = work.n_features
+        schedule.sweep = n_threads <= 1 and (
+            work.feature_bytes * work.n_inputs * schedule.tile <= sweep_bytes()
+        )
+    elif work.apply.layout == FEATURES:
+        choose_column_tile(schedule, work, limit, share)
+    else:
+        choose_run_tile(schedule, work, limit, share)
+    schedule.n_tiles = max(
+        <Py_ssize_t> 1,
+        (work.n_features - schedule.lead + schedule.tile - 1) // schedule.tile,
+    )
+    schedule.n_threads = <int> min(
+        <Py_ssize_t> n_threads,
+        schedule.n_tiles * (
+            1 if schedule.sweep else max(work.reduce.n_chunks, work.apply.n_chunks)
+        ),
+    )
+
+
+cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
+    """Detours around the caches that pay for large arrays."""
+    cdef Py_ssize_t bytes = work.feature_bytes * work.n_features
+    cdef Py_ssize_t n_arrays = 0
+    cdef Plan* apply = work.apply
+    cdef int r
+    for r in range(W):
+        n_arrays += work.reduce.used[r] or apply.used[r]
+    schedule.stream = BN_STREAMS and n_arrays * bytes >= stream_bytes()
+    schedule.stream_gradient = schedule.stream and work.reduce.used[D] and not schedule.sweep
+    schedule.prefetch = bytes >= prefetch_bytes()
+    schedule.prefetch_again = schedule.prefetch and not schedule.sweep
+    schedule.prefetch_output = bytes >= prefetch_output_bytes()
+    for r in range(Y, W):
+        if schedule.stream and apply.used[r] and apply.access[r] != GATHERED:
+            apply.access[r] = STREAMED
+
+
+cdef inline void tile_range(
+    const Schedule* schedule, Py_ssize_t total, Py_ssize_t tile, Py_ssize_t* first,
+    Py_ssize_t* n_features,
+) noexcept nogil:
+    first[0] = tile * schedule.tile + (schedule.lead if tile else 0)
+    n_features[0] = min(schedule.tile + (0 if tile else schedule.lead), total - first[0])
+
+
+cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
+    return max(
+        <Py_ssize_t> TREE_ROWS,
+        min(<Py_ssize_t> AHEAD_ROWS, AHEAD_BYTES // row_bytes // TREE_ROWS * TREE_ROWS),
+    )
+
+
+cdef Py_ssize_t group_rows(
+    const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step, bint gate_before,
+) noexcept nogil:
+    """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
+    cdef bint direct = not (gate_before or plan.used[W])
+    cdef int r
+    for r in range(W):
+        direct = direct and access[r] == DIRECT
+    if direct:
+        return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
+    if plan.layout == LONG_RUN:
+        step = 1
+    return max(step, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // step * step))
+
+
+# Where the engine's ways part. Tests draw sizes on both sides of each.
+boundaries = {
+    "TREE_ROWS": TREE_ROWS,
+    "APPLY_ROWS": APPLY_ROWS,
+    "MAX_COLUMNS": MAX_COLUMNS,
+    "STRIP": STRIP,
+    "LANES": LANES,
+    "HALF_PIECE": HALF_PIECE,
+    "BLOCK_ROWS": BLOCK_ROWS,
+    "MAX_CHUNKS": MAX_CHUNKS,
+    "JOIN_COLUMNS": JOIN_COLUMNS,
+    "SHORT_COLUMNS": SHORT_COLUMNS,
+    "JOIN_ROWS": JOIN_ROWS,
+    "NARROW": NARROW,
+    "ALONG_RUN": ALONG_RUN,
+    "TREE_RUN": TREE_RUN,
+    "PIECE": PIECE,
+    "BLOCK_ELEMENTS": BLOCK_ELEMENTS,
+    "BLOCK_SHARE": BLOCK_SHARE,
+    "GATHER_ELEMENTS": GATHER_ELEMENTS,
+    "GATHER_COLUMNS": GATHER_COLUMNS,
+    "AHEAD_ROWS": AHEAD_ROWS,
+    "SWEEP_BYTES": sweep_bytes(),
+    "TILE_COLUMNS": TILE_COLUMNS,
+    "TILE_BYTES": TILE_BYTES,
+    "SPLIT_FROM": SPLIT_FROM,
+    "SPLIT_TO": split_to(),
+    "ALONG_SWEEP_BYTES": along_sweep_bytes(),
+    "RUN_SWEEP_BYTES": run_sweep_bytes(),
+    "PAGE_BYTES": PAGE_BYTES,
+    "STREAM_BYTES": stream_bytes(),
+    "PREFETCH_BYTES": prefetch_bytes(),
+    "PREFETCH_OUTPUT": prefetch_output_bytes(),
+    "SHARE_FEATURES": SHARE_FEATURES,
+    "HELD_SIZE": HELD_SIZE,
+}

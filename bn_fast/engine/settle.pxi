@@ -1,0 +1,730 @@
+# What a call knows of each feature; and, between the visits, from a feature's sums to its
+# statistics, gradients and constants.
+#
+# Each step is one loop over a tile's features, free of branches so that it vectorizes (the face of
+# a small call: 64 features cost 2 us one by one).  A loop also says which features it could not
+# settle; those are prepared for another try, and the same loop then runs over that feature alone.
+
+# One value for each feature.  The engine's own come first: each of them may have a column too, as a
+# constant of the kernels.  A new constant is a name here, and a line where it is computed.
+cdef enum:
+    SHIFT_X = 0               # y = the sum of (input - shift) coef, + bias
+    SHIFT_G
+    COEF_X
+    COEF_G
+    BIAS
+    FACTOR_X                  # what wide lanes multiply x and dout by
+    FACTOR_G
+    GAMMA
+    BETA
+    MEAN_G                    # mean of dout, and what float64 leaves of it
+    MEAN_G_LOW
+    MEAN_GX                   # mean of dout x_hat
+    SPREAD                    # of the values of dout from which its shift was guessed
+    RETRY                     # 1 where the sums have to be had again, in wide lanes
+    WIDE                      # 1 where the output has to be computed in wide lanes
+    N_PLAIN
+    GATE_SHIFT = N_PLAIN      # what forward had as SHIFT_X, FACTOR_X, COEF_X, BIAS, WIDE
+    GATE_FACTOR
+    GATE_COEF
+    GATE_BIAS
+    GATE_WIDE
+    N_GATED
+    SHIFT_R = N_GATED         # constants of the second order: see set_second_constants
+    MIX_X
+    MIX_G
+    MIX_R
+    MIX_BIAS
+    N_OWN
+    MEAN = N_OWN              # given with the call, or its results
+    MEAN_LOW                  # mean + mean_low is the mean to twice the digits
+    INV_STD
+    VAR
+    DGAMMA
+    DBETA
+    MULTIPLIER                # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
+    MEAN_R                    # means of ddx
+    MEAN_R_LOW
+    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean)
+    ALONG_R                   # mean ddx x_hat
+    ALONG_G                   # mean dout x_hat
+    DDGAMMA
+    DDBETA
+    N_VALUES
+
+cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
+    const char* data
+    Py_ssize_t stride
+    bint single
+
+cdef struct Operation
+
+cdef struct Job:
+    const Operation* op
+    Plan reduce               # the two visits that a call needs
+    Plan apply
+    bint reduces
+    bint applies
+    Schedule schedule
+    bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
+    Activation activation
+    double negative_slope
+    Py_ssize_t n_features
+    double total              # values per feature, M, of all parts; with weights their sum, W
+    double eps                # negative where it is not known
+    double low                # see low_limit
+    Parameter gamma_given
+    Parameter beta_given
+    double* value[N_VALUES]
+    bint given[N_VALUES]      # arrays that the call has brought
+    double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
+    Py_ssize_t stride         # of the engine's own arrays, from one to the next
+    bint own_values           # tiles are swept, each with arrays per feature of its own
+    bint has_options          # rows need more buffers and columns
+    Py_ssize_t width          # of the widest row of columns
+    Py_ssize_t buffer_elements
+    Py_ssize_t scratch_bytes
+    char* scratch
+
+
+cdef inline int n_own_values(const Job* job) noexcept nogil:
+    return N_OWN if job.given[DDGAMMA] else N_GATED if job.reduce.gate != NONE else N_PLAIN
+
+
+cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first) noexcept nogil:
+    """Let the engine's own arrays begin at feature `first`, `stride` apart.
+
+    A swept tile's are its own and stay in cache: for (16, 65536) they are as large as the data.
+    """
+    cdef int v
+    values -= first
+    job.stride = stride
+    for v in range(n_own_values(job)):
+        if not job.given[v]:
+            job.value[v] = values
+            values += stride
+    job.sums = values
+
+
+cdef void read_parameter(
+    const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* restrict values,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef const char* data = given.data + first * given.stride
+    if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
+        for f in range(n):
+            values[f] = (<const float*> data)[f]
+    elif given.single:
+        for f in range(n):
+            values[f] = (<const float*> (data + f * given.stride))[0]
+    else:
+        for f in range(n):
+            values[f] = (<const double*> (data + f * given.stride))[0]
+
+
+# ---------------------------------------------------------------- the range
+
+cdef inline double low_limit(Storage storage) noexcept nogil:
+    """Constants between this and its inverse leave the lanes room for x - shift and its square."""
+    return 1e-290 if storage == FLOAT64 else 1e-30
+
+
+cdef inline double scaled_down() noexcept nogil:
+    """What dout is multiplied by where it is so large that sums leave float64's range: no digit
+    that counts is lost then."""
+    return 2.0 ** -128
+
+
+cdef inline double above(double value, double low) noexcept nogil:
+    """1 if |value| is over 1/low, else 0.  That is all that is asked of a bias: what rounding loses
+    of a small one, half the least subnormal, is less than an output can hold.  And small it is
+    where the mean happens to be a number of x's dtype: one feature in a hundred with M = 3136,
+    and one such feature cost (64, 7, 7, 512) half its speed."""
+    return 1.0 if fabs(value) > 1 / low else 0.0
+
+
+cdef inline double beyond(double value, double low) noexcept nogil:
+    """1 if |value| is below low or above 1/low, else 0; zero and NaN pass.  (Conditions are doubles
+    here: gcc 12 does not vectorize loops that mix them with ints.)"""
+    cdef double size = fabs(value)
+    cdef double small = size if size < low else 0
+    return (1.0 if small > 0 else 0.0) + above(value, low)
+
+
+cdef inline double is_lost(double product, double x, double y) noexcept nogil:
+    """1 if the product of two factors that are not 0 sank to 0."""
+    cdef double factors = (1.0 if x != 0 else 0.0) * (1.0 if y != 0 else 0.0)
+    return factors if product == 0 else 0.0
+
+
+cdef inline double power_of_two(double value) noexcept nogil:
+    """The power of two below |value|, kept where it and its inverse are normal."""
+    cdef int exponent
+    if value == 0 or not isfinite(value):
+        return 1
+    frexp(value, &exponent)
+    return ldexp(1.0, max(-1021, min(1021, exponent - 1)))
+
+
+cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
+    """What float64 lanes multiply x by so that x - mean is near 1.  Products of deviations down to
+    2^-300 are in range as they are; and a feature that would leave it is constant."""
+    cdef double factor = power_of_two(inv_std)
+    return 1 if 1 < factor < 2.0 ** 300 or fabs(mean) * factor > 1e300 else factor
+
+
+# ---------------------------------------------------------------- shifts
+
+cdef Py_ssize_t sample_rows(
+    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
+    float[MAX_COLUMNS]* sample, const lane* lane_tag,
+) noexcept nogil:
+    """Addresses of the three sampled values of a tile's first feature, and how far the next
+    feature's lie, in bytes; half types are taken to `sample`."""
+    cdef Py_ssize_t offset[MAX_COLUMNS]
+    cdef float ones[MAX_COLUMNS]
+    cdef Py_ssize_t f, k, step = plan.feature_stride[role]
+    for k in range(3):
+        row[k] = value_at(plan, role, first, &plan.sample[k])
+    if not is_half(plan.storage):
+        return step
+    for f in range(n_features):
+        offset[f] = f * step
+        ones[f] = 1
+    for k in range(3):
+        gather_row[float](plan.storage, row[k], offset, n_features, ones, sample[k])
+        row[k] = <char*> sample[k]
+    return sizeof(float)
+
+
+cdef inline void sample_features(
+    const char* row_a, const char* row_b, const char* row_c, Py_ssize_t step, Py_ssize_t n,
+    bint around_zero, double* restrict shift, double* restrict spread, const lane* lane_tag,
+) noexcept nogil:
+    """shift[f] from three values of each of n features, which lie `step` bytes apart, and, where
+    that is asked again, how far apart they are."""
+    cdef Py_ssize_t f
+    cdef lane a, b, c, low, high, middle, gap, big, size, down, up
+    cdef lane digits = 1.5 * 2.0 ** 21 if lane is float else 1.5 * 2.0 ** 50
+    # Values from here on are scaled for the rounding: 2^p steps would leave the range.
+    cdef lane large = 2.0 ** 60 if lane is float else 2.0 ** 500
+    for f in range(n):
+        a = (<const lane*> (row_a + f * step))[0]
+        b = (<const lane*> (row_b + f * step))[0]
+        c = (<const lane*> (row_c + f * step))[0]
+        low = a if a < b else b
+        high = b if a < b else a
+        middle = c if c < high else high
+        middle = low if middle < low else middle
+        low = low if low < c else c
+        high = high if high > c else c
+        gap = middle - low if middle - low < high - middle else high - middle
+        size = middle if middle >= 0 else -middle
+        down = 1 / large if size > large else 1
+        up = large if size > large else 1
+        big = digits * (gap * down)
+        middle = ((middle * down + big) - big) * up
+        if around_zero:
+            size = middle if middle >= 0 else -middle
+            big = middle if size > high - low else 0
+            middle = big if gap > 0 else middle
+            spread[f] = high - low
+        shift[f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
+
+
+cdef void sample_shift(
+    Job* job, int role, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
+) noexcept nogil:
+    """The shift of every feature of a tile: the median of three of its values, so near the middle
+    of the data as no single outlier can be; 0 if it is not finite.
+
+    It is rounded to a fourth of the gap to the nearer of the other two (adding and taking away 2^p
+    steps does that).  A shift with more digits than the data makes roundings of x - shift that all
+    go one way: float32, M = 8e5, sum dout was off by 60 roundings and dgamma, by way of the mean,
+    by 100.  Equal values are kept, so that a constant feature leaves only zeros.
+
+    A dout that lies around 0 needs no shift: its sum cancels, so that every digit of it counts, and
+    the shift would be one more thing to round (float64, M = 1e6: 55 roundings for dgamma).  Not so
+    a dout that repeats itself: its roundings do not average out.
+    """
+    cdef char* row[3]
+    cdef float[3][MAX_COLUMNS] sample
+    cdef Py_ssize_t step = sample_rows(
+        &job.reduce, role, first, n_features, row, sample, lane_tag
+    )
+    cdef bint around_zero = role == G
+    cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
+    cdef double* spread = job.value[SPREAD] + first
+    if step != sizeof(lane):
+        sample_features(
+            row[0], row[1], row[2], step, n_features, around_zero, shift, spread, lane_tag
+        )
+    elif around_zero:  # what the compiler knows it can vectorize
+        sample_features(
+            row[0], row[1], row[2], sizeof(lane), n_features, True, shift, spread, lane_tag
+        )
+    else:
+        sample_features(
+            row[0], row[1], row[2], sizeof(lane), n_features, False, shift, spread, lane_tag
+        )
+
+
+cdef void round_means(
+    Job* job, Py_ssize_t first, Py_ssize_t n, double steps, const lane* lane_tag,
+) noexcept nogil:
+    """Shifts of x near its mean; none of dout.
+
+    Any shift near the mean will do for sums.  One with no digits below an eighth of the deviation
+    leaves x - shift exact or its rounding unbiased; with the digits of the mean, dgamma was off
+    by up to 100 roundings (M = 8e5).  Adding and taking away 2^52 steps rounds to a step.  A
+    constant feature keeps its value, for dgamma = 0, and so does a mean that was given."""
+    cdef Py_ssize_t f
+    cdef double* mean = job.value[MEAN]
+    cdef double* var = job.value[VAR]
+    cdef double step, shift
+    for f in range(first, first + n):
+        step = steps * sqrt(var[f])
+        shift = (mean[f] + step) - step
+        job.value[SHIFT_X][f] = <double> (<lane> (shift if fabs(shift) < INFINITY else mean[f]))
+        job.value[SHIFT_G][f] = 0
+
+
+# ---------------------------------------------------------------- the gate
+
+cdef inline void forward_constants(
+    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict gamma, const double* restrict beta,
+    double* restrict shift, double* restrict factor, double* restrict coef,
+    double* restrict bias, double* restrict wide_mark,
+    Py_ssize_t n, double low, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """y = (x - shift) coef + bias.  The shift is the mean rounded to x's dtype, so x - shift is
+    exact near the mean; the rest of the mean goes into the bias.  Marks features whose constants
+    the native lanes cannot hold; for them it is done again, `wide`, with factor set."""
+    cdef Py_ssize_t f
+    cdef double r, a, rest
+    for f in range(n):
+        r = inv_std[f]
+        a = gamma[f] * r
+        shift[f] = mean[f] if wide else <double> (<lane> mean[f])
+        rest = (mean[f] - shift[f]) + mean_low[f]
+        factor[f] = factor[f] if wide else 1
+        coef[f] = gamma[f] * (r / factor[f]) if wide else a
+        # gamma = inf leaves beta as it is: x - shift alone says the sign of infinity.
+        rest = rest * factor[f] * coef[f] if rest != 0 and fabs(gamma[f]) < INFINITY else 0.0
+        bias[f] = beta[f] - rest
+        wide_mark[f] = (
+            beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + above(bias[f], low)
+            + is_lost(a, gamma[f], r)
+        )
+
+
+cdef inline void set_gate_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    cdef double** v = job.value
+    forward_constants[lane](
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
+        v[GATE_SHIFT] + f, v[GATE_FACTOR] + f, v[GATE_COEF] + f, v[GATE_BIAS] + f,
+        v[GATE_WIDE] + f, n, job.low, wide, lane_tag,
+    )
+
+
+cdef void start_gate(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
+) noexcept nogil:
+    """The constants that forward had, as finish_tile makes them there."""
+    cdef double** v = job.value
+    cdef Py_ssize_t f
+    read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
+    read_parameter(&job.beta_given, first, n_features, v[BETA] + first)
+    set_gate_constants[lane](job, first, n_features, False, lane_tag)
+    if fold_run(v[GATE_WIDE] + first, n_features) == 0:  # none
+        return
+    for f in range(first, first + n_features):
+        if v[GATE_WIDE][f] != 0:
+            if lane is double:
+                v[GATE_FACTOR][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
+            set_gate_constants[lane](job, f, 1, True, lane_tag)
+            v[GATE_WIDE][f] = 1
+
+
+cdef inline bint comes_through(const Job* job, Py_ssize_t f, double x, double r) noexcept nogil:
+    """Whether the gate is open for a value of x and the residual's; near 0 it may say the wrong
+    thing, so nothing that has to be exact may depend on it."""
+    cdef double x_hat = (x - job.value[MEAN][f]) * job.value[INV_STD][f]
+    return x_hat * job.value[GAMMA][f] + job.value[BETA][f] + r > 0
+
+
+cdef void drop_gated_shift(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
+) noexcept nogil:
+    """dout's shift is kept where the three values that it was guessed from come through: behind a
+    gate that is closed (a dead unit) only 0 leaves sums of exactly 0.  It has to come through at
+    shift_x too, as the kernel's padding does."""
+    cdef const Plan* plan = &job.reduce
+    cdef double** v = job.value
+    cdef char* x[3]
+    cdef char* r[3]
+    cdef float[3][MAX_COLUMNS] x_sample
+    cdef float[3][MAX_COLUMNS] r_sample
+    cdef Py_ssize_t f, k, x_step, r_step = 0
+    cdef double residual = 0
+    cdef bint open
+    cdef lane d
+    x_step = sample_rows(plan, X, first, n_features, x, x_sample, lane_tag)
+    if plan.used[R]:
+        r_step = sample_rows(plan, R, first, n_features, r, r_sample, lane_tag)
+    for f in range(first, first + n_features):
+        d = <lane> v[SHIFT_X][f] - <lane> v[GATE_SHIFT][f]
+        open = d * <lane> v[GATE_COEF][f] + <lane> v[GATE_BIAS][f] > 0
+        for k in range(3):
+            if plan.used[R]:
+                residual = (<const lane*> (r[k] + (f - first) * r_step))[0]
+            open = open and comes_through(
+                job, f, (<const lane*> (x[k] + (f - first) * x_step))[0], residual
+            )
+        if not open:
+            v[SPREAD][f] += fabs(v[SHIFT_G][f])
+            v[SHIFT_G][f] = 0
+
+
+# ---------------------------------------------------------------- a second look at dout's shift
+
+cdef enum:
+    LOOKS = 16                # values at which a doubtful shift of dout is looked at again
+
+cdef struct Looks:            # their addresses, of x, dout and the residual
+    char* value[3][LOOKS]
+
+
+cdef inline double is_doubtful(const Job* job, Py_ssize_t f) noexcept nogil:
+    """1 if a feature's shift of dout may not be near its mean: farther than the three values let
+    expect, or than 0 is."""
+    cdef double shift = job.value[SHIFT_G][f], mean = job.value[MEAN_G][f]
+    cdef double limit = 4 * job.value[SPREAD][f]
+    limit = fabs(mean) if shift != 0 and fabs(mean) < limit else limit
+    return 1.0 if fabs(mean - shift) > limit else 0.0
+
+
+cdef double distance_from_mean(
+    const Job* job, Py_ssize_t f, Py_ssize_t first, const Looks* look,
+) noexcept nogil:
+    """How far dout is from its mean, on the mean of some values."""
+    cdef const Plan* plan = &job.reduce
+    cdef Py_ssize_t k
+    cdef int role
+    cdef double[3] value
+    cdef double distance = 0
+    for k in range(LOOKS):
+        for role in range(3):
+            value[role] = 0
+            if plan.used[role]:
+                value[role] = load_value(
+                    plan.storage, look.value[role][k] + (f - first) * plan.feature_stride[role]
+                )
+        if plan.gate != NONE and not comes_through(job, f, value[X], value[R]):
+            value[G] = 0
+        distance += fabs(value[G] - job.value[MEAN_G][f]) / LOOKS
+    return distance
+
+
+cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexcept nogil:
+    """Mark the features whose shift of dout was not near the mean, now that it is known, and give
+    them a better one; returns how many.
+
+    Of three values two may be outliers, and then what the others add to the sums is rounded away,
+    always in one direction: dout = 1 but for three values of 1e9, float32, M = 1e5, dbeta was off
+    by 280 roundings.  Where that may be, some more values say how far from the mean is far.
+    """
+    cdef const Plan* plan = &job.reduce
+    cdef const Segment* segment = &plan.segment[0]
+    cdef double** v = job.value
+    cdef Looks look
+    cdef Py_ssize_t f, k
+    cdef int role
+    cdef double distance, step, doubtful = 0, n_far = 0
+    cdef Place place
+    for f in range(first, first + n_features):
+        doubtful += is_doubtful(job, f)
+    if doubtful == 0:
+        return 0
+    place.segment = 0
+    for k in range(LOOKS):
+        place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
+        place.joined = k % segment.n_joined
+        place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
+        for role in range(3):
+            if plan.used[role]:
+                look.value[role][k] = value_at(plan, role, first, &place)
+    for f in range(first, first + n_features):
+        if v[RETRY][f] != 0 or is_doubtful(job, f) == 0:
+            continue
+        distance = distance_from_mean(job, f, first, &look)
+        if fabs(v[MEAN_G][f] - v[SHIFT_G][f]) > 8 * distance:
+            step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
+            v[SHIFT_G][f] = (v[MEAN_G][f] + step) - step
+            v[RETRY][f] = 1
+            n_far += 1
+    return n_far
+
+
+# ---------------------------------------------------------------- sums to statistics
+
+cdef inline double finish_sum(double high, double low) noexcept nogil:
+    return high + low if fabs(high) < INFINITY else high
+
+
+cdef inline double is_far(double delta, double s1, double s2) noexcept nogil:
+    """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while delta^2 <= 9 var, where
+    delta = S1/M = mean - shift; the median of three keeps that but for contrived data."""
+    return 1.0 if delta * s1 > 9 * (s2 - delta * s1) else 0.0
+
+
+cdef inline double settle_statistics(
+    const double* restrict s1_high, const double* restrict s1_low,
+    const double* restrict s2_high, const double* restrict s2_low,
+    const double* restrict shift, const double* restrict factor,
+    double* restrict mean, double* restrict mean_low, double* restrict inv_std,
+    double* restrict var, double* restrict retry,
+    Py_ssize_t n, double m, double eps, double low, bint first_try,
+) noexcept nogil:
+    """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
+    mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked).
+
+    The first try is in native lanes, whose factor is 1.  Divisions are what this loop costs.
+    """
+    cdef Py_ssize_t f
+    cdef double s1, s2, delta, delta_low, part, high, m2, spread, back, scaled_eps, finite, sank
+    cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
+    for f in range(n):
+        back = 1.0 if first_try else 1 / factor[f]  # powers of two, both
+        s1 = finish_sum(s1_high[f], s1_low[f])
+        s2 = finish_sum(s2_high[f], s2_low[f])
+        finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
+        delta = s1 * per
+        m2 = s2 - delta * s1
+        spread = m2 * per if m2 > 0 else 0.0
+        sank = (
+            (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
+            * (1.0 if fabs(shift[f]) < 1e140 else 0.0)
+        )
+        retry[f] = finite * is_far(delta, s1, s2) + again * (1 - finite + sank)
+        count += retry[f]
+        # What that left of S1: delta m is subtracted in two products that are exact.
+        part = delta * (2.0 ** 27 + 1)
+        part = part - (part - delta)
+        delta_low = (((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]) * per
+        delta_low = (delta_low if fabs(delta) < 1e290 else 0.0) * back
+        delta = delta * back
+        high = shift[f] + delta
+        delta_low = ((shift[f] - high) + delta) + delta_low
+        mean[f] = high
+        mean_low[f] = delta_low if finite > 0 else 0.0
+        spread = spread if finite > 0 else NAN
+        var[f] = spread * back * back
+        scaled_eps = eps if first_try else eps * factor[f] * factor[f]
+        inv_std[f] = (
+            (1.0 if first_try else factor[f]) / sqrt(spread + scaled_eps)
+            if spread + scaled_eps != 0 else 0.0
+        )
+    return count
+
+
+cdef inline double settle_gradients(
+    const double* restrict s1_high, const double* restrict s1_low,
+    const double* restrict s2_high, const double* restrict s2_low,
+    const double* restrict shift_x, const double* restrict shift_g,
+    const double* restrict factor, const double* restrict factor_g,
+    const double* restrict mean, const double* restrict mean_low,
+    const double* restrict multiplier, double* restrict dgamma, double* restrict dbeta,
+    double* restrict mean_g, double* restrict mean_g_low, double* restrict mean_gx,
+    double* restrict retry, Py_ssize_t n, double m, double low, bint first_try,
+) noexcept nogil:
+    """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
+    S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
+    where the sums do not.  Returns how many need another try (marked)."""
+    cdef Py_ssize_t f
+    cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, back, count = 0
+    cdef double per = 1 / m, again = 1 if first_try else 0
+    for f in range(n):
+        back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
+        s1 = finish_sum(s1_high[f], s1_low[f])
+        s2 = finish_sum(s2_high[f], s2_low[f])
+        rest = (mean[f] - shift_x[f]) + mean_low[f]
+        finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
+        dead = 1.0 if fabs(s1) + fabs(s2) == 0 else 0.0
+        sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
+        retry[f] = again * (1 - finite + sank)
+        count += retry[f]
+        part = shift_g[f] * (2.0 ** 27 + 1)
+        part = part - (part - shift_g[f])
+        t = m * shift_g[f]
+        t_low = (part * m - t) + (shift_g[f] - part) * m
+        t_low = t_low if fabs(t) < 1e290 else 0.0
+        part = s1_high[f] * back
+        high = part + t
+        rounding = (part - (high - (high - part))) + (t - (high - part))
+        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f] * back)
+        t = s1 * per
+        part = t * (2.0 ** 27 + 1)  # what that left, as in forward
+        part = part - (part - t)
+        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per * back
+        t = t * back
+        mean_g[f] = shift_g[f] + t
+        mean_g_low[f] = ((shift_g[f] - mean_g[f]) + t) + (t_low if fabs(t) < 1e290 else 0.0)
+        t = (
+            (multiplier[f] if first_try else multiplier[f] / factor[f]) * s2
+            - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
+        )
+        dgamma[f] = t * back
+        mean_gx[f] = t * per * back
+    return count
+
+
+cdef void merge_chunks(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """Add the chunks' sums to those of chunk 0, in order, rounding errors kept."""
+    cdef Py_ssize_t chunk, which, stride = job.stride
+    cdef double* total
+    cdef double* part
+    for chunk in range(1, job.reduce.n_chunks):
+        for which in range(0, 4, 2):
+            total = job.sums + first + which * stride
+            part = total + 4 * chunk * stride
+            add_compensated(total, total + stride, part, n)
+            fold_halves(total + stride, part + stride, n)
+
+
+# ---------------------------------------------------------------- statistics to constants
+
+cdef inline void backward_constants(
+    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict gamma, const double* restrict mean_gx,
+    const double* restrict mean_g, const double* restrict mean_g_low,
+    double* restrict shift_x, double* restrict shift_g, double* restrict factor,
+    double* restrict factor_g, double* restrict coef_g, double* restrict coef_x,
+    double* restrict bias, double* restrict wide_mark,
+    Py_ssize_t n, double m, double eps, double low, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """dx = a ((dout - mean_g) - (x - mean) r mean_gx), a = gamma r; M = 1 leaves dx = 0.
+
+    M = 2 leaves of two terms of the size of dout only dx = a eps r^2 (dout - mean_g), which is used
+    where eps is known (not negative): no digit is lost.
+    """
+    cdef Py_ssize_t f
+    cdef double r, a, q, rest, share
+    # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
+    cdef double two = 1 if m == 2 and eps >= 0 else 0
+    cdef double least = 1 - two
+    cdef double some = 0 if two or m <= 1 else 1
+    eps = eps * two
+    for f in range(n):
+        r = inv_std[f]
+        share = eps * r * r
+        a = gamma[f] * r * (share if share > least else least)
+        q = mean_gx[f] * some
+        shift_x[f] = mean[f] if wide else <double> (<lane> mean[f])
+        shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
+        rest = (mean[f] - shift_x[f]) + mean_low[f]
+        factor[f] = factor[f] if wide else 1
+        factor_g[f] = scaled_down() if wide and fabs(shift_g[f]) > 1e290 else 1.0
+        coef_g[f] = a / factor_g[f] if wide else a
+        coef_x[f] = -(a * q * (r / factor[f] if wide else r))
+        bias[f] = (
+            (-coef_x[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
+            - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
+        )
+        wide_mark[f] = (
+            beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
+            + beyond(a, low) + beyond(coef_x[f], low) + above(bias[f], low)
+            + (1 - two) * is_lost(a, gamma[f], r) + is_lost(coef_x[f], a, q)
+        )
+
+
+cdef void set_forward_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    cdef double** v = job.value
+    forward_constants[lane](
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
+        v[SHIFT_X] + f, v[FACTOR_X] + f, v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
+        n, job.low, wide, lane_tag,
+    )
+
+
+cdef void set_backward_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    cdef double** v = job.value
+    cdef Py_ssize_t k
+    if not (job.reduces or wide):  # the sums were given
+        for k in range(f, f + n):
+            v[MEAN_G][k] = v[DBETA][k] / job.total
+            v[MEAN_G_LOW][k] = 0
+            v[MEAN_GX][k] = v[DGAMMA][k] * (1 / job.total)
+    backward_constants[lane](
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[MEAN_GX] + f,
+        v[MEAN_G] + f, v[MEAN_G_LOW] + f,
+        v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
+        v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
+        n, job.total, job.eps, job.low, wide, lane_tag,
+    )
+
+
+cdef void set_frozen_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """dx = gamma inv_std dout: the affine formula on dout."""
+    cdef double** v = job.value
+    cdef Py_ssize_t k
+    for k in range(f, f + n):
+        v[SHIFT_X][k] = v[BIAS][k] = 0
+        v[FACTOR_X][k] = v[FACTOR_G][k] = 1
+        v[COEF_X][k] = v[GAMMA][k] * v[INV_STD][k]
+        v[WIDE][k] = beyond(v[COEF_X][k], job.low) + is_lost(
+            v[COEF_X][k], v[GAMMA][k], v[INV_STD][k]
+        )
+
+
+cdef void set_second_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """With A, B the means of ddx and ddx x_hat, C, D those of dout, E the mean product, r inv_std,
+    w = ddgamma - gamma r B:
+
+    dx = r w (dout - C) - gamma r^2 D (ddx - A) - x_hat (gamma r^2 (E - 3 B D) + ddgamma r D)
+    ddout = gamma r (ddx - A) + w x_hat + ddbeta
+    """
+    cdef double** v = job.value
+    cdef double low = job.low
+    cdef double r, a, w, b, d, t, rest, rest_g, rest_r
+    cdef Py_ssize_t k
+    for k in range(f, f + n):
+        r = v[INV_STD][k]
+        a = v[GAMMA][k] * r
+        b = v[ALONG_R][k]
+        d = v[ALONG_G][k]
+        w = v[DDGAMMA][k] - a * b
+        t = a * (v[PRODUCT_GR][k] - 3 * b * d) + v[DDGAMMA][k] * d
+        v[SHIFT_X][k] = v[MEAN][k] if wide else <double> (<lane> v[MEAN][k])
+        v[SHIFT_G][k] = v[MEAN_G][k] if wide else <double> (<lane> v[MEAN_G][k])
+        v[SHIFT_R][k] = v[MEAN_R][k] if wide else <double> (<lane> v[MEAN_R][k])
+        v[FACTOR_X][k] = v[FACTOR_X][k] if wide else 1
+        v[FACTOR_G][k] = 1
+        rest = v[FACTOR_X][k] * ((v[MEAN][k] - v[SHIFT_X][k]) + v[MEAN_LOW][k])
+        rest_g = (v[MEAN_G][k] - v[SHIFT_G][k]) + v[MEAN_G_LOW][k]
+        rest_r = (v[MEAN_R][k] - v[SHIFT_R][k]) + v[MEAN_R_LOW][k]
+        v[MIX_G][k] = r * w
+        v[MIX_R][k] = -a * d * r
+        v[MIX_X][k] = -(r * t * (r / v[FACTOR_X][k]))
+        v[MIX_BIAS][k] = -v[MIX_X][k] * rest - v[MIX_G][k] * rest_g - v[MIX_R][k] * rest_r
+        v[COEF_G][k] = a
+        v[COEF_X][k] = w * (r / v[FACTOR_X][k])
+        v[BIAS][k] = (v[DDBETA][k] - a * rest_r) - v[COEF_X][k] * rest
+        v[WIDE][k] = (
+            beyond(v[SHIFT_X][k], low) + beyond(v[SHIFT_G][k], low)
+            + beyond(v[SHIFT_R][k], low) + beyond(r, low) + beyond(v[MIX_G][k], low)
+            + beyond(v[MIX_R][k], low) + beyond(v[MIX_X][k], low)
+            + above(v[MIX_BIAS][k], low) + beyond(a, low) + beyond(v[COEF_X][k], low)
+            + above(v[BIAS][k], low)
+        )

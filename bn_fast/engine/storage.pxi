@@ -1,0 +1,213 @@
+# How elements are stored, and how rows of them come to the kernels and back.
+#
+# A row is loaded by (storage, lane, factor): elements stored as float16, bfloat16, float32 or
+# float64 become float or double, times a power of two.  Where storage and lane are the same and the
+# columns lie side by side, the kernels read the row where it is; else it goes through a buffer of
+# some rows, which stays in L1.  A half type is storage only, so to the kernels such an array is one
+# of float32: reading 2 bytes where float32 reads 4 is what makes it faster where memory is the
+# limit.  Wide lanes are float32 loaded as double, or float64 times a factor: the same way, for some
+# features.
+
+cdef extern from "_half.h" nogil:
+    void bn_widen_float16(const unsigned short* from_, float* to, Py_ssize_t n)
+    void bn_narrow_float16(const float* from_, unsigned short* to, Py_ssize_t n)
+    void bn_widen_bfloat16(const unsigned short* from_, float* to, Py_ssize_t n)
+    void bn_narrow_bfloat16(const float* from_, unsigned short* to, Py_ssize_t n)
+
+cdef enum Storage:
+    FLOAT16
+    BFLOAT16
+    FLOAT32
+    FLOAT64
+
+cdef enum:
+    HALF_PIECE = 512          # elements gathered or scattered at a time
+
+# How a kernel comes to a row of an array: where it lies; through a buffer (to be read before it is
+# overwritten, or converted); the same but written past the caches; or column by column.
+cdef enum Access:
+    DIRECT
+    COPIED
+    STREAMED
+    GATHERED
+
+ctypedef fused stored:        # what needs no conversion to be computed with
+    float
+    double
+
+
+cdef inline Storage storage_of(cnp.ndarray array) noexcept:
+    """Only ml_dtypes' bfloat16 passes the checks besides NumPy's own types."""
+    if cnp.PyArray_ITEMSIZE(array) != 2:
+        return FLOAT32 if cnp.PyArray_ITEMSIZE(array) == 4 else FLOAT64
+    return FLOAT16 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16 else BFLOAT16
+
+
+cdef inline bint is_half(Storage storage) noexcept nogil:
+    return storage <= BFLOAT16
+
+
+cdef inline Py_ssize_t size_of(Storage storage) noexcept nogil:
+    return 2 if is_half(storage) else 4 if storage == FLOAT32 else 8
+
+
+cdef inline void widen(
+    Storage storage, const char* row, Py_ssize_t n, float* values,
+) noexcept nogil:
+    if storage == FLOAT16:
+        bn_widen_float16(<const unsigned short*> row, values, n)
+    else:
+        bn_widen_bfloat16(<const unsigned short*> row, values, n)
+
+
+cdef inline void narrow(
+    Storage storage, const float* values, Py_ssize_t n, char* row,
+) noexcept nogil:
+    if storage == FLOAT16:
+        bn_narrow_float16(values, <unsigned short*> row, n)
+    else:
+        bn_narrow_bfloat16(values, <unsigned short*> row, n)
+
+
+cdef inline double load_value(Storage storage, const char* value) noexcept nogil:
+    cdef float single
+    if storage == FLOAT64:
+        return (<const double*> value)[0]
+    if storage == FLOAT32:
+        return (<const float*> value)[0]
+    widen(storage, value, 1, &single)
+    return single
+
+
+# ---------------------------------------------------------------- columns one by one
+
+cdef inline Py_ssize_t regular_step(const Py_ssize_t* offset, Py_ssize_t width) noexcept nogil:
+    """The step from column to column, 0 if there is more than one.  The columns are at most a grid
+    of two axes, and then the two ends say whether it is one line."""
+    cdef Py_ssize_t step = offset[1] - offset[0] if width > 1 else 0
+    return step if offset[width - 1] - offset[0] == step * (width - 1) else 0
+
+
+cdef inline void gather_step(
+    const stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict factor,
+    lane* restrict packed,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(width):
+        packed[j] = <lane> row[j * step] * factor[j]
+
+
+cdef void gather_stored(
+    const stored* stored_tag, const char* row, const Py_ssize_t* restrict offset,
+    Py_ssize_t width, const lane* restrict factor, lane* restrict packed,
+) noexcept nogil:
+    """Steps known to the compiler become loads and shuffles: rows of every other column come in at
+    twice the speed of single elements, reversed ones at five times."""
+    cdef Py_ssize_t j, step = regular_step(offset, width)
+    cdef const stored* first = <const stored*> (row + offset[0])
+    if step == sizeof(stored):
+        gather_step(first, 1, width, factor, packed)
+    elif step == -<Py_ssize_t> sizeof(stored):
+        gather_step(first, -1, width, factor, packed)
+    elif step == 2 * sizeof(stored):
+        gather_step(first, 2, width, factor, packed)
+    elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
+        gather_step(first, step // <Py_ssize_t> sizeof(stored), width, factor, packed)
+    else:
+        for j in range(width):
+            packed[j] = <lane> (<const stored*> (row + offset[j]))[0] * factor[j]
+
+
+cdef void gather_row(
+    Storage storage, const char* row, const Py_ssize_t* offset, Py_ssize_t width,
+    const lane* factor, lane* packed,
+) noexcept nogil:
+    """packed[j] = factor[j] * (the element `offset[j]` bytes into the row); the factor is a power
+    of two (1 but for float64 values whose squares leave the range), so nothing is rounded."""
+    cdef Py_ssize_t j, k, n
+    cdef unsigned short[HALF_PIECE] bits
+    cdef float[HALF_PIECE] values
+    if storage == FLOAT32:
+        gather_stored[float, lane](<const float*> NULL, row, offset, width, factor, packed)
+        return
+    if storage == FLOAT64:
+        gather_stored[double, lane](<const double*> NULL, row, offset, width, factor, packed)
+        return
+    for j in range(0, width, 512):  # HALF_PIECE; Cython wants a literal step
+        n = min(<Py_ssize_t> HALF_PIECE, width - j)
+        for k in range(n):
+            bits[k] = (<const unsigned short*> (row + offset[j + k]))[0]
+        widen(storage, <const char*> bits, n, values)
+        for k in range(n):
+            packed[j + k] = values[k] * factor[j + k]
+
+
+cdef inline void scatter_step(
+    stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict packed,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(width):
+        row[j * step] = <stored> packed[j]
+
+
+cdef void scatter_stored(
+    const stored* stored_tag, char* row, const Py_ssize_t* restrict offset, Py_ssize_t width,
+    const lane* restrict packed,
+) noexcept nogil:
+    cdef Py_ssize_t j, step = regular_step(offset, width)
+    cdef stored* first = <stored*> (row + offset[0])
+    if step == sizeof(stored):
+        scatter_step(first, 1, width, packed)
+    elif step == -<Py_ssize_t> sizeof(stored):
+        scatter_step(first, -1, width, packed)
+    elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
+        scatter_step(first, step // <Py_ssize_t> sizeof(stored), width, packed)
+    else:
+        for j in range(width):
+            (<stored*> (row + offset[j]))[0] = <stored> packed[j]
+
+
+cdef void scatter_row(
+    Storage storage, char* row, const Py_ssize_t* offset, Py_ssize_t width, const lane* packed,
+) noexcept nogil:
+    """The inverse of gather_row, rounded to the array's dtype; from double lanes to a half type by
+    way of float."""
+    cdef Py_ssize_t j, k, n
+    cdef unsigned short[HALF_PIECE] bits
+    cdef float[HALF_PIECE] values
+    if storage == FLOAT32:
+        scatter_stored[float, lane](<const float*> NULL, row, offset, width, packed)
+        return
+    if storage == FLOAT64:
+        scatter_stored[double, lane](<const double*> NULL, row, offset, width, packed)
+        return
+    for j in range(0, width, 512):  # HALF_PIECE; Cython wants a literal step
+        n = min(<Py_ssize_t> HALF_PIECE, width - j)
+        for k in range(n):
+            values[k] = <float> packed[j + k]
+        narrow(storage, values, n, <char*> bits)
+        for k in range(n):
+            (<unsigned short*> (row + offset[j + k]))[0] = bits[k]
+
+
+# ---------------------------------------------------------------- columns side by side
+
+cdef inline void load_adjacent(
+    Storage storage, const char* from_, Py_ssize_t n, lane* to,
+) noexcept nogil:
+    """n adjacent elements; the lanes are native, float for half types."""
+    if is_half(storage):
+        widen(storage, from_, n, <float*> to)
+    else:
+        memcpy(to, from_, n * sizeof(lane))
+
+
+cdef inline void store_adjacent(
+    Storage storage, const lane* from_, Py_ssize_t n, bint stream, char* to,
+) noexcept nogil:
+    if is_half(storage):
+        narrow(storage, <const float*> from_, n, to)
+    elif stream:
+        bn_stream(to, <const char*> from_, n * sizeof(lane))
+    else:
+        memcpy(to, from_, n * sizeof(lane))

@@ -1,0 +1,61 @@
+"""One hostile feature beside ordinary ones, in every kind of call, at every boundary of the engine.
+
+Pairs of axes are covered, not all combinations: see `problems.pairs`.
+"""
+
+import itertools
+
+import pytest
+
+from .calls import FIRST, SECOND, check_first, check_second, first_may_be, second_may_be
+from .problems import FAR_SHAPES, pairs
+
+pytestmark = pytest.mark.filterwarnings("error")  # never a warning: NaN and inf say it
+
+FAR = FIRST | {
+    "shape": FAR_SHAPES,
+    "kind": [("x", "constant"), ("x", "nan"), ("dout", "offset"), ("gamma", "1e30")],
+    "layout": ["C", "features last", "Fortran"],
+    "dtype": ["float32", "float64", "float16"],
+}
+
+
+def rows(axes, valid, times=1):
+    def name(value):
+        if isinstance(value, tuple):
+            return "x".join(map(str, value)) if isinstance(value[0], int) else " ".join(value)
+        return str(value)
+
+    return [
+        pytest.param(row, id="-".join(name(value).replace(" ", "_") for value in row.values()))
+        for row in pairs(axes, valid, times)
+    ]
+
+
+@pytest.mark.parametrize("row", rows(FIRST, first_may_be, times=2))
+def test_first_order(row):
+    check_first(row)
+
+
+@pytest.mark.parametrize("row", rows(SECOND, second_may_be))
+def test_second_order_and_pieces(row):
+    check_second(row)
+
+
+@pytest.mark.parametrize("row", rows(FAR, first_may_be))
+def test_beyond_the_caches(row):
+    check_first(row)
+
+
+def test_pairs_are_covered():
+    axes = {"a": "abcde", "b": [1, 2, 3, 3], "c": [None, True], "d": [4, 5]}
+
+    def valid(row):
+        return not (row.get("c", True) is None and row.get("d") == 5)
+
+    table = pairs(axes, valid)
+    assert table == pairs(axes, valid)
+    for a, b in itertools.combinations(axes, 2):
+        expected = {(v, w) for v in axes[a] for w in axes[b] if valid({a: v, b: w})}
+        assert {(row[a], row[b]) for row in table} == expected
+    assert len(table) < 5 * 3 * 2
