@@ -13,7 +13,7 @@ from problem import EPS, Calls, Problem, Results, named
 
 import bn_fast
 from bn_fast import reference
-from bn_fast.reference import ACTIVATIONS, GRADIENTS
+from bn_fast.reference.batch import ACTIVATIONS, GRADIENTS
 
 SLOPE = 0.01  # everyone's default of leaky_relu
 
