@@ -213,7 +213,7 @@ cdef void new_job(Job* job, int operation, cnp.ndarray x, cnp.ndarray stats) noe
     """stats: mean, the mean's low part, inv_std and var: float64 (4, n_features), contiguous."""
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef int k
-    memset(job, 0, sizeof(Job))
+    memset(job, 0, <char*> &job.reduce - <char*> job)
     set_operation(job, operation, x)
     job.eps = -1
     job.exact_mean = True

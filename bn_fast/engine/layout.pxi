@@ -307,12 +307,12 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis) noexcept:
         )
     sort_axes(plan, key, axis, &axes)
     merge_axes(&axes)
-    memset(main, 0, sizeof(Segment))
     main.n_dims = axes.n
     main.n_joined = main.n_run = 1
     memcpy(main.size, axes.size, axes.n * sizeof(Py_ssize_t))
     for r in range(N_ROLES):
         memcpy(main.stride[r], axes.stride[r], axes.n * sizeof(Py_ssize_t))
+        main.offset[r] = main.joined_stride[r] = main.run_stride[r] = 0
     plan.n_segments = 1
     length = axes.size[axes.n - 1] if axes.n > 0 else 1
     choose_layout(

@@ -61,9 +61,7 @@ cdef struct Operation
 
 cdef struct Job:
     const Operation* op
-    Plan reduce               # the two visits that a call needs
-    Plan apply
-    bint reduces
+    bint reduces              # the two visits that a call needs
     bint applies
     Schedule schedule
     bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
@@ -85,6 +83,8 @@ cdef struct Job:
     Py_ssize_t buffer_elements
     Py_ssize_t scratch_bytes
     char* scratch
+    Plan reduce               # of either visit; last, as a plan is large and has no defaults
+    Plan apply
 
 
 cdef inline int n_own_values(const Job* job) noexcept nogil:
@@ -392,19 +392,25 @@ cdef void drop_gated_shift(
 # ---------------------------------------------------------------- a second look at dout's shift
 
 cdef enum:
-    LOOKS = 16                # values at which a doubtful shift of dout is looked at again
+    LOOKS = 8                 # values at which a doubtful shift of dout is looked at again
 
 cdef struct Looks:            # their addresses, of x, dout and the residual
     char* value[3][LOOKS]
 
 
-cdef inline double is_doubtful(const Job* job, Py_ssize_t f) noexcept nogil:
-    """1 if a feature's shift of dout may not be near its mean: farther than the three values let
-    expect, or than 0 is."""
-    cdef double shift = job.value[SHIFT_G][f], mean = job.value[MEAN_G][f]
-    cdef double limit = 4 * job.value[SPREAD][f]
-    limit = fabs(mean) if shift != 0 and fabs(mean) < limit else limit
-    return 1.0 if fabs(mean - shift) > limit else 0.0
+cdef inline void mark_doubtful(
+    const double* restrict shift, const double* restrict mean, double* restrict spread,
+    Py_ssize_t n,
+) noexcept nogil:
+    """In place of its spread 1 for a feature whose shift of dout may not be near the mean: farther
+    than the three values let expect, or than 0 is; else 0."""
+    cdef Py_ssize_t f
+    cdef double limit, size
+    for f in range(n):
+        limit = 4 * spread[f]
+        size = fabs(mean[f]) if shift[f] != 0 else limit
+        limit = size if size < limit else limit
+        spread[f] = 1.0 if fabs(mean[f] - shift[f]) > limit else 0.0
 
 
 cdef double distance_from_mean(
@@ -412,21 +418,20 @@ cdef double distance_from_mean(
 ) noexcept nogil:
     """How far dout is from its mean, on the mean of some values."""
     cdef const Plan* plan = &job.reduce
-    cdef Py_ssize_t k
-    cdef int role
-    cdef double[3] value
-    cdef double distance = 0
+    cdef Py_ssize_t k, role
+    cdef Py_ssize_t[3] at
+    cdef double g, x, r = 0, mean = job.value[MEAN_G][f], distance = 0
+    for role in range(3):
+        at[role] = (f - first) * plan.feature_stride[role]
     for k in range(LOOKS):
-        for role in range(3):
-            value[role] = 0
-            if plan.used[role]:
-                value[role] = load_value(
-                    plan.storage, look.value[role][k] + (f - first) * plan.feature_stride[role]
-                )
-        if plan.gate != NONE and not comes_through(job, f, value[X], value[R]):
-            value[G] = 0
-        distance += fabs(value[G] - job.value[MEAN_G][f]) / LOOKS
-    return distance
+        g = load_value(plan.storage, look.value[G][k] + at[G])
+        if plan.gate != NONE:
+            x = load_value(plan.storage, look.value[X][k] + at[X])
+            if plan.used[R]:
+                r = load_value(plan.storage, look.value[R][k] + at[R])
+            g = g if comes_through(job, f, x, r) else 0
+        distance += fabs(g - mean)
+    return distance / LOOKS
 
 
 cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexcept nogil:
@@ -443,11 +448,13 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef Looks look
     cdef Py_ssize_t f, k
     cdef int role
-    cdef double distance, step, doubtful = 0, n_far = 0
+    cdef double* shift = v[SHIFT_G]
+    cdef double* mean = v[MEAN_G]
+    cdef double* doubtful = v[SPREAD]
+    cdef double distance, step, n_far = 0
     cdef Place place
-    for f in range(first, first + n_features):
-        doubtful += is_doubtful(job, f)
-    if doubtful == 0:
+    mark_doubtful(shift + first, mean + first, doubtful + first, n_features)
+    if fold_run(doubtful + first, n_features) == 0:
         return 0
     place.segment = 0
     for k in range(LOOKS):
@@ -458,12 +465,12 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
             if plan.used[role]:
                 look.value[role][k] = value_at(plan, role, first, &place)
     for f in range(first, first + n_features):
-        if v[RETRY][f] != 0 or is_doubtful(job, f) == 0:
+        if v[RETRY][f] != 0 or doubtful[f] == 0:
             continue
         distance = distance_from_mean(job, f, first, &look)
-        if fabs(v[MEAN_G][f] - v[SHIFT_G][f]) > 8 * distance:
+        if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
-            v[SHIFT_G][f] = (v[MEAN_G][f] + step) - step
+            shift[f] = (mean[f] + step) - step
             v[RETRY][f] = 1
             n_far += 1
     return n_far
@@ -641,7 +648,7 @@ cdef inline void backward_constants(
         )
 
 
-cdef void set_forward_constants(
+cdef inline void forward_set(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
 ) noexcept nogil:
     cdef double** v = job.value
@@ -650,6 +657,30 @@ cdef void set_forward_constants(
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
         n, job.low, wide, lane_tag,
     )
+
+
+cdef inline void backward_set(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    cdef double** v = job.value
+    backward_constants[lane](
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[MEAN_GX] + f,
+        v[MEAN_G] + f, v[MEAN_G_LOW] + f,
+        v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
+        v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
+        n, job.total, job.eps, job.low, wide, lane_tag,
+    )
+
+
+# Whether lanes are wide is a constant of the inlined loops, for gcc to vectorize them.
+
+cdef void set_forward_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    if wide:
+        forward_set[lane](job, f, n, True, lane_tag)
+    else:
+        forward_set[lane](job, f, n, False, lane_tag)
 
 
 cdef void set_backward_constants(
@@ -662,13 +693,10 @@ cdef void set_backward_constants(
             v[MEAN_G][k] = v[DBETA][k] / job.total
             v[MEAN_G_LOW][k] = 0
             v[MEAN_GX][k] = v[DGAMMA][k] * (1 / job.total)
-    backward_constants[lane](
-        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[MEAN_GX] + f,
-        v[MEAN_G] + f, v[MEAN_G_LOW] + f,
-        v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
-        v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, job.total, job.eps, job.low, wide, lane_tag,
-    )
+    if wide:
+        backward_set[lane](job, f, n, True, lane_tag)
+    else:
+        backward_set[lane](job, f, n, False, lane_tag)
 
 
 cdef void set_frozen_constants(
