@@ -8,7 +8,7 @@ _core_v4; bn_fast/_core.py chooses among them at import. Switches, read from the
     BN_FAST_NATIVE=1    one kernel module, for exactly this CPU (-march=native)
     BN_FAST_DEBUG=1     -O0 -g, bounds checks
     BN_FAST_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer; Python must be started with
-                        their libraries preloaded, as .ci/long shows
+                        their libraries preloaded, as .ci/common shows
     BN_FAST_COVERAGE=1  -O0, count how often each line of the Cython sources runs, for gcov
 """
 

@@ -1,6 +1,6 @@
 """What the table of shapes does not show: threads, latency, memory, strides, instruction sets.
 
-Each measurement prints one table. Calls are interleaved and medians compared, as in compare.py;
+Each measurement prints one table. Blocks of calls take turns, and medians are compared;
 nothing else should run meanwhile.
 """
 
@@ -11,13 +11,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
 import numpy as np
-from timing import measure
+from timing import medians
 
 import bn_fast
 import bn_fast.functional
@@ -85,11 +85,6 @@ def with_threads(n: int, call: Callable[[], None]) -> Callable[[], None]:
         call()
 
     return run
-
-
-def medians(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    times = measure(dict(calls), rounds, lambda: None)
-    return {name: figures["median"] for name, figures in times.items()}
 
 
 def show(title: str, head: list[str], rows: list[list[str]]) -> None:

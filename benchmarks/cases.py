@@ -6,6 +6,8 @@ from fnmatch import fnmatch
 
 import numpy as np
 
+DIRECTIONS = ("forward", "backward")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -24,16 +26,6 @@ class Case:
     @property
     def array_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def forward_bytes(self) -> int:
-        """The least traffic: read x, write out."""
-        return 2 * self.array_bytes
-
-    @property
-    def backward_bytes(self) -> int:
-        """The least traffic: read x and dout, write dx."""
-        return 3 * self.array_bytes
 
 
 # kind, shape, feature axis

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from results import milliseconds, ratio
-from timing import measure
+from timing import medians
 
 try:
     from rich.console import Console
@@ -157,8 +157,7 @@ def main() -> int:
                 table.add_row(contest.what, name, "", "WRONG", "")
                 continue
             calls = {"theirs": contest.theirs, "ours": contest.ours}
-            times = measure(calls, options.rounds, lambda: None)
-            theirs, ours = (times[side]["median"] for side in calls)
+            theirs, ours = medians(calls, options.rounds).values()
             cells = milliseconds(theirs), milliseconds(ours), ratio(theirs / ours)
             table.add_row(contest.what, name, *cells)
     console.print(table)

@@ -7,28 +7,14 @@ from typing import Any, NamedTuple
 
 import floor
 import numpy as np
-from problem import EPS, Problem
-
-import bn_fast
-from bn_fast import reference
-
-Results = tuple[np.ndarray, ...]
-
-
-class Calls(NamedTuple):
-    """What is timed. Conversions and compilation are done before."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[], Any]
-    # Runs both and returns (out, dx, dgamma, dbeta) as NumPy arrays; None: nothing to judge.
-    results: Callable[[], Results] | None
+from problem import EPS, Calls, Problem, named
+from variants import PLAIN, Given, bn_fast_new, bn_fast_out, through_numpy
 
 
 class Implementation(NamedTuple):
     name: str
     prepare: Callable[[Problem], Calls]
     needs: str  # the module that must be installed
-    tolerance: dict[str, tuple[float, float]]  # of its errors, for each dtype
     is_peer: bool = True  # somebody else's work, which bn_fast is to beat
 
     @property
@@ -41,46 +27,17 @@ def n_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_floor(p: Problem) -> Calls:
-    out = np.zeros_like(p.x)
-    n_threads = n_cpus()
-    copy, add = floor.copy(p.x, out, n_threads), floor.add(p.x, p.dout, out, n_threads)
-    return Calls(copy, add, None)
+def through_memory(work: floor.Work) -> Callable[[Problem], Calls]:
+    def prepare(p: Problem) -> Calls:
+        out = np.zeros_like(p.x)
+        calls = (floor.fastest(work, a, n_cpus()) for a in ((p.x, out), (p.x, p.dout, out)))
+        return Calls(*calls, results=dict)
+
+    return prepare
 
 
-def prepare_reference(p: Problem) -> Calls:
-    return _fresh(reference, p)
-
-
-def prepare_bn_fast(p: Problem) -> Calls:
-    return _fresh(bn_fast, p)
-
-
-def _fresh(module: Any, p: Problem) -> Calls:
-    """Forward and backward of bn_fast or its reference, with new arrays at each call."""
-    _, cache = module.batchnorm_forward(p.x, p.gamma, p.beta, axis=p.axis)
-
-    def forward():
-        return module.batchnorm_forward(p.x, p.gamma, p.beta, axis=p.axis)
-
-    def backward():
-        return module.batchnorm_backward(p.dout, cache)
-
-    return Calls(forward, backward, lambda: (forward()[0], *backward()))
-
-
-def prepare_bn_fast_out(p: Problem) -> Calls:
-    """The caller's buffers, as a training loop keeps them."""
-    out, dx = np.zeros_like(p.x), np.zeros_like(p.x)
-    _, cache = bn_fast.batchnorm_forward(p.x, p.gamma, p.beta, axis=p.axis, out=out)
-
-    def forward():
-        return bn_fast.batchnorm_forward(p.x, p.gamma, p.beta, axis=p.axis, out=out)
-
-    def backward():
-        return bn_fast.batchnorm_backward(p.dout, cache, out=dx)
-
-    return Calls(forward, backward, lambda: (forward()[0], *backward()))
+def as_plain(prepare: Callable[[Given], Calls]) -> Callable[[Problem], Calls]:
+    return lambda p: prepare(Given(PLAIN, p))
 
 
 def prepare_torch(p: Problem) -> Calls:
@@ -121,7 +78,7 @@ def _torch(p: Problem, forward_op: Any, backward_op: Any) -> Calls:
     def results():
         (out, *_), (dx, *sums) = forward(), backward()
         large = (np.moveaxis(a.numpy(), 1, p.axis) for a in (out, dx))
-        return *large, *(a.numpy() for a in sums)
+        return named(*large, *(a.numpy() for a in sums))
 
     return Calls(forward, backward, results)
 
@@ -162,7 +119,7 @@ def prepare_jax(p: Problem) -> Calls:
         return jax.block_until_ready(backward_op(dout, x, gamma, mean, inv_std))
 
     def results():
-        return tuple(np.asarray(a) for a in (forward()[0], *backward()))
+        return named(*(np.asarray(a) for a in (forward()[0], *backward())))
 
     return Calls(forward, backward, results)
 
@@ -189,39 +146,19 @@ def prepare_numba(p: Problem) -> Calls:
 
     def results():
         (out, *_), (dx, *sums) = forward(), backward()
-        return out.reshape(p.x.shape), dx.reshape(p.x.shape), *sums
+        return named(out.reshape(p.x.shape), dx.reshape(p.x.shape), *sums)
 
     return Calls(forward, backward, results)
 
 
-# What is allowed of out and dx, and of the sums dgamma and dbeta, which cancel. The others must
-# only have computed the same thing: in float32 their sums over the first axis lose digits, up to
-# 1e-2 of the largest value for a million rows.
-EXACT = {"float32": (4e-6, 1.6e-5), "float64": (1e-14, 1e-12)}
-ROUGH = {"float32": (1e-2, 1e-2), "float64": (1e-9, 1e-9)}
-
 IMPLEMENTATIONS = [
-    Implementation("floor", prepare_floor, "numpy", {}, is_peer=False),
-    Implementation("reference", prepare_reference, "numpy", ROUGH, is_peer=False),
-    Implementation("bn_fast", prepare_bn_fast, "bn_fast", EXACT, is_peer=False),
-    Implementation("bn_fast out=", prepare_bn_fast_out, "bn_fast", EXACT, is_peer=False),
-    Implementation("torch", prepare_torch, "torch", ROUGH),
-    Implementation("torch.compile", prepare_torch_compile, "torch", ROUGH),
-    Implementation("jax", prepare_jax, "jax", ROUGH),
-    Implementation("numba", prepare_numba, "numba", ROUGH),
+    Implementation("copy", through_memory(floor.one_pass), "numpy", is_peer=False),
+    Implementation("floor", through_memory(floor.two_passes), "numpy", is_peer=False),
+    Implementation("reference", as_plain(through_numpy), "numpy", is_peer=False),
+    Implementation("bn_fast", as_plain(bn_fast_new), "bn_fast", is_peer=False),
+    Implementation("bn_fast out=", as_plain(bn_fast_out), "bn_fast", is_peer=False),
+    Implementation("torch", prepare_torch, "torch"),
+    Implementation("torch.compile", prepare_torch_compile, "torch"),
+    Implementation("jax", prepare_jax, "jax"),
+    Implementation("numba", prepare_numba, "numba"),
 ]
-
-
-def judge(implementation: Implementation, calls: Calls, p: Problem) -> dict[str, float]:
-    """The largest errors; an AssertionError if one is too large, or NaN."""
-    if calls.results is None:
-        return {}
-    errors = p.errors(calls.results())
-    limit, limit_of_sums = implementation.tolerance[str(p.x.dtype)]
-    for name, error in errors.items():
-        allowed = limit_of_sums if name in ("dgamma", "dbeta") else limit
-        assert error <= allowed, (
-            f"{implementation.name} is wrong on {p.case.name}: the error of {name} is {error:.1e},"
-            f" {allowed:.1e} is allowed"
-        )
-    return errors

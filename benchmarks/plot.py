@@ -1,11 +1,10 @@
-"""Draw the figures of compare.py: time / floor of each case and implementation, as a PNG."""
+"""Draw the figures of pytest-benchmark's JSON: time / floor of each case and implementation."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from results import over_floor
+from results import load, over
 
 try:
     import matplotlib
@@ -26,28 +25,29 @@ STYLES = {
     "torch.compile": {"marker": "P", "color": "#7209b7", "s": 34},
     "jax": {"marker": "v", "color": "#8d6e63", "s": 30},
     "reference": {"marker": "x", "color": "#555555", "s": 26},
+    "copy": {"marker": "|", "color": "#000000", "s": 40},
 }
-LABELS = {"reference": "NumPy (reference)"}
-TICKS = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
+LABELS = {"reference": "NumPy (reference)", "copy": "copy (one pass)"}
+TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what compare.py --json wrote")
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--dtype", help="float32 or float64; default: the first in the file")
     options = parser.parse_args()
-    record = json.loads(options.json.read_text())
-    dtype = options.dtype or record["cases"][0]["dtype"]
-    cases = [case for case in record["cases"] if case["dtype"] == dtype]
+    record = load(options.json)
+    dtype = options.dtype or record.cases[0]["dtype"]
+    cases = [case for case in record.cases if case["dtype"] == dtype]
     if not cases:
         parser.error(f"no case of dtype {dtype} in {options.json}")
-    draw(cases, record["machine"], dtype).savefig(options.picture, dpi=150)
+    draw(cases, record.machine, dtype).savefig(options.picture, dpi=150)
 
 
 def draw(cases, machine, dtype):
-    cases = sorted(cases, key=lambda case: case["forward_bytes"], reverse=True)
-    names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
+    cases = sorted(cases, key=lambda case: case["bytes"], reverse=True)
+    names = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
     names = [name for name in STYLES if name in names] + [
         name for name in names if name not in STYLES and name != "floor"
     ]
@@ -56,16 +56,15 @@ def draw(cases, machine, dtype):
         1, 2, figsize=(11, height), sharex=True, sharey=True, layout="constrained"
     )
     rows = range(len(cases))
-    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     for direction, ax in zip(("forward", "backward"), axes):
         for name in reversed(names):  # ours last, on top
-            ratios = [over_floor(case, name, direction) for case in cases]
+            ratios = [over(case, name, "floor", direction) for case in cases]
             ax.scatter(
                 [ratio or float("nan") for ratio in ratios],
                 rows,
                 label=LABELS.get(name, name),
                 **STYLES.get(name, {"marker": ".", "color": "#999999"}),
-                linewidths=1.5 if name == "reference" else 0,
+                linewidths=1.5 if name in LABELS else 0,
                 zorder=3 + (name.startswith("bn_fast")),
             )
         ax.axvline(1, color="black", linewidth=1)
@@ -80,16 +79,16 @@ def draw(cases, machine, dtype):
         for side in ("top", "right", "left"):
             ax.spines[side].set_visible(False)
         ax.margins(y=0.6 / len(cases))
-    axes[0].set_xlabel("forward: time ÷ time to copy x")
-    axes[1].set_xlabel("backward: time ÷ time to add x and dout")
+    axes[0].set_xlabel("forward: time ÷ time to read x twice and write as much")
+    axes[1].set_xlabel("backward: time ÷ time to read x and dout twice and write dx")
     axes[0].set_yticks(rows, [label(case) for case in cases], fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], labels[::-1], loc="outside lower center", ncols=len(names), frameon=False
     )
     figure.suptitle(
-        f"Batch norm, {dtype}, training mode: time ÷ floor (1 = as fast as memory allows)\n"
-        f"{machine['cpu']}, {threads}, {machine['date']}",
+        f"Batch norm, {dtype}, training mode: time ÷ floor (1 = as fast as two passes over memory)"
+        f"\n{machine}",
         fontsize=11,
     )
     return figure
@@ -98,7 +97,7 @@ def draw(cases, machine, dtype):
 def label(case) -> str:
     shape = ", ".join(map(str, case["shape"]))
     axis = "" if case["axis"] == 1 else f" axis {case['axis']}"
-    megabytes = case["forward_bytes"] / 2e6
+    megabytes = case["bytes"] / 1e6
     size = f"{megabytes:.3g} MB" if megabytes >= 0.1 else f"{megabytes * 1000:.3g} kB"
     return f"({shape}){axis}   {size}"
 

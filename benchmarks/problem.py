@@ -1,17 +1,41 @@
-"""A case's data, and the judge of what an implementation makes of it."""
+"""A case's data, what is timed of it, and the judge of what comes out."""
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from cases import Case
 
 from bn_fast.reference import oracle_backward, oracle_forward
+from bn_fast.reference.batch import GRADIENTS
 
 EPS = 1e-5  # everyone's default
 
 # The oracle takes long double and copies: on large cases it judges some features, evenly spaced,
 # at least 3. A feature's result depends on no other feature.
 JUDGED_ELEMENTS = 1 << 20
+
+# What is allowed of arrays of x's shape, and of the sums dgamma and dbeta, which cancel. Peers must
+# only have computed the same thing: in float32 their sums over the first axis lose digits, up to
+# 1e-2 of the largest value for a million rows.
+EXACT = {"float32": (4e-6, 1.6e-5), "float64": (1e-14, 1e-12)}
+ROUGH = {"float32": (1e-2, 1e-2), "float64": (1e-9, 1e-9)}
+
+Results = dict[str, np.ndarray]
+
+
+def named(*arrays: np.ndarray | None) -> Results:
+    """Of out, dx, dgamma, dbeta and dresidual those that there are."""
+    return {name: a for name, a in zip(("out", *GRADIENTS), arrays) if a is not None}
+
+
+class Calls(NamedTuple):
+    """What is timed; conversions and compilation come before. None: there is no such call."""
+
+    forward: Callable[[], Any] | None
+    backward: Callable[[], Any]
+    results: Callable[[], Results]  # of both, as NumPy arrays; empty: nothing to judge
 
 
 class Problem:
@@ -30,29 +54,45 @@ class Problem:
         self.beta = rng.standard_normal(n_features).astype(case.dtype)
 
     @cached_property
-    def judged(self) -> np.ndarray:
+    def _judged(self) -> np.ndarray:
         n_features = len(self.gamma)
         n = max(JUDGED_ELEMENTS * n_features // self.x.size, 3)
         return np.unique(np.linspace(0, n_features - 1, n).astype(int))
 
-    @cached_property
-    def _right(self) -> tuple[np.ndarray, ...]:
-        x, dout = (a.take(self.judged, self.axis) for a in (self.x, self.dout))
-        gamma, beta = self.gamma[self.judged], self.beta[self.judged]
-        out, _, _ = oracle_forward(x, gamma, beta, eps=EPS, axis=self.axis)
-        return out, *oracle_backward(dout, x, gamma, eps=EPS, axis=self.axis)
+    def choose(self, a: np.ndarray) -> np.ndarray:
+        """The features that are judged."""
+        return a.take(self._judged, 0 if a.ndim == 1 else self.axis)
 
-    def errors(self, results: tuple[np.ndarray, ...]) -> dict[str, float]:
-        """Largest errors of (out, dx, dgamma, dbeta), as fractions of the largest right value.
+    @cached_property
+    def right(self) -> Results:
+        """Those features' results of plain batch norm."""
+        x, dout, gamma, beta = map(self.choose, (self.x, self.dout, self.gamma, self.beta))
+        out, _, _ = oracle_forward(x, gamma, beta, eps=EPS, axis=self.axis)
+        return named(out, *oracle_backward(dout, x, gamma, eps=EPS, axis=self.axis))
+
+    def judge(
+        self, who: str, results: Results, right: Results, rounding: float = 0.0
+    ) -> dict[str, float]:
+        """Largest errors, as fractions of the largest right value; an AssertionError if one is too
+        large, or NaN. `rounding` is what a storage of fewer digits may add.
 
         dgamma and dbeta are sums of M terms of unit deviation, about sqrt(M) in size: that is the
         measure where few features have all come out near 0.
         """
         usual = np.sqrt(self.x.size / len(self.gamma))
-        found = {}
-        for name, got, right in zip(("out", "dx", "dgamma", "dbeta"), results, self._right):
+        exact = EXACT if who.startswith("bn_fast") else ROUGH
+        limit, limit_of_sums = exact[str(self.case.dtype)]
+        errors = {}
+        for name in results.keys() & right.keys():
+            got, expected = self.choose(results[name]), right[name]
+            assert got.shape == expected.shape, f"{who}: {name} has the shape {got.shape}"
             is_sum = got.ndim == 1
-            got = got.take(self.judged, 0 if is_sum else self.axis)
-            largest = max(np.abs(right).max(), usual if is_sum else 0)
-            found[name] = float(np.abs(got - right).max() / largest)
-        return found
+            largest = max(np.abs(expected).max(), usual if is_sum else 0)
+            error = float(np.abs(got.astype(np.longdouble) - expected).max() / largest)
+            allowed = limit_of_sums if is_sum else limit + rounding
+            assert error <= allowed, (
+                f"{who} is wrong on {self.case.name}: the error of {name} is {error:.1e},"
+                f" {allowed:.1e} is allowed"
+            )
+            errors[name] = error
+        return errors

@@ -1,13 +1,15 @@
-"""What the figures of compare.py say: best peers, ratios, geometric means.
+"""What the figures say that `python -m pytest benchmarks --benchmark-json FILE` keeps.
 
-The JSON holds "machine" (a dict of texts and numbers), "peers" (names) and "cases". A case has its
-"case" (name), kind, shape, axis, dtype, forward_bytes, backward_bytes and "implementations": by
-name, "forward" and "backward" with "median" and "min" in seconds and the "errors"; or "failed", and
-why.
+A case is a dict: what describes it ("case", its name, kind, shape, axis, dtype, bytes of x, and the
+"option" that was timed, or "") and "seconds", the median of each implementation and direction.
 """
 
+import json
+from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
+
+from cases import DIRECTIONS
 
 Case = dict[str, Any]
 
@@ -15,19 +17,45 @@ OURS = ("bn_fast", "bn_fast out=")
 LARGE_BYTES = 8_000_000  # of one array; smaller ones stay in a cache
 
 
+class Record(NamedTuple):
+    machine: str  # its name, the threads and the date
+    peers: list[str]
+    cases: list[Case]
+    options: list[Case]
+
+
+def load(path: Path) -> Record:
+    given = json.loads(path.read_text())
+    cases: dict[tuple[str, str], Case] = {}
+    peers = {}
+    for one in given["benchmarks"]:
+        info = one["extra_info"]
+        case = cases.setdefault((info["case"], info["option"]), {**info, "seconds": {}})
+        case["seconds"].setdefault(info["who"], {})[info["direction"]] = one["stats"]["median"]
+        if info.get("is_peer"):
+            peers[info["who"]] = True
+    machine = given["machine_info"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    cpu = machine["cpu"].get("brand_raw", machine["machine"])
+    return Record(
+        f"{cpu}, {threads}, {given['datetime'][:10]}",
+        list(peers),
+        [case for case in cases.values() if not case["option"]],
+        [case for case in cases.values() if case["option"]],
+    )
+
+
 def seconds(case: Case, name: str, direction: str) -> float | None:
     """Median time of forward, backward or "both"; None: not measured."""
-    figures = case["implementations"].get(name, {})
-    if "forward" not in figures:
-        return None
-    if direction == "both":
-        return figures["forward"]["median"] + figures["backward"]["median"]
-    return figures[direction]["median"]
+    times = case["seconds"].get(name, {})
+    if direction != "both":
+        return times.get(direction)
+    return sum(times.values()) if len(times) == len(DIRECTIONS) else None
 
 
-def over_floor(case: Case, name: str, direction: str) -> float | None:
-    time, floor = seconds(case, name, direction), seconds(case, "floor", direction)
-    return time / floor if time and floor else None
+def over(case: Case, name: str, other: str, direction: str) -> float | None:
+    time, others = seconds(case, name, direction), seconds(case, other, direction)
+    return time / others if time and others else None
 
 
 def best_peer(case: Case, peers: list[str]) -> tuple[str, float] | None:
@@ -54,9 +82,9 @@ def summary(cases: list[Case], peers: list[str]) -> list[str]:
         "smaller arrays": lambda size: size < LARGE_BYTES,
     }
     for what, fits in sizes.items():
-        chosen = [case for case in cases if fits(case["forward_bytes"] // 2)]
-        for direction in ("forward", "backward"):
-            ratios = {case["case"]: over_floor(case, OURS[1], direction) for case in chosen}
+        chosen = [case for case in cases if fits(case["bytes"])]
+        for direction in DIRECTIONS:
+            ratios = {case["case"]: over(case, OURS[1], "floor", direction) for case in chosen}
             lines += _line(f"{OURS[1]} / floor, {direction}, {what}", ratios, max)
     return lines
 

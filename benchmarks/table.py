@@ -1,42 +1,96 @@
-"""Print the figures of compare.py as a table in Markdown: a row for each case."""
+"""Print the figures of pytest-benchmark's JSON as tables in Markdown.
+
+    python -m pytest benchmarks --benchmark-json speed.json && python benchmarks/table.py speed.json
+
+Implementations: a row for each case. Options: a table for each case, a row for each option.
+"""
 
 import argparse
-import json
+from itertools import groupby
 from pathlib import Path
 
-from results import OURS, best_peer, gain, milliseconds, over_floor, ratio, seconds, summary
+from cases import DIRECTIONS
+from results import (
+    OURS,
+    Case,
+    Record,
+    best_peer,
+    gain,
+    load,
+    milliseconds,
+    over,
+    ratio,
+    seconds,
+    summary,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what compare.py --json wrote")
-    record = json.loads(parser.parse_args().json.read_text())
-    cases, peers, machine = record["cases"], record["peers"], record["machine"]
-    names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
-
-    print(f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}.", end=" ")
-    print("Medians in ms, forward / backward.\n")
-    head = ["case", *names, f"{OURS[1]} ÷ floor", *(f"best peer ÷ {name}" for name in OURS)]
-    print("|", " | ".join(head), "|")
-    print("|---" + "|--:" * (len(head) - 1) + "|")
-    for case in cases:
-        cells = [case["case"]]
-        for name in names:
-            cells.append(both(milliseconds(seconds(case, name, d)) for d in DIRECTIONS))
-        cells.append(both(ratio(over_floor(case, OURS[1], d)) for d in DIRECTIONS))
-        best = best_peer(case, peers)
-        gains = (ratio(gain(case, name, peers)) for name in OURS)
-        cells += [f"{value} ({best[0]})" if best else "-" for value in gains]
-        print("|", " | ".join(cells), "|")
-    print()
-    print(*(f"- {line}" for line in summary(cases, peers)), sep="\n")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    record = load(parser.parse_args().json)
+    print(f"{record.machine}. Medians in ms, forward / backward.")
+    if record.cases:
+        show_implementations(record)
+    for name, options in groupby(record.options, key=lambda case: case["case"]):
+        show_options(name, list(options))
 
 
-DIRECTIONS = ("forward", "backward")
+def show_implementations(record: Record) -> None:
+    names = names_in(record.cases)
+    show(
+        ["case", *names, f"{OURS[1]} ÷ floor", *(f"best peer ÷ {name}" for name in OURS)],
+        [
+            [
+                case["case"],
+                *(times(case, name) for name in names),
+                ratios(case, OURS[1], "floor"),
+                *(best_over(case, name, record.peers) for name in OURS),
+            ]
+            for case in record.cases
+        ],
+    )
+    print(*(f"- {line}" for line in summary(record.cases, record.peers)), sep="\n")
 
 
-def both(texts) -> str:
-    return " / ".join(texts)
+def show_options(name: str, options: list[Case]) -> None:
+    """ "÷ plain" is what the option costs, with the caller's buffers on both sides."""
+    names = [one for one in names_in(options) if one != "plain"]
+    peers = [one for one in names if one not in OURS]
+    show(
+        [name, *names, "÷ plain", *(f"{peer} ÷ {OURS[0]}" for peer in peers)],
+        [
+            [
+                case["option"],
+                *(times(case, one) for one in names),
+                ratios(case, OURS[1], "plain"),
+                *(ratios(case, peer, OURS[0]) for peer in peers),
+            ]
+            for case in options
+        ],
+    )
+
+
+def names_in(cases: list[Case]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases for name in case["seconds"]))
+
+
+def times(case: Case, name: str) -> str:
+    return " / ".join(milliseconds(seconds(case, name, d)) for d in DIRECTIONS)
+
+
+def ratios(case: Case, name: str, other: str) -> str:
+    return " / ".join(ratio(over(case, name, other, d)) for d in DIRECTIONS)
+
+
+def best_over(case: Case, name: str, peers: list[str]) -> str:
+    best = best_peer(case, peers)
+    return f"{ratio(gain(case, name, peers))} ({best[0]})" if best else "-"
+
+
+def show(head: list[str], rows: list[list[str]]) -> None:
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    print("", *(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)), "", sep="\n")
 
 
 if __name__ == "__main__":

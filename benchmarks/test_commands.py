@@ -12,47 +12,52 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run(command, *arguments, cwd):
+def run(*command, cwd):
     """The output of a command that must succeed; cwd is not the repository, whose bn_fast hides
     the installed one."""
-    line = [sys.executable, HERE / command, *map(str, arguments)]
+    line = [sys.executable, *map(str, command)]
     done = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """What compare.py writes about two small cases."""
+def timed(tmp_path_factory):
+    """The output and the JSON of the benchmarks of two small cases."""
     folder = tmp_path_factory.mktemp("figures")
-    names = ("floor", "reference", "bn_fast", "bn_fast out=")
     shown = run(
-        "compare.py",
-        *("--cases", "32x64-float32", "128x33x7x7-float64"),
-        *("--implementations", *names),
-        *("--rounds", 1),
-        *("--json", "figures.json"),
+        *("-m", "pytest", HERE / "test_forward_backward.py", "-p", "no:cacheprovider"),
+        *("-k", "not torch and not jax and not numba and not float16", "--rounds", 2),
+        *("--cases", "32x64-float32", "--cases", "128x33x7x7-float64"),
+        *("--baseline", "reference", "--benchmark-json", folder / "figures.json"),
         cwd=folder,
     )
-    assert "2 of 2: 128x33x7x7-float64" in shown
-    record = json.loads((folder / "figures.json").read_text())
-    for case in record["cases"]:
-        assert set(case["implementations"]) == set(names)
-        for figures in case["implementations"].values():
-            assert figures["forward"]["median"] > 0
-            assert figures["backward"]["median"] > 0
-    return folder / "figures.json"
+    return shown, folder / "figures.json"
 
 
-def test_table(figures, tmp_path):
-    shown = run("table.py", figures, cwd=tmp_path)
+def test_benchmarks(timed):
+    shown, path = timed
+    tables = shown[shown.index("32x64-float32 forward ") :].splitlines()
+    assert max(map(len, tables)) <= 100
+    rows = {line.split("  ")[1]: line.split() for line in tables[1 : tables.index("")]}
+    assert list(rows) == ["copy", "floor", "reference", "bn_fast", "bn_fast out="]
+    assert rows["reference"][-2:] == ["2", "1.00"]  # rounds, and the ratio to the baseline
+    for one in json.loads(path.read_text())["benchmarks"]:
+        assert len(one["stats"]["data"]) == 2
+        assert min(one["stats"]["data"]) > 0
+
+
+def test_table(timed, tmp_path):
+    shown = run(HERE / "table.py", timed[1], cwd=tmp_path)
     assert "| 32x64-float32 |" in shown
+    assert "bn_fast out= / floor, backward, smaller arrays" in shown
+    assert "| residual, relu |" in shown
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_plot(figures, tmp_path, dtype):
+def test_plot(timed, tmp_path, dtype):
     pytest.importorskip("matplotlib")
-    run("plot.py", figures, "picture.png", "--dtype", dtype, cwd=tmp_path)
+    run(HERE / "plot.py", timed[1], "picture.png", "--dtype", dtype, cwd=tmp_path)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -60,14 +65,14 @@ def test_train_digits(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    shown = run("train_digits.py", cwd=tmp_path)
+    shown = run(HERE / "train_digits.py", cwd=tmp_path)
     assert "FAILED" not in shown
     assert (tmp_path / "train_digits.png").exists()
 
 
 def test_doors(tmp_path):
     pytest.importorskip("rich")
-    shown = run("doors.py", "--quick", "--rounds", 1, cwd=tmp_path)
+    shown = run(HERE / "doors.py", "--quick", "--rounds", 1, cwd=tmp_path)
     assert "WRONG" not in shown
 
 
@@ -88,13 +93,5 @@ def test_mpi_cost(tmp_path):
 
 def test_behaviour(tmp_path):
     pytest.importorskip("rich")
-    shown = run("behaviour.py", "small", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
+    shown = run(HERE / "behaviour.py", "small", "fresh", "strides", "--rounds", 1, cwd=tmp_path)
     assert "every other column" in shown
-
-
-@pytest.mark.parametrize("form", [[], ["--markdown"]])
-def test_options(form, tmp_path):
-    pytest.importorskip("rich")
-    shown = run("options.py", "--quick", "--rounds", 1, *form, cwd=tmp_path)
-    assert "WRONG" not in shown
-    assert "bfloat16" in shown

@@ -1,41 +1,38 @@
-"""Times many calls in turn, so that a slow moment of the machine meets all of them alike."""
+"""The timing loop: blocks of calls take turns, so that a slow moment of the machine meets all."""
 
-import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any
+from timeit import Timer
+from typing import Any, TypeVar
 
-# Calls shorter than this are repeated and timed together; longer ones are timed one by one.
+# Calls shorter than this are repeated, and the block is timed; longer ones are timed one by one.
 BLOCK_SECONDS = 0.002
-# Worker threads of OpenMP spin for up to 10 ms after a call, on a core that the next call needs.
+# Worker threads of OpenMP spin for up to 10 ms after a call, on a core that the next block needs.
 PAUSE_SECONDS = 0.01
 # Beyond this a call's arrays are not in any cache, and warming up is only a waste of time.
 LONG_SECONDS = 0.1
 
-
-def measure(
-    calls: dict[str, Callable[[], Any]], rounds: int, progress: Callable[[], None]
-) -> dict[str, dict[str, float]]:
-    """Median and minimum, over the rounds, of the seconds that one call takes."""
-    repeats = {name: max(1, int(BLOCK_SECONDS / _seconds(call, 1))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    gc.disable()  # as timeit does
-    try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                time.sleep(PAUSE_SECONDS)
-                if not times[name] or times[name][-1] < LONG_SECONDS:
-                    _seconds(call, repeats[name])  # wakes its threads, fills the cache
-                times[name].append(_seconds(call, repeats[name]) / repeats[name])
-            progress()
-    finally:
-        gc.enable()
-    return {name: {"median": median(t), "min": min(t)} for name, t in times.items()}
+Name = TypeVar("Name")
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
+def measure(calls: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, list[float]]:
+    """Seconds of one call of each, in each of the rounds.
+
+    A block is all of one call: an engine that writes past the caches would slow down whoever is
+    called next, and here that is itself.
+    """
+    timers = {name: Timer(call) for name, call in calls.items()}  # without garbage collection
+    repeats = {name: max(1, int(BLOCK_SECONDS / t.timeit(1))) for name, t in timers.items()}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            time.sleep(PAUSE_SECONDS)
+            if not times[name] or times[name][-1] < LONG_SECONDS:
+                timer.timeit(repeats[name])  # wakes its threads, fills the cache
+            times[name].append(timer.timeit(repeats[name]) / repeats[name])
+    return times
+
+
+def medians(calls: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, float]:
+    return {name: median(times) for name, times in measure(calls, rounds).items()}

@@ -4,20 +4,17 @@ Each is called as bn_fast's user would, as a NumPy user writes it around the ref
 PyTorch's eager mode has it, and is judged by the long double oracle before it is timed.
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import Case
-from implementations import EXACT, ROUGH
-from problem import EPS, Problem
+from cases import DIRECTIONS, Case
+from problem import EPS, Calls, Problem, Results, named
 
 import bn_fast
 from bn_fast import reference
-from bn_fast.reference import ACTIVATIONS, GRADIENTS
+from bn_fast.reference.batch import ACTIVATIONS, GRADIENTS
 
-Results = dict[str, np.ndarray]
 SLOPE = 0.01  # everyone's default of leaky_relu
 
 
@@ -37,16 +34,20 @@ class Variant(NamedTuple):
     def is_importable(self) -> bool:
         return self.storage != "bfloat16" or find_spec("ml_dtypes") is not None
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Those that differ from plain batch norm's."""
+        same_forward = self.needs != GRADIENTS or self.second_order
+        return DIRECTIONS[1:] if same_forward else DIRECTIONS
+
+    @property
+    def users(self) -> list[str]:
+        """Keys of USERS."""
+        peers = [who for who in self.peers if find_spec(who.lower())]
+        return ["plain"] * (self is not PLAIN) + ["bn_fast", "bn_fast out=", *peers]
+
     def fits(self, case: Case) -> bool:
-        return self.is_importable and (self.storage is None or case.dtype == np.float32)
-
-
-class Calls(NamedTuple):
-    """What is timed; None: there is nothing of the kind, or nothing that differs from plain."""
-
-    forward: Callable[[], Any] | None
-    backward: Callable[[], Any]
-    results: Callable[[], Results]
+        return self.storage is None or case.dtype == np.float32
 
 
 class Given:
@@ -111,10 +112,7 @@ def _ours(given: Given, out: np.ndarray | None, dx: np.ndarray | None) -> Calls:
     def backward():
         return bn_fast.batchnorm_backward(given.dout, cache, out=dx, **more)
 
-    def results():
-        return {"out": y} | dict(zip(GRADIENTS, backward()))
-
-    return Calls(forward if v.needs == GRADIENTS else None, backward, results)
+    return Calls(forward, backward, lambda: named(y, *backward()))
 
 
 def _second_order(module: Any, given: Given) -> Calls:
@@ -159,7 +157,7 @@ def through_numpy(given: Given) -> Calls:
         gradients = reference.batchnorm_backward(g, cache)
         return (*gradients, g) if v.residual else gradients
 
-    return Calls(forward, backward, lambda: {"out": y} | dict(zip(GRADIENTS, backward())))
+    return Calls(forward, backward, lambda: named(y, *backward()))
 
 
 def through_torch(given: Given) -> Calls:
@@ -214,71 +212,50 @@ def through_torch(given: Given) -> Calls:
         named = {"out": y} | dict(zip(leaves, backward()))
         return {name: array(name, t) for name, t in named.items()}
 
-    return Calls(forward if v.needs == GRADIENTS else None, backward, results)
+    return Calls(forward, backward, results)
 
 
-PEERS = {"NumPy": through_numpy, "torch": through_torch}
+def without_options(given: Given) -> Calls:
+    """What an option costs is the others' time over this one's."""
+    return bn_fast_out(Given(PLAIN, given.problem))
 
 
-def prepare(given: Given) -> dict[str, Calls]:
-    """The calls of everyone who can, each judged; an AssertionError if one is wrong."""
-    calls = {"bn_fast": bn_fast_new(given), "bn_fast out=": bn_fast_out(given)}
-    for name in given.variant.peers:
-        if find_spec(name.lower()):
-            calls[name] = PEERS[name](given)
-    for name, one in calls.items():
-        judge(name, one.results(), given)
-    return calls
+USERS = {
+    "plain": without_options,
+    "bn_fast": bn_fast_new,
+    "bn_fast out=": bn_fast_out,
+    "NumPy": through_numpy,
+    "torch": through_torch,
+}
 
 
-def judge(who: str, results: Results, given: Given) -> None:
-    """Errors as fractions of the largest right value, of some features where there are many.
+def judge(who: str, results: Results, given: Given) -> dict[str, float]:
+    """The errors.
 
-    Peers must only have computed the same thing. The gate of a gradient is that of the output it
-    comes with: where z is a rounding away from 0, both sides are right.
+    The gate of a gradient is that of the output it comes with: where z is a rounding away from 0,
+    both sides are right.
     """
     p, v = given.problem, given.variant
-    some = p.judged
-
-    def choose(a: np.ndarray) -> np.ndarray:
-        return a.take(some, 0 if a.ndim == 1 else given.axis)
-
-    x, dout = (choose(a).astype(p.case.dtype) for a in (given.x, given.dout))
-    gamma, beta = choose(given.gamma), choose(given.beta)
-    usual = np.sqrt(x.size / len(gamma))  # of sums; see Problem.errors
-    shared = {"axis": given.axis, "eps": EPS}
+    x, dout = (p.choose(a).astype(p.case.dtype) for a in (given.x, given.dout))
+    gamma, beta = p.choose(given.gamma), p.choose(given.beta)
+    shared: dict[str, Any] = {"axis": given.axis, "eps": EPS}
     if v.second_order:
-        seconds = (choose(a) for a in given.seconds)
-        right = reference.oracle_double_backward(*seconds, x, gamma, **shared)
-        expected = dict(zip(SECOND_RESULTS, right))
+        seconds = map(p.choose, given.seconds)
+        right = dict(
+            zip(SECOND_RESULTS, reference.oracle_double_backward(*seconds, x, gamma, **shared))
+        )
     else:
         shared["weights"] = given.weights
         z, _, _ = reference.oracle_forward(x, gamma, beta, **shared)
         if v.residual:
-            z = z + choose(given.residual)
+            z = z + p.choose(given.residual)
         g = dout
         if v.activation:
-            out = choose(results["out"])
-            g = ACTIVATIONS[v.activation][1](dout, out, SLOPE)
+            g = ACTIVATIONS[v.activation][1](dout, p.choose(results["out"]), SLOPE)
             z = ACTIVATIONS[v.activation][0](z, SLOPE)
-        expected = dict(zip(GRADIENTS, (*reference.oracle_backward(g, x, gamma, **shared), g)))
-        expected["out"] = z
-    ours = who.startswith("bn_fast")
-    limit, limit_of_sums = (EXACT if ours else ROUGH)[str(p.case.dtype)]
-    for name, got in results.items():
-        if got is None or name not in expected:
-            continue
-        exact, got = expected[name], choose(got)
-        assert got.shape == exact.shape, f"{who}, {v.name}: {name} has the shape {got.shape}"
-        largest = max(np.abs(exact).max(), usual if got.ndim == 1 else 0)
-        error = float(np.abs(got.astype(np.longdouble) - exact).max() / largest)
-        allowed = limit_of_sums if got.ndim == 1 else limit
-        if v.storage and got.ndim > 1:  # one rounding more
-            allowed += {"float16": 2.0**-11, "bfloat16": 2.0**-8}[v.storage]
-        assert error <= allowed, (
-            f"{who} is wrong, {v.name} on {p.case.name}: the error of {name} is {error:.1e},"
-            f" {allowed:.1e} is allowed"
-        )
+        right = named(z, *reference.oracle_backward(g, x, gamma, **shared), g)
+    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(v.storage, 0.0)
+    return p.judge(f"{who}, {v.name}", results, right, rounding)
 
 
 PLAIN = Variant("plain")
