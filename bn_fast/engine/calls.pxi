@@ -41,62 +41,67 @@ cdef void load_parameter(cnp.ndarray values, double* target) noexcept:
 
 # ---------------------------------------------------------------- one way in
 
-cdef void plan_visits(
-    Job* job, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray residual, cnp.ndarray weights,
-    cnp.ndarray dresidual, cnp.ndarray out, int axis,
-) noexcept:
-    """Give the arrays their roles in both visits.  In second order residual and dresidual are ddx
-    and ddout, an input and an output of the second visit alone."""
+cdef inline object array_of(const Job* job, int role):
+    return <object> job.array[role] if job.array[role] != NULL else None
+
+
+cdef void bring(Job* job, int role, cnp.ndarray array) noexcept:
+    job.array[role] = NULL if array is None else <void*> array
+
+
+cdef void plan_visits(Job* job) noexcept:
+    """Give the arrays their roles in both visits.  In second order R and D are ddx and ddout,
+    an input and an output of the second visit alone."""
     cdef Plan* reduce = &job.reduce
     cdef Plan* apply = &job.apply
     cdef const Operation* op = job.op
+    cdef cnp.ndarray x = array_of(job, X), g = array_of(job, G), residual = array_of(job, R)
+    cdef cnp.ndarray out = array_of(job, Y), second = array_of(job, D), weights = array_of(job, W)
     cdef bint mixed = op.formula == MIXED
     cdef bint gated = op.takes_dout and job.activation != IDENTITY
     # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
     cdef bint rounded = is_half(storage_of(x)) and job.activation != RELU
-    cdef bint opened = dresidual is not None and not rounded
-    cdef cnp.ndarray g = dresidual if opened and not mixed else dout
+    cdef bint opened = second is not None and not (rounded or mixed)
     cdef bint apply_gated = gated and not opened
+    # Frozen statistics leave the output to dout alone, but for the gate.
+    cdef bint alone = op.input == G and not apply_gated
     cdef int r
     set_role(reduce, X, x)
-    set_role(reduce, G, dout)
+    set_role(reduce, G, g)
     set_role(reduce, R, residual if gated else None)
     set_role(reduce, Y, None)
-    set_role(reduce, D, None if mixed else dresidual)
+    set_role(reduce, D, None if mixed else second)
     set_role(reduce, W, weights)
-    # Frozen statistics leave the output to dout alone, but for the gate.
-    set_role(apply, X, x if op.input == X or apply_gated else g)
-    set_role(apply, G, g if op.input == X or apply_gated else None)
+    g = second if opened else g
+    set_role(apply, X, g if alone else x)
+    set_role(apply, G, None if alone else g)
     set_role(apply, R, residual if apply_gated or not op.takes_dout or mixed else None)
     set_role(apply, Y, out)
-    set_role(apply, D, dresidual if mixed else None)
+    set_role(apply, D, second if mixed else None)
     set_role(apply, W, weights if op.weighs else None)
     reduce.gate = apply.gate = NONE
     if gated:
         reduce.gate = BEFORE if reduce.used[R] or reduce.used[W] else INSIDE
     if apply_gated:
         apply.gate = BEFORE if apply.used[R] or apply.used[W] or op.input == G else INSIDE
-    make_plan(reduce, x, axis)
-    make_plan(apply, x, axis)
+    make_plan(reduce, x, job.axis)
+    make_plan(apply, x, job.axis)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
-    if out is not None:
-        for r in range(Y):
-            array = residual if r == R else g if r == G else x
-            if r == X and not (op.input == X or apply_gated):
-                array = g
-            if apply.used[r] and apply.access[r] == DIRECT and overlap(array, out):
-                apply.access[r] = COPIED
+    for r in range(Y):
+        array = residual if r == R else g if r == G or alone else x
+        if out is not None and apply.used[r] and apply.access[r] == DIRECT and overlap(array, out):
+            apply.access[r] = COPIED
 
 
-cdef void make_schedule(Job* job, cnp.ndarray x, int n_threads) noexcept:
+cdef void make_schedule(Job* job) noexcept:
     cdef Work work
     work.reduce = &job.reduce
     work.apply = &job.apply
     work.n_features = job.n_features
-    work.feature_bytes = cnp.PyArray_NBYTES(x) // job.n_features
+    work.feature_bytes = cnp.PyArray_NBYTES(array_of(job, X)) // job.n_features
     work.n_inputs = 2 if job.op.takes_dout else 1
-    job.schedule.n_threads = n_threads
+    job.schedule.n_threads = job.n_threads
     choose_tile(&job.schedule, &work)
     choose_detours(&job.schedule, &work)
 
@@ -123,35 +128,32 @@ cdef void size_scratch(Job* job) noexcept:
     job.scratch_bytes = share_scratch(job, <char*> 64, &s)
 
 
-cdef int execute(
-    Job* job, cnp.ndarray x, cnp.ndarray dout, cnp.ndarray out, int axis, int n_threads,
-    cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray residual=None, cnp.ndarray dresidual=None,
-    cnp.ndarray weights=None,
-) except -1:
-    """Plan, allocate, run.  x has at least one element."""
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = cnp.PyArray_DIMS(x)[axis], n_values = 0
-    cdef double count = <double> (size // n)
+cdef int execute(Job* job) except -1:
+    """Plan, allocate, run; where x has no elements there is nothing to do."""
+    cdef cnp.ndarray x = array_of(job, X)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = cnp.PyArray_DIMS(x)[job.axis], n_values = 0
+    cdef double count
     cdef char* memory
     cdef int v
+    if size == 0 or not (job.reduces or job.applies):
+        return 0
+    count = <double> (size // n)
     for v in range(N_VALUES):
         job.given[v] = job.value[v] != NULL
-    set_parameter(&job.gamma_given, gamma)
-    set_parameter(&job.beta_given, beta)
     job.n_features = n
     job.low = low_limit(storage_of(x))
-    if job.reduces and weights is None:
+    if job.reduces and job.array[W] == NULL:
         job.total = count
-    plan_visits(job, x, dout, residual, weights, dresidual, out, axis)
+    plan_visits(job)
     # Half of the mean weight: values that have less make up less than half of the whole, and may
     # hold anything, as under a mask the padding's filler.
     choose_sample(
         &job.reduce, job.total / count / 2 if job.reduces and not job.op.takes_dout else 0
     )
-    job.has_options = (
-        job.reduce.gate != NONE or residual is not None or weights is not None
-        or dresidual is not None
+    job.has_options = job.reduce.gate != NONE or (
+        job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
     )
-    make_schedule(job, x, n_threads)
+    make_schedule(job)
     size_scratch(job)
     if not job.own_values:
         n_values = (n_own_values(job) + (4 * job.reduce.n_chunks if job.reduces else 0)) * n
@@ -209,21 +211,22 @@ cpdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
     return new
 
 
-cdef void new_job(Job* job, int operation, cnp.ndarray x, cnp.ndarray stats) noexcept:
+cdef void new_job(
+    Job* job, int operation, cnp.ndarray x, cnp.ndarray stats, int axis, int n_threads,
+) noexcept:
     """stats: mean, the mean's low part, inv_std and var: float64 (4, n_features), contiguous."""
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef int k
     memset(job, 0, <char*> &job.reduce - <char*> job)
-    set_operation(job, operation, x)
+    job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
+    job.axis = axis
+    job.n_threads = n_threads
     job.eps = -1
     job.exact_mean = True
+    bring(job, X, x)
     for k in range(4):
         job.value[MEAN + k] = <double*> cnp.PyArray_DATA(stats) + k * n
     job.value[MULTIPLIER] = job.value[INV_STD]
-
-
-cdef void set_operation(Job* job, int operation, cnp.ndarray x) noexcept:
-    job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
 
 
 cdef void average_in(
@@ -310,7 +313,12 @@ cpdef tuple forward(
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if not frozen:
         stats = new_statistics(n)
-    new_job(&job, FROZEN if frozen else FORWARD, x, stats)
+    new_job(&job, FROZEN if frozen else FORWARD, x, stats, axis, n_threads)
+    bring(&job, R, residual)
+    bring(&job, Y, out)
+    bring(&job, W, weights)
+    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.beta_given, beta)
     job.reduces = not frozen
     job.applies = True
     job.activation = activation
@@ -320,10 +328,7 @@ cpdef tuple forward(
     if job.reduces and cnp.PyArray_SIZE(x) == 0:
         for f in range(4 * n):
             job.value[MEAN][f] = NAN
-    if cnp.PyArray_SIZE(x) > 0:
-        execute(
-            &job, x, None, out, axis, n_threads, gamma, beta, residual, None, weights
-        )
+    execute(&job)
     return out, stats
 
 
@@ -366,7 +371,14 @@ cpdef tuple backward(
     sums = <double*> calloc(2 * n + 1, sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
-    new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats)
+    new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
+    bring(&job, G, dout)
+    bring(&job, R, residual)
+    bring(&job, Y, out)
+    bring(&job, D, dresidual)
+    bring(&job, W, weights)
+    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.beta_given, beta)
     job.reduces = needs_sums or needs_dresidual or (needs_dx and not frozen)
     job.applies = needs_dx
     job.activation = activation
@@ -378,10 +390,7 @@ cpdef tuple backward(
     job.value[DGAMMA] = sums
     job.value[DBETA] = sums + n
     try:
-        if cnp.PyArray_SIZE(x) > 0 and (job.reduces or job.applies):
-            execute(
-                &job, x, dout, out, axis, n_threads, gamma, beta, residual, dresidual, weights
-            )
+        execute(&job)
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
     finally:
@@ -400,11 +409,12 @@ def moments(
     are forward's too."""
     cdef Job job
     cdef cnp.ndarray stats = new_statistics(cnp.PyArray_DIMS(x)[axis])
-    new_job(&job, FORWARD, x, stats)
+    new_job(&job, FORWARD, x, stats, axis, n_threads)
+    bring(&job, W, weights)
     job.reduces = True
     job.eps = 0
     job.total = total
-    execute(&job, x, None, None, axis, n_threads, None, None, None, None, weights)
+    execute(&job)
     return stats
 
 
@@ -422,7 +432,8 @@ def backward_sums(
     shape[1] = n
     sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     ones = cnp.PyArray_EMPTY(1, &shape[1], cnp.NPY_FLOAT64, 0)
-    new_job(&job, BACKWARD, x, stats)
+    new_job(&job, BACKWARD, x, stats, axis, n_threads)
+    bring(&job, G, dout)
     job.reduces = True
     job.exact_mean = False
     if not normalized:
@@ -431,8 +442,7 @@ def backward_sums(
             (<double*> cnp.PyArray_DATA(ones))[f] = 1
     job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
     job.value[DBETA] = job.value[DGAMMA] + n
-    if cnp.PyArray_SIZE(x) > 0:
-        execute(&job, x, dout, None, axis, n_threads, None, None)
+    execute(&job)
     return sums
 
 
@@ -447,14 +457,16 @@ def backward_dx(
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    new_job(&job, BACKWARD, x, stats)
+    new_job(&job, BACKWARD, x, stats, axis, n_threads)
+    bring(&job, G, dout)
+    bring(&job, Y, out)
+    set_parameter(&job.gamma_given, gamma)
     job.applies = True
     job.exact_mean = False
     job.total = total
     job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
     job.value[DBETA] = job.value[DGAMMA] + n
-    if cnp.PyArray_SIZE(x) > 0:
-        execute(&job, x, dout, out, axis, n_threads, gamma, None)
+    execute(&job)
     return out
 
 
@@ -469,21 +481,19 @@ def backward_dx(
 #
 # The formulas behind the constants: functional.py.
 
-cdef int sum_pair(
-    Job* job, cnp.ndarray first, cnp.ndarray second, double* mean, double* along, int axis,
-    int n_threads,
-) except -1:
-    """Backward's sums of x, which has the job's statistics, and another array: its mean (two rows)
-    and that of its product with x_hat, also where the sum leaves the range."""
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(first)[axis]
-    cdef double m = <double> (cnp.PyArray_SIZE(first) // n)
+cdef int sum_pair(Job* job, cnp.ndarray other, double* mean, double* along) except -1:
+    """Backward's sums of the job's array, which has its statistics, and another: its mean (two
+    rows) and that of its product with x_hat, also where the sum leaves the range."""
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(other)[job.axis]
+    cdef double m = <double> (cnp.PyArray_SIZE(other) // n)
     cdef double* total = job.value[DGAMMA]
     job.reduces = True
     job.value[MEAN_GX] = along
     if mean != NULL:
         job.value[MEAN_G] = mean
         job.value[MEAN_G_LOW] = mean + n
-    execute(job, first, second, None, axis, n_threads, None, None)
+    bring(job, G, other)
+    execute(job)
     job.value[MEAN_G] = job.value[MEAN_G_LOW] = NULL
     for f in range(n):
         along[f] = total[f] / m if isfinite(total[f]) else along[f]
@@ -504,23 +514,23 @@ cdef int sum_pairs(
     cdef cnp.ndarray plain = new_statistics(n)  # of dout: its mean, and no scale
     cdef double* value = <double*> cnp.PyArray_DATA(plain)
     if not frozen:
-        new_job(&job, BACKWARD, x, stats)
+        new_job(&job, BACKWARD, x, stats, axis, n_threads)
         job.exact_mean = exact_mean
         job.value[DGAMMA] = dgamma
         job.value[DBETA] = dgamma + n
-        sum_pair(&job, x, dout, v + 2 * n, v + 6 * n, axis, n_threads)
-        sum_pair(&job, x, ddx, v, v + 5 * n, axis, n_threads)
+        sum_pair(&job, dout, v + 2 * n, v + 6 * n)
+        sum_pair(&job, ddx, v, v + 5 * n)
     memcpy(value, v + 2 * n, 2 * n * sizeof(double))
     for f in range(n):
         value[2 * n + f] = 1
         value[3 * n + f] = 0
-    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, x, plain)
+    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, axis, n_threads)
     job.exact_mean = exact_mean
     job.value[DGAMMA] = dgamma
     job.value[DBETA] = dgamma + n
     if frozen:  # no mean is wanted, and the sum alone may leave the range
         job.value[MULTIPLIER] = inv_std
-    sum_pair(&job, dout, ddx, NULL, v + 4 * n, axis, n_threads)
+    sum_pair(&job, ddx, NULL, v + 4 * n)
     if not frozen:
         for f in range(n):
             if isfinite(dgamma[f]):
@@ -559,31 +569,40 @@ def double_backward(
         return dx, dgamma, ddout
     if ddx is None or frozen:
         # dx is that of backward, with ddgamma for gamma.
-        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats)
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
+        bring(&job, G, dout)
+        bring(&job, Y, dx)
+        set_parameter(&job.gamma_given, ddgamma)
         job.reduces = not frozen
         job.applies = True
         job.exact_mean = exact_mean
         job.eps = eps
         job.value[DGAMMA] = v + 7 * n
         job.value[DBETA] = v + 8 * n
-        execute(&job, x, dout, dx, axis, n_threads, ddgamma, None)
+        execute(&job)
     if ddx is None:  # ddout is forward's output, with ddgamma and ddbeta for gamma and beta
-        new_job(&job, FROZEN, x, stats)
+        new_job(&job, FROZEN, x, stats, axis, n_threads)
+        bring(&job, Y, ddout)
+        set_parameter(&job.gamma_given, ddgamma)
+        set_parameter(&job.beta_given, ddbeta)
         job.applies = True
-        execute(&job, x, None, ddout, axis, n_threads, ddgamma, ddbeta)
+        execute(&job)
         return dx, dgamma, ddout
     sum_pairs(v, ddx, dout, x, stats, axis, frozen, exact_mean, n_threads)
     store_parameter(v + 7 * n, dgamma)
-    new_job(&job, SECOND, x, stats)
+    new_job(&job, SECOND, x, stats, axis, n_threads)
+    bring(&job, R, ddx)
+    bring(&job, D, ddout)
+    if not frozen:
+        bring(&job, G, dout)
+        bring(&job, Y, dx)
+    set_parameter(&job.gamma_given, gamma)
     job.applies = True
     for k in range(7):
         job.value[names[k]] = v + k * n
     job.value[DDGAMMA] = <double*> cnp.PyArray_DATA(ddgamma)
     job.value[DDBETA] = <double*> cnp.PyArray_DATA(ddbeta)
-    execute(
-        &job, x, None if frozen else dout, None if frozen else dx, axis, n_threads, gamma, None,
-        ddx, ddout,
-    )
+    execute(&job)
     return dx, dgamma, ddout
 
 

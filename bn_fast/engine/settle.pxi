@@ -61,6 +61,9 @@ cdef struct Operation
 
 cdef struct Job:
     const Operation* op
+    void* array[N_ROLES]      # what the call has brought (NULL: none), borrowed from it
+    int axis
+    int n_threads             # at most
     bint reduces              # the two visits that a call needs
     bint applies
     Schedule schedule
