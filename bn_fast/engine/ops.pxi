@@ -38,9 +38,9 @@ cdef struct Operation:
     int formula               # of the output,
     int input                 # and the role of what it takes for x
     int n_reduce              # columns of constants in either visit
-    int[2] reduce_columns
+    int[N_OWN] reduce_columns
     int n_apply
-    int[10] apply_columns
+    int[N_OWN] apply_columns
 
 
 # ---------------------------------------------------------------- start
@@ -153,10 +153,16 @@ cdef void retry_gradients(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept
 cdef Operation[2][N_OPERATIONS] operations  # of float lanes, of double lanes
 
 
+cdef int list_columns(int* columns, tuple values) except -1:
+    for i, value in enumerate(values):
+        columns[i] = value
+    return len(values)
+
+
 cdef void fill_operations(Operation* row, const lane* lane_tag):
-    cdef int* constants = [
-        SHIFT_X, COEF_X, BIAS, SHIFT_G, COEF_G, SHIFT_R, MIX_X, MIX_G, MIX_R, MIX_BIAS,
-    ]
+    affine = SHIFT_X, COEF_X, BIAS
+    gradient = SHIFT_X, COEF_X, BIAS, SHIFT_G, COEF_G
+    mixed = *gradient, SHIFT_R, MIX_X, MIX_G, MIX_R, MIX_BIAS
     cdef int i
     memset(row, 0, N_OPERATIONS * sizeof(Operation))
     for i in range(N_OPERATIONS):  # what most of them have
@@ -167,26 +173,24 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
         row[i].takes_dout = i >= BACKWARD
         row[i].formula = AFFINE
         row[i].input = X
-        row[i].n_reduce = 2
-        row[i].reduce_columns = [SHIFT_X, SHIFT_G]
-        row[i].n_apply = 3
-        memcpy(row[i].apply_columns, constants, sizeof(row[i].apply_columns))
+        row[i].n_reduce = list_columns(row[i].reduce_columns, (SHIFT_X, SHIFT_G))
+        row[i].n_apply = list_columns(row[i].apply_columns, affine)
     row[FORWARD].start = <Start> start_statistics[lane]
     row[FORWARD].settle = settle_squares
     row[FORWARD].retry = <Retry> retry_statistics[lane]
-    row[FORWARD].n_reduce = 1
+    row[FORWARD].n_reduce = list_columns(row[FORWARD].reduce_columns, (SHIFT_X,))
     row[BACKWARD].start = <Start> start_gradients[lane]
     row[BACKWARD].settle = settle_backward
     row[BACKWARD].set_constants = <SetConstants> set_backward_constants[lane]
     row[BACKWARD].weighs = True
     row[BACKWARD].formula = GRADIENT
-    row[BACKWARD].n_apply = 5
+    row[BACKWARD].n_apply = list_columns(row[BACKWARD].apply_columns, gradient)
     row[FROZEN_BACKWARD].set_constants = <SetConstants> set_frozen_constants[lane]
     row[FROZEN_BACKWARD].input = G
     row[PRODUCT].start = <Start> start_product[lane]
     row[SECOND].set_constants = <SetConstants> set_second_constants[lane]
     row[SECOND].formula = MIXED
-    row[SECOND].n_apply = 10
+    row[SECOND].n_apply = list_columns(row[SECOND].apply_columns, mixed)
 
 
 fill_operations[float](operations[0], NULL)
