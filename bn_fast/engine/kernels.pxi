@@ -164,6 +164,11 @@ cdef inline lane gate(
         return g
 
 
+cdef bint is_open(double z, double slope, const activation* activation_tag) noexcept nogil:
+    """Whether a gradient comes through to z as it is."""
+    return gate[double, activation](1, z, slope, activation_tag) == 1
+
+
 cdef inline lane let_through(
     lane g, lane d, lane a, lane c, lane slope, const activation* activation_tag,
 ) noexcept nogil:
@@ -608,8 +613,10 @@ cdef void apply_formula(
 # A row for each activation, of kernels for float and for double lanes.
 
 ctypedef void (*Kernel)(const Block*, const void*, const void*) noexcept nogil
+ctypedef bint (*IsOpen)(double, double, const void*) noexcept nogil
 
 cdef struct Kernels:
+    IsOpen is_open
     Kernel sum_products
     Kernel apply[N_FORMULAS]
 
@@ -617,6 +624,7 @@ cdef Kernels[N_ACTIVATIONS][2] kernels
 
 
 cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* activation_tag):
+    row.is_open = <IsOpen> is_open[activation]
     row.sum_products = <Kernel> sum_products_walked[lane, activation]
     row.apply[AFFINE] = <Kernel> apply_formula[lane, Affine, activation]
     row.apply[ADDED] = <Kernel> apply_formula[lane, Added, activation]

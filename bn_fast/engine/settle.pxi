@@ -351,11 +351,15 @@ cdef void start_gate(
             v[GATE_WIDE][f] = 1
 
 
+cdef inline bint is_open_at(const Job* job, double z) noexcept nogil:
+    return kernels[job.activation][0].is_open(z, job.negative_slope, NULL)
+
+
 cdef inline bint comes_through(const Job* job, Py_ssize_t f, double x, double r) noexcept nogil:
-    """Whether the gate is open for a value of x and the residual's; near 0 it may say the wrong
-    thing, so nothing that has to be exact may depend on it."""
+    """Whether the gate is open for a value of x and the residual's; near a kink it may say the
+    wrong thing, so nothing that has to be exact may depend on it."""
     cdef double x_hat = (x - job.value[MEAN][f]) * job.value[INV_STD][f]
-    return x_hat * job.value[GAMMA][f] + job.value[BETA][f] + r > 0
+    return is_open_at(job, x_hat * job.value[GAMMA][f] + job.value[BETA][f] + r)
 
 
 cdef void drop_gated_shift(
@@ -379,7 +383,7 @@ cdef void drop_gated_shift(
         r_step = sample_rows(plan, R, first, n_features, r, r_sample, lane_tag)
     for f in range(first, first + n_features):
         d = <lane> v[SHIFT_X][f] - <lane> v[GATE_SHIFT][f]
-        open = d * <lane> v[GATE_COEF][f] + <lane> v[GATE_BIAS][f] > 0
+        open = is_open_at(job, d * <lane> v[GATE_COEF][f] + <lane> v[GATE_BIAS][f])
         for k in range(3):
             if plan.used[R]:
                 residual = (<const lane*> (r[k] + (f - first) * r_step))[0]
