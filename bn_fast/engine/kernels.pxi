@@ -76,23 +76,18 @@ cdef struct Relu:
 cdef struct LeakyRelu:
     char unused
 
-cdef struct Relu6:
-    char unused
-
 ctypedef fused activation:
     Identity
     Relu
     LeakyRelu
-    Relu6
 
 cdef enum:                    # activations
     IDENTITY
     RELU
     LEAKY_RELU
-    RELU6
     N_ACTIVATIONS
 
-activations = {"relu": RELU, "leaky_relu": LEAKY_RELU, "relu6": RELU6}
+activations = {"relu": RELU, "leaky_relu": LEAKY_RELU}
 
 cdef struct Affine:           # activate(x' + bias), x' = (x - shift) coef
     char unused
@@ -153,8 +148,6 @@ cdef inline lane activate(lane z, lane slope, const activation* activation_tag) 
         return 0 if z <= 0 else z
     elif activation is LeakyRelu:
         return slope * z if z <= 0 else z
-    elif activation is Relu6:
-        return 0 if z <= 0 else 6 if z >= 6 else z
     else:
         return z
 
@@ -167,8 +160,6 @@ cdef inline lane gate(
         return 0 if z <= 0 else g
     elif activation is LeakyRelu:
         return slope * g if z <= 0 else g
-    elif activation is Relu6:
-        return 0 if z <= 0 or z >= 6 else g
     else:
         return g
 
@@ -653,7 +644,6 @@ cdef void fill_lanes(Kernels* row, const activation* activation_tag):
 fill_lanes[Identity](kernels[IDENTITY], NULL)
 fill_lanes[Relu](kernels[RELU], NULL)
 fill_lanes[LeakyRelu](kernels[LEAKY_RELU], NULL)
-fill_lanes[Relu6](kernels[RELU6], NULL)
 
 
 cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) noexcept nogil:

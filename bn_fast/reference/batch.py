@@ -102,10 +102,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[..., Arra
         lambda z, slope: np.where(z <= 0, slope * z, z),
         lambda dout, z, slope: np.where(z <= 0, slope * dout, dout),
     ),
-    "relu6": (
-        lambda z, slope: np.where(z <= 0, 0, np.where(z >= 6, 6, z)),
-        lambda dout, z, slope: np.where((z <= 0) | (z >= 6), 0, dout),
-    ),
 }
 
 
