@@ -133,7 +133,6 @@ cdef struct Block:
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
     const char* bias
-    const char* bias_2        # of AFFINE and ADDED
     int formula
     int activation
     double slope              # the activation's, below 0
@@ -432,7 +431,7 @@ cdef void sum_products_walked(
 
 cdef inline lane combine(
     lane x, lane g, lane r, lane k, lane m, lane n, lane a, lane b, lane e, lane c,
-    lane bias_2, lane open_scale, lane open_bias, lane slope, lane one,
+    lane open_scale, lane open_bias, lane slope, lane one,
     const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """One element.  The bias comes before a residual and after gradients: that is where the digits
@@ -449,7 +448,7 @@ cdef inline lane combine(
         if formula is Added or formula is AddedOpened:
             z = z + r
         if formula is Affine or formula is Added:
-            z = activate(z + bias_2, slope, activation_tag)
+            z = activate(z, slope, activation_tag)
         else:
             z = gate(g, z, slope, activation_tag)
     return z
@@ -473,19 +472,16 @@ cdef inline void apply_four(
     lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
     const lane* restrict shift_x, const lane* restrict shift_g, const lane* restrict shift_r,
     const lane* restrict coef_x, const lane* restrict coef_g, const lane* restrict coef_r,
-    const lane* restrict bias, const lane* restrict bias_2,
-    const lane* restrict open_scale, const lane* restrict open_bias,
+    const lane* restrict bias, const lane* restrict open_scale, const lane* restrict open_bias,
     lane slope, lane one, const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """Four rows at a time, so that the constants are loaded once for four."""
     cdef Py_ssize_t j
-    cdef lane k, m = 0, n = 0, a, b = 0, e = 0, c, h = 0, oa = 0, oc = 0
+    cdef lane k, m = 0, n = 0, a, b = 0, e = 0, c, oa = 0, oc = 0
     for j in range(width):
         k = shift_x[j]
         a = coef_x[j]
         c = bias[j]
-        if formula is Affine or formula is Added:
-            h = bias_2[j]
         if formula is Gradient or formula is Mixed:
             m = shift_g[j]
             b = coef_g[j]
@@ -496,19 +492,19 @@ cdef inline void apply_four(
             n = shift_r[j]
             e = coef_r[j]
         y0[j] = combine(
-            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, h, oa, oc, slope, one, formula_tag,
+            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
             activation_tag,
         )
         y1[j] = combine(
-            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, h, oa, oc, slope, one, formula_tag,
+            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
             activation_tag,
         )
         y2[j] = combine(
-            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, h, oa, oc, slope, one, formula_tag,
+            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
             activation_tag,
         )
         y3[j] = combine(
-            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, h, oa, oc, slope, one, formula_tag,
+            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
             activation_tag,
         )
 
@@ -535,7 +531,6 @@ cdef void apply_across(
             <const lane*> block.shift[X], <const lane*> block.shift[G],
             <const lane*> block.shift[R], <const lane*> block.coef[X],
             <const lane*> block.coef[G], <const lane*> block.coef[R], <const lane*> block.bias,
-            <const lane*> block.bias_2,
             <const lane*> block.open_scale, <const lane*> block.open_bias,
             <lane> block.slope, <lane> bn_one(), formula_tag, activation_tag,
         )
@@ -545,17 +540,16 @@ cdef inline void apply_row(
     const lane* restrict x, const lane* restrict g, const lane* restrict r, lane* restrict y,
     Py_ssize_t width, const lane* restrict shift_x, const lane* restrict shift_g,
     const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
-    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict bias_2,
-    const lane* restrict open_scale, const lane* restrict open_bias, Py_ssize_t each,
-    lane slope, lane one, const formula* formula_tag, const activation* activation_tag,
+    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
+    const lane* restrict open_bias, Py_ssize_t each, lane slope, lane one,
+    const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t j, k
     for j in range(width):
         k = j * each
         y[j] = combine(
             x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k], coef_r[k],
-            bias[k], bias_2[k], open_scale[k], open_bias[k], slope, one, formula_tag,
-            activation_tag,
+            bias[k], open_scale[k], open_bias[k], slope, one, formula_tag, activation_tag,
         )
 
 
@@ -595,8 +589,7 @@ cdef inline void apply_singly(
                 <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
                 <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
                 <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
-                <const lane*> block.bias + first, <const lane*> block.bias_2 + first,
-                <const lane*> block.open_scale + first,
+                <const lane*> block.bias + first, <const lane*> block.open_scale + first,
                 <const lane*> block.open_bias + first, each, <lane> block.slope, one,
                 formula_tag, activation_tag,
             )

@@ -160,7 +160,7 @@ cdef int list_columns(int* columns, tuple values) except -1:
 
 
 cdef void fill_operations(Operation* row, const lane* lane_tag):
-    affine = SHIFT_X, COEF_X, BIAS, BIAS_2
+    affine = SHIFT_X, COEF_X, BIAS
     gradient = SHIFT_X, COEF_X, BIAS, SHIFT_G, COEF_G
     mixed = *gradient, SHIFT_R, MIX_X, MIX_G, MIX_R, MIX_BIAS
     cdef int i

@@ -13,7 +13,6 @@ cdef enum:
     COEF_X
     COEF_G
     BIAS
-    BIAS_2                    # of forward, -0.0: adds nothing, not even to the sign of 0
     FACTOR_X                  # what wide lanes multiply x and dout by
     FACTOR_G
     GAMMA
@@ -659,9 +658,6 @@ cdef inline void forward_set(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
 ) noexcept nogil:
     cdef double** v = job.value
-    cdef Py_ssize_t k
-    for k in range(f, f + n):
-        v[BIAS_2][k] = -0.0
     forward_constants[lane](
         v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
@@ -717,7 +713,6 @@ cdef void set_frozen_constants(
     cdef Py_ssize_t k
     for k in range(f, f + n):
         v[SHIFT_X][k] = v[BIAS][k] = 0
-        v[BIAS_2][k] = -0.0
         v[FACTOR_X][k] = v[FACTOR_G][k] = 1
         v[COEF_X][k] = v[GAMMA][k] * v[INV_STD][k]
         v[WIDE][k] = beyond(v[COEF_X][k], job.low) + is_lost(

@@ -314,7 +314,7 @@ cdef void fill_block(
     block.along = v.plan.layout == LONG_RUN
     for r in range(3):
         block.shift[r] = block.coef[r] = some
-    block.bias = block.bias_2 = block.open_shift = block.open_scale = block.open_bias = some
+    block.bias = block.open_shift = block.open_scale = block.open_bias = some
     block.activation = IDENTITY
     block.slope = v.job.negative_slope
     block.sum_1 = <double*> v.s.column[SUM_1] + v.first
@@ -756,7 +756,6 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     block.formula = ADDED if plan.used[R] and not plan.used[G] else AFFINE
     block.coef[X] = <char*> columns_at[lane](v, COEF_X, lane_tag)
     block.bias = <char*> columns_at[lane](v, BIAS, lane_tag)
-    block.bias_2 = <char*> columns_at[lane](v, BIAS_2, lane_tag)
     if not v.job.op.takes_dout:
         block.activation = v.job.activation
     apply_block[lane](&block, lane_tag)
