@@ -55,14 +55,25 @@ cdef enum:
 cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
     const char* data
     Py_ssize_t stride
+    Py_ssize_t period         # after so many features it begins anew
     bint single
+
+cdef struct Varying:          # gamma and beta that vary within a statistic, in the native lanes
+    char* gamma               # NULL: there are none
+    char* beta
+    cnp.npy_intp[MAX_DIMS] stride  # along x's axes, of either
+    Py_ssize_t size           # how many there are
+    double* totals            # of their gradients: [unit][dbeta, its low part, dgamma, ...][size]
+    Py_ssize_t unit           # features whose sums are made together, 0: none are wanted
 
 cdef struct Operation
 
 cdef struct Job:
     const Operation* op
     void* array[N_ROLES]      # what the call has brought (NULL: none), borrowed from it
-    int axis
+    unsigned long long features  # a mask of the axes that name them
+    bint by_row               # runs are rows, where they are long enough
+    Varying varying
     int n_threads             # at most
     bint reduces              # the two visits that a call needs
     bint applies
@@ -112,8 +123,16 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
 cdef void read_parameter(
     const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* restrict values,
 ) noexcept nogil:
-    cdef Py_ssize_t f
-    cdef const char* data = given.data + first * given.stride
+    cdef Py_ssize_t f, left
+    cdef const char* data
+    if first >= given.period:
+        first = first % given.period
+    left = given.period - first
+    if n > left:
+        read_parameter(given, first, left, values)
+        read_parameter(given, first + left, n - left, values + left)
+        return
+    data = given.data + first * given.stride
     if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
         for f in range(n):
             values[f] = (<const float*> data)[f]
@@ -547,6 +566,28 @@ cdef inline double settle_statistics(
     return count
 
 
+cdef double settle_squares_alone(
+    Job* job, Py_ssize_t first, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    """RMS norm: no mean, and the shift is 0."""
+    cdef double** v = job.value
+    cdef Py_ssize_t f
+    cdef double s2, spread, finite, scale, count = 0, again = 1 if first_try else 0
+    for f in range(first, first + n):
+        s2 = finish_sum(job.sums[2 * job.stride + f], job.sums[3 * job.stride + f])
+        finite = 1.0 if s2 < INFINITY else 0.0
+        spread = s2 * (1 / job.total)
+        scale = v[FACTOR_X][f]
+        v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < job.low else 0.0))
+        count += v[RETRY][f]
+        v[MEAN][f] = v[MEAN_LOW][f] = 0
+        spread = spread if finite > 0 else NAN
+        v[VAR][f] = spread / scale / scale
+        spread = spread + job.eps * scale * scale
+        v[INV_STD][f] = scale / sqrt(spread) if spread != 0 else 0.0
+    return count
+
+
 cdef inline double settle_gradients(
     const double* restrict s1_high, const double* restrict s1_low,
     const double* restrict s2_high, const double* restrict s2_low,
@@ -677,7 +718,7 @@ cdef inline void backward_set(
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, job.total, job.eps, job.low, wide, lane_tag,
+        n, job.total if job.op.centers else INFINITY, job.eps, job.low, wide, lane_tag,
     )
 
 
