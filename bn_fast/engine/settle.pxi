@@ -338,7 +338,7 @@ cdef inline void set_gate_constants(
 cdef void start_gate(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
 ) noexcept nogil:
-    """The constants that forward had, as finish_tile makes them there."""
+    """The constants that forward had, as set_forward_constants makes them there."""
     cdef double** v = job.value
     cdef Py_ssize_t f
     read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
