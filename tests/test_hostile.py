@@ -162,6 +162,25 @@ def test_values_whose_squares_leave_the_range(dtype, scale, shape, eps):
             check_gradients((dx[:, own], dgamma[own], dbeta[own]), expected, x)
 
 
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+def test_gamma_and_inv_std_whose_product_sinks_to_zero(shape, activation, mode):
+    """Neither 1e-200 x_hat nor dx, with a dout of 1e200, is 0; nor is the gate shut."""
+    x, dout = 1e153 * normal(shape, np.float64), 1e200 * normal(shape, np.float64, 1)
+    gamma, beta = 1e-200 * (1 + normal(shape[1], np.float64, 2) / 8), np.zeros(shape[1])
+    param, given = {"mode": mode}, {}
+    if mode == "test":
+        given = {"mean": np.full(shape[1], 1e152), "var": np.full(shape[1], 1e306)}
+        param |= {"running_mean": given["mean"], "running_var": given["var"]}
+    out, cache = batchnorm_forward(x, gamma, beta, param, activation=activation)
+    z = oracle.forward(x, gamma, beta, **given)
+    gate = z > 0 if activation else np.ones(shape, bool)
+    check("out", out, np.where(gate, z, 0), x)
+    expected = oracle.backward(dout * gate, x, gamma, **given, gated=True)
+    check_gradients(batchnorm_backward(dout, cache), expected, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7)], ids=str)
 def test_subnormals(dtype, shape):
