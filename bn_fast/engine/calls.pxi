@@ -739,7 +739,7 @@ def norm_forward(
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
     set_constant(&job.beta_given, &zero)
-    if (gamma is not None or beta is not None) and are_within(x, axes, parameters):
+    if are_within(x, axes, parameters):  # without them too: the same rows, and so the same bits
         size = place_parameters(&job, x, parameters)
         scale = native_parameter(gamma, x, size, 1)
         shift = native_parameter(beta, x, size, 0)
@@ -776,6 +776,25 @@ cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_pa
     return values
 
 
+cdef cnp.ndarray with_mean_of(
+    cnp.ndarray x, cnp.ndarray stats, unsigned long long over, int n_threads,
+):
+    """stats with the mean of x in place of one that has been rounded."""
+    cdef Job job
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
+    cdef cnp.ndarray own = new_statistics(n)
+    new_job(&job, FORWARD, x, own, 0, n_threads)
+    job.features = ~over
+    job.by_row = job.reduces = True
+    job.eps = 0
+    execute(&job)
+    memcpy(
+        <double*> cnp.PyArray_DATA(own) + 2 * n, <double*> cnp.PyArray_DATA(stats) + 2 * n,
+        2 * n * sizeof(double),
+    )
+    return own
+
+
 def norm_backward(
     cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma,
     cnp.ndarray stats not None, tuple over, tuple along, double eps, cnp.ndarray out,
@@ -791,6 +810,8 @@ def norm_backward(
     cdef double* sums
     if out is None and needs_dx:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
+        stats = with_mean_of(x, stats, axes, n_threads)
     new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, 0, n_threads)
     size = place_parameters(&job, x, parameters)
     if cnp.PyArray_SIZE(x) == 0:
@@ -803,7 +824,7 @@ def norm_backward(
     bring(&job, G, dout)
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
-    if within and (gamma is not None or needs_sums):
+    if within:
         scale = native_parameter(gamma, x, size, 1)
         job.varying.gamma = job.varying.beta = <char*> cnp.PyArray_DATA(scale)
         job.varying.size = size
@@ -814,7 +835,7 @@ def norm_backward(
         set_parameter(&job.gamma_given, gamma)
     job.reduces = needs_dx or (needs_sums and not within)
     job.applies = needs_dx
-    job.exact_mean = exact_mean and not within and has_mean
+    job.exact_mean = has_mean and not within
     job.eps = eps
     sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
     if sums == NULL:

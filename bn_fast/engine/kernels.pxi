@@ -52,7 +52,7 @@ cdef enum:                    # roles of the arrays: x (or the only input), dout
     G = 1
     R = 2                     # a third input: the residual; in second order the gradient of dx,
     Y = 3                     # the output,
-    D = 4                     # a second output: the gradient of the residual; of dout,
+    D = 4                     # a second output: the residual's gradient, ddout; dout behind a gate,
     W = 5                     # weights, which repeat themselves along the features,
     S = 6                     # gamma and beta that vary within a statistic
     B = 7
@@ -61,8 +61,8 @@ cdef enum:                    # roles of the arrays: x (or the only input), dout
 # ---------------------------------------------------------------- tags
 #
 # Tags are pointers to these types, always NULL, so that Cython decides every `is` when it compiles:
-# no loop asks.  An activation is a tag, a name, and a branch of each function that names the
-# others.
+# no loop asks.  An activation is a tag, a number, a name, a branch of each function that names the
+# others, and a line that fills its row of the table.
 #
 #   y = activate(z) in the registers of the loop that makes z.  Backward forms z again from x and
 #   the constants of forward: the same bits and so the same gate, and nothing of x's size has to be
@@ -692,7 +692,7 @@ cdef inline void apply_singly(
     """The same row by row: where a row is one feature's, all with the same constants (each = 0); or
     each column with its own (1) where the rows come from far away, as the hardware's prefetchers
     lose the thread among four rows of every array ((65536, 128) backward 12 % slower, one thread,
-    (12544, 160) 17 %).  Of runs the output alone is prefetched, see PREFETCH_OUTPUT."""
+    (12544, 160) 17 %).  Of runs the output alone is prefetched, see prefetch_output_bytes."""
     cdef Py_ssize_t i, strip, first, width = block.width, ahead = block.ahead
     cdef Py_ssize_t step = STRIP if ahead else width
     cdef bint second = takes_second(formula_tag), third = takes_third(formula_tag)

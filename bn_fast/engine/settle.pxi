@@ -188,6 +188,12 @@ cdef inline double power_of_two(double value) noexcept nogil:
     return ldexp(1.0, max(-1021, min(1021, exponent - 1)))
 
 
+cdef inline double sinking(double gamma, double inv_std) noexcept nogil:
+    """What dout is multiplied by where gamma inv_std would leave float64's range at the lower end,
+    else 1."""
+    return power_of_two(inv_std) if inv_std < 1 and fabs(gamma * inv_std) < 1e-290 else 1
+
+
 cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
     """What float64 lanes multiply x by so that x - mean is near 1.  Products of deviations down to
     2^-300 are in range as they are; and a feature that would leave it is constant."""
@@ -357,7 +363,7 @@ cdef inline void set_gate_constants(
 cdef void start_gate(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
 ) noexcept nogil:
-    """The constants that forward had, as finish_tile makes them there."""
+    """The constants that forward had, as set_forward_constants makes them there."""
     cdef double** v = job.value
     cdef Py_ssize_t f
     read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
@@ -669,7 +675,7 @@ cdef inline void backward_constants(
     where eps is known (not negative): no digit is lost.
     """
     cdef Py_ssize_t f
-    cdef double r, a, q, rest, share
+    cdef double r, a, q, rest, share, back
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
@@ -678,18 +684,22 @@ cdef inline void backward_constants(
     for f in range(n):
         r = inv_std[f]
         share = eps * r * r
-        a = gamma[f] * r * (share if share > least else least)
-        q = mean_gx[f] * some
         shift_x[f] = mean[f] if wide else <double> (<lane> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
-        factor_g[f] = scaled_down() if wide and fabs(shift_g[f]) > 1e290 else 1.0
-        coef_g[f] = a / factor_g[f] if wide else a
+        back = 1
+        if wide:
+            back = scaled_down() if fabs(shift_g[f]) > 1e290 else 1.0
+            back = min(back, sinking(gamma[f], r))
+        factor_g[f] = back
+        a = gamma[f] * (r / back if wide else r) * (share if share > least else least)
+        q = mean_gx[f] * some * back
+        coef_g[f] = a
         coef_x[f] = -(a * q * (r / factor[f] if wide else r))
         bias[f] = (
             (-coef_x[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
-            - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
+            - a * (((mean_g[f] - shift_g[f]) + mean_g_low[f]) * back)
         )
         wide_mark[f] = (
             beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
@@ -754,11 +764,13 @@ cdef void set_frozen_constants(
 ) noexcept nogil:
     """dx = gamma inv_std dout: the affine formula on dout."""
     cdef double** v = job.value
+    cdef double back
     cdef Py_ssize_t k
     for k in range(f, f + n):
         v[SHIFT_X][k] = v[BIAS][k] = 0
-        v[FACTOR_X][k] = v[FACTOR_G][k] = 1
-        v[COEF_X][k] = v[GAMMA][k] * v[INV_STD][k]
+        back = sinking(v[GAMMA][k], v[INV_STD][k]) if wide else 1.0
+        v[FACTOR_X][k] = v[FACTOR_G][k] = back  # of dout, in either role
+        v[COEF_X][k] = v[GAMMA][k] * (v[INV_STD][k] / back)
         v[WIDE][k] = beyond(v[COEF_X][k], job.low) + is_lost(
             v[COEF_X][k], v[GAMMA][k], v[INV_STD][k]
         )
