@@ -630,7 +630,7 @@ cdef void scale_rows(Visit* v, const lane* lane_tag) noexcept nogil:
 
 # ---------------------------------------------------------------- chunks
 
-cdef inline const lane* factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
+cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
     """What columns are multiplied by as they are gathered.  A row of its own has its feature's."""
     if v.plan.layout != ROWS:
         return columns_at[lane](v, column, lane_tag)
@@ -671,7 +671,7 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             if runs_ahead and (r == R or is_half(plan.storage)):
                 ahead = AHEAD_RUNS
             factor = FACTOR_X if r == X else FACTOR_G if r == G else ONES
-            fetch_rows[lane](v, r, v.access[r], ahead, factors[lane](v, factor, lane_tag))
+            fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
     if v.scales and plan.used[S] and plan.used[G]:
         scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:
