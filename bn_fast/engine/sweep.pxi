@@ -358,7 +358,9 @@ cdef void fill_gradient(
     """The block of x and dout, for their sums or for dx."""
     fill_block[lane](block, v, n_rows, lane_tag)
     block.ahead = ahead
-    block.formula = GRADIENT
+    block.formula = (
+        SCALED_GRADIENT if v.plan.used[S] and v.plan.layout == ROWS else GRADIENT
+    )
     block.shift[G] = <char*> columns_at[lane](v, SHIFT_G, lane_tag)
     block.coef[X] = <char*> columns_at[lane](v, COEF_X, lane_tag)
     block.coef[G] = <char*> columns_at[lane](v, COEF_G, lane_tag)
@@ -586,7 +588,7 @@ cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexc
     returns how far apart a row's are: 1, or 0 if it has but one."""
     cdef const Plan* plan = v.plan
     cdef Storage storage = FLOAT64 if plan.storage == FLOAT64 else FLOAT32
-    cdef Py_ssize_t i, step = v.segment.run_stride[role] if plan.layout == ROWS else 0
+    cdef Py_ssize_t i, step = v.segment.run_stride[S] if plan.layout == ROWS else 0
     cdef char** rows = v.s.row[role]
     cdef lane* buffer = <lane*> v.s.buffer[role]
     find_rows(v, role, v.n_rows, False, rows)
@@ -604,26 +606,23 @@ cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexc
 
 
 cdef inline void scale_row(
-    const lane* g, const lane* restrict scale, Py_ssize_t step, Py_ssize_t width, lane* scaled,
+    const lane* g, lane scale, Py_ssize_t width, lane* scaled,
 ) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        scaled[j] = g[j] * scale[j * step]
+        scaled[j] = g[j] * scale
 
 
 cdef void scale_rows(Visit* v, const lane* lane_tag) noexcept nogil:
-    """gamma dout in place of dout: inside a statistic's means stands the gradient of x_hat."""
-    cdef Py_ssize_t i, step = point_parameters[lane](v, S, lane_tag)
+    """gamma dout in place of dout, of rows with a gamma each: inside a statistic's means stands the
+    gradient of x_hat."""
+    cdef Py_ssize_t i
     cdef lane* scaled = <lane*> v.s.buffer[G]
-    cdef const lane* g
-    cdef const lane* scale
+    point_parameters[lane](v, S, lane_tag)
     for i in range(v.n_rows):
-        g = <lane*> v.s.row[G][i]
-        scale = <lane*> v.s.row[S][i]
-        if step:
-            scale_row[lane](g, scale, 1, v.width, scaled)
-        else:
-            scale_row[lane](g, scale, 0, v.width, scaled)
+        scale_row[lane](
+            <lane*> v.s.row[G][i], (<lane*> v.s.row[S][i])[0], v.width, scaled
+        )
         v.s.row[G][i] = <char*> scaled
         scaled += v.width
 
@@ -642,18 +641,24 @@ cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_ta
     return <lane*> v.s.column[column]
 
 
+cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
+    """Whether gamma along a row can be read where it is, or there is but one."""
+    cdef Py_ssize_t stride = v.segment.run_stride[S]
+    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    return v.plan.layout != ROWS or stride == 0 or (stride == size and (not v.wide or size == 8))
+
+
+cdef inline bint is_alone(const Visit* v) noexcept nogil:
+    """Whether rows of their own are taken one by one: their factors differ, or gamma is gathered."""
+    cdef bint gathered = v.plan.used[S] and v.plan.feature_stride[S] != 0 and not is_adjacent(v)
+    return v.plan.layout == ROWS and (v.wide or gathered)
+
+
 cdef inline Py_ssize_t rows_at_hand(
     const Visit* v, Py_ssize_t width, Py_ssize_t step,
 ) noexcept nogil:
-    """Rows taken at a time; of their own but one where factors differ, or gamma is gathered."""
-    cdef const Plan* plan = v.plan
-    cdef Py_ssize_t stride = v.segment.run_stride[S]
-    if plan.layout == ROWS and (v.wide or (
-        plan.used[S] and plan.feature_stride[S] != 0 and stride != 0
-        and stride != (8 if plan.storage == FLOAT64 else 4)
-    )):
-        return 1
-    return group_rows(plan, v.access, width, step, v.gate == BEFORE)
+    """Rows taken at a time."""
+    return 1 if is_alone(v) else group_rows(v.plan, v.access, width, step, v.gate == BEFORE)
 
 
 cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -673,7 +678,10 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             factor = FACTOR_X if r == X else FACTOR_G if r == G else ONES
             fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
     if v.scales and plan.used[S] and plan.used[G]:
-        scale_rows[lane](v, lane_tag)
+        if plan.layout == ROWS:  # the kernels multiply
+            v.varies = point_parameters[lane](v, S, lane_tag)
+        else:
+            scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:
         open_rows[lane](
             v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, v.ahead, v.s.buffer[D], lane_tag
@@ -708,7 +716,7 @@ cdef void enter_chunk(
         if v.access[r] == GATHERED:
             gathers = gathers or r < Y
             column_offsets(plan, v.segment, r, n, v.s.offset[r])
-    if plan.used[S]:
+    if plan.used[S] and not is_adjacent(v):
         gathers = True
         column_offsets(plan, v.segment, S, n, v.s.offset[S])
     if plan.storage == FLOAT64:
@@ -1186,7 +1194,7 @@ cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
     for chunk in range(plan.n_chunks):
         enter_chunk[lane](v, chunk, &row_end, lane_tag)
         v.group = rows_at_hand(v, v.width, 4)
-        if plan.layout == ROWS and v.group > 1:
+        if plan.layout == ROWS and not is_alone(v):  # as its buffers hold
             v.group = max(<Py_ssize_t> 4, v.group // 4 * 4)
         v.ahead = 0
         while v.row < row_end:
