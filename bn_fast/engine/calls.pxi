@@ -61,6 +61,11 @@ cdef void set_varying(const Job* job, Plan* plan) noexcept:
 
 cdef void find_features_of(const Job* job, Features* features) noexcept:
     cdef cnp.npy_intp* stride[N_ROLES]
+    cdef cnp.ndarray x = array_of(job, X)
+    # Of columns that are joined the number must not depend on how many samples there are.
+    cdef bint merges = job.varying.gamma != NULL or (
+        nearest(x, ~job.features) < nearest(x, job.features)
+    )
     cdef int r
     for r in range(N_ROLES):
         stride[r] = NULL
@@ -68,7 +73,7 @@ cdef void find_features_of(const Job* job, Features* features) noexcept:
             stride[r] = cnp.PyArray_STRIDES(array_of(job, r))
     if job.varying.gamma != NULL:
         stride[S] = <cnp.npy_intp*> job.varying.stride
-    find_features(array_of(job, X), job.features, stride, features)
+    find_features(x, job.features, stride, merges, features)
 
 
 cdef void plan_visits(Job* job) noexcept:
@@ -835,7 +840,7 @@ def norm_backward(
         set_parameter(&job.gamma_given, gamma)
     job.reduces = needs_dx or (needs_sums and not within)
     job.applies = needs_dx
-    job.exact_mean = has_mean and not within
+    job.exact_mean = has_mean
     job.eps = eps
     sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
     if sums == NULL:

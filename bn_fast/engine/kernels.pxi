@@ -522,40 +522,40 @@ cdef void sum_products_along(
 
 
 cdef inline void sum_scaled_tree(
-    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, lane shift, lane one,
-    double* restrict s, double* restrict ss,
+    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, lane shift_x, lane shift_g,
+    lane one, double* restrict s, double* restrict ss,
 ) noexcept nogil:
-    """Four times LANES elements of a row, t = scale g; its shift is 0."""
+    """Four times LANES elements of a row, t = scale g - its shift."""
     cdef Py_ssize_t j
     cdef lane d0, d1, d2, d3, t0, t1, t2, t3
     for j in range(LANES):
-        d0 = plus(x[j], -shift, one)
-        d1 = plus(x[LANES + j], -shift, one)
-        d2 = plus(x[2 * LANES + j], -shift, one)
-        d3 = plus(x[3 * LANES + j], -shift, one)
-        t0 = g[j] * scale[j * step]
-        t1 = g[LANES + j] * scale[(LANES + j) * step]
-        t2 = g[2 * LANES + j] * scale[(2 * LANES + j) * step]
-        t3 = g[3 * LANES + j] * scale[(3 * LANES + j) * step]
+        d0 = plus(x[j], -shift_x, one)
+        d1 = plus(x[LANES + j], -shift_x, one)
+        d2 = plus(x[2 * LANES + j], -shift_x, one)
+        d3 = plus(x[3 * LANES + j], -shift_x, one)
+        t0 = g[j] * scale[j * step] - shift_g
+        t1 = g[LANES + j] * scale[(LANES + j) * step] - shift_g
+        t2 = g[2 * LANES + j] * scale[(2 * LANES + j) * step] - shift_g
+        t3 = g[3 * LANES + j] * scale[(3 * LANES + j) * step] - shift_g
         s[j] += <double> ((t0 + t1) + (t2 + t3))
         ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
 
 
 cdef inline void sum_scaled_run(
     const lane* x, const lane* g, const lane* scale, Py_ssize_t step, Py_ssize_t width,
-    lane shift, double* restrict s, double* restrict ss,
+    lane shift_x, lane shift_g, double* restrict s, double* restrict ss,
 ) noexcept nogil:
     cdef Py_ssize_t i, k, whole = width // (4 * LANES) * (4 * LANES)
     cdef lane[4 * LANES] x_last, g_last, last
     cdef lane one = <lane> bn_one()
     for i in range(0, whole, 64):  # 4 * LANES; Cython wants a literal step
-        sum_scaled_tree(x + i, g + i, scale + i * step, step, shift, one, s, ss)
+        sum_scaled_tree(x + i, g + i, scale + i * step, step, shift_x, shift_g, one, s, ss)
     if whole < width:
         for k in range(4 * LANES):
-            x_last[k] = x[whole + k] if whole + k < width else shift
-            g_last[k] = g[whole + k] if whole + k < width else 0
-            last[k] = scale[(whole + k) * step] if whole + k < width else 0
-        sum_scaled_tree(x_last, g_last, last, 1, shift, one, s, ss)
+            x_last[k] = x[whole + k] if whole + k < width else shift_x
+            g_last[k] = g[whole + k] if whole + k < width else shift_g
+            last[k] = scale[(whole + k) * step] if whole + k < width else 1
+        sum_scaled_tree(x_last, g_last, last, 1, shift_x, shift_g, one, s, ss)
 
 
 cdef void sum_products_by_row(
@@ -582,12 +582,14 @@ cdef void sum_products_by_row(
         elif block.varies:
             sum_scaled_run(
                 <const lane*> block.row[X][r], <const lane*> block.row[G][r],
-                <const lane*> block.row[S][r], 1, block.width, shift_x[0], s, ss,
+                <const lane*> block.row[S][r], 1, block.width, shift_x[0], shift_g[0],
+                s, ss,
             )
         else:
             sum_scaled_run(
                 <const lane*> block.row[X][r], <const lane*> block.row[G][r],
-                <const lane*> block.row[S][r], 0, block.width, shift_x[0], s, ss,
+                <const lane*> block.row[S][r], 0, block.width, shift_x[0], shift_g[0],
+                s, ss,
             )
         block.sum_1[r] = fold_run(s, LANES)
         block.sum_2[r] = fold_run(ss, LANES)

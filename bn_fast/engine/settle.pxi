@@ -203,6 +203,13 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
+cdef inline double gamma_at(const Plan* plan, Py_ssize_t f, const Place* place) noexcept nogil:
+    """gamma where it varies within a statistic, of a value of feature f."""
+    return load_value(
+        FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value_at(plan, S, f, place)
+    )
+
+
 cdef Py_ssize_t sample_rows(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
     float[MAX_COLUMNS]* sample, const lane* lane_tag,
@@ -279,12 +286,22 @@ cdef void sample_shift(
     """
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
-    cdef Py_ssize_t step = sample_rows(
+    cdef lane[3][MAX_COLUMNS] scaled
+    cdef Py_ssize_t f, k, step = sample_rows(
         &job.reduce, role, first, n_features, row, sample, lane_tag
     )
     cdef bint around_zero = role == G
     cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
     cdef double* spread = job.value[SPREAD] + first
+    if role == G and job.reduce.used[S]:  # what is summed
+        for k in range(3):
+            for f in range(n_features):
+                scaled[k][f] = <lane> (
+                    (<const lane*> (row[k] + f * step))[0]
+                    * gamma_at(&job.reduce, first + f, &job.reduce.sample[k])
+                )
+            row[k] = <char*> scaled[k]
+        step = sizeof(lane)
     if step != sizeof(lane):
         sample_features(
             row[0], row[1], row[2], step, n_features, around_zero, shift, spread, lane_tag
@@ -428,7 +445,8 @@ cdef void drop_gated_shift(
 cdef enum:
     LOOKS = 8                 # values at which a doubtful shift of dout is looked at again
 
-cdef struct Looks:            # their addresses, of x, dout and the residual
+cdef struct Looks:            # where they are, and their addresses: of x, dout and the residual
+    Place place[LOOKS]
     char* value[3][LOOKS]
 
 
@@ -459,6 +477,8 @@ cdef double distance_from_mean(
         at[role] = (f - first) * plan.feature_stride[role]
     for k in range(LOOKS):
         g = load_value(plan.storage, look.value[G][k] + at[G])
+        if plan.used[S]:
+            g *= gamma_at(plan, f, &look.place[k])
         if plan.gate != NONE:
             x = load_value(plan.storage, look.value[X][k] + at[X])
             if plan.used[R]:
@@ -486,18 +506,19 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef double* mean = v[MEAN_G]
     cdef double* doubtful = v[SPREAD]
     cdef double distance, step, n_far = 0
-    cdef Place place
+    cdef Place* place
     mark_doubtful(shift + first, mean + first, doubtful + first, n_features)
     if fold_run(doubtful + first, n_features) == 0:
         return 0
-    place.segment = 0
     for k in range(LOOKS):
+        place = &look.place[k]
+        place.segment = 0
         place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
         place.joined = k % segment.n_joined
         place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
         for role in range(3):
             if plan.used[role]:
-                look.value[role][k] = value_at(plan, role, first, &place)
+                look.value[role][k] = value_at(plan, role, first, place)
     for f in range(first, first + n_features):
         if v[RETRY][f] != 0 or doubtful[f] == 0:
             continue
@@ -587,7 +608,6 @@ cdef double settle_squares_alone(
         v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < job.low else 0.0))
         count += v[RETRY][f]
         v[MEAN][f] = v[MEAN_LOW][f] = 0
-        spread = spread if finite > 0 else NAN
         v[VAR][f] = spread / scale / scale
         spread = spread + job.eps * scale * scale
         v[INV_STD][f] = scale / sqrt(spread) if spread != 0 else 0.0
