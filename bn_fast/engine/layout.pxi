@@ -291,6 +291,7 @@ cdef void choose_layout(
     cdef Py_ssize_t length = axes.size[axes.n - 1] if axes.n > 0 else 1
     cdef bint runs = axes.n > 0 and (
         (n == 1 and not plan.by_row) or distance(axes.key[axes.n - 1]) < feature_key
+        or plan.feature_stride[S] != 0  # columns have no gamma of their own
     )
     cdef bint stacked = columns_touch(plan, axes, runs, True)
     cdef int r
