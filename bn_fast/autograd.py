@@ -1,5 +1,7 @@
 """Batch normalization as a primitive of HIPS autograd, which differentiates NumPy code."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

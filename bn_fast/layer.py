@@ -5,6 +5,8 @@
 those two and nothing else.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping
 from copy import copy
@@ -18,7 +20,7 @@ from . import _checks, _interchange, _layer_checks
 from ._cache import Cache
 from ._core import core
 from ._layer_checks import MOST_BATCHES, Setting
-from ._types import Array
+from ._types import Array, MaybeArray
 from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
 
 __all__ = ["BatchNorm"]
@@ -186,8 +188,8 @@ class BatchNorm:
         n = self._num_features
         self._gamma: Array = np.ones(n, self._dtype)
         self._beta: Array = np.zeros(n, self._dtype)
-        self.dgamma: Array | None = None
-        self.dbeta: Array | None = None
+        self.dgamma: MaybeArray = None
+        self.dbeta: MaybeArray = None
         self._running_mean = np.zeros(n)
         self._running_var = np.ones(n)
         self.num_batches = 0
@@ -221,7 +223,7 @@ class BatchNorm:
         self._buffers = {}
 
     @property
-    def gamma(self) -> Array | None:
+    def gamma(self) -> MaybeArray:
         return self._gamma if self._affine else None
 
     @gamma.setter
@@ -230,7 +232,7 @@ class BatchNorm:
             self._gamma = self._apart(self._affine_parameter(value, "gamma"))
 
     @property
-    def beta(self) -> Array | None:
+    def beta(self) -> MaybeArray:
         return self._beta if self._affine else None
 
     @beta.setter

@@ -5,6 +5,8 @@ rank merges them in rank order, so all ranks hold the same bits. The first numbe
 says whether it could take part: nobody waits for a rank that raised.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

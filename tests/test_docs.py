@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -74,6 +75,39 @@ def test_page_examples(page):
             names.update(test.globs)
         else:
             exec(block, names)
+
+
+# What a user's editor and CI say of README's lines; both read the package as it is installed, an
+# editable install too. (pip install -e ".[types]")
+CHECKERS = {
+    "mypy": ["mypy", "--strict", "--cache-dir=cache"],
+    "basedpyright": ["basedpyright", f"--pythonpath={sys.executable}"],
+}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_readme_is_typed(checker, tmp_path):
+    pytest.importorskip(checker)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks += ["import bn_fast", "y, five = bn_fast.reference.batchnorm_forward(x, gamma, beta)"]
+    (tmp_path / "script.py").write_text("\n".join(blocks))
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    command = [sys.executable, "-m", *CHECKERS[checker], "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Had it not found the package's types, all would be Any.
+    wrong = "float = bn_fast.reference.batchnorm_forward(x, gamma, beta)[0]"
+    (tmp_path / "script.py").write_text("\n".join([*blocks, f"wrong: {wrong}"]))
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+def test_help_shows_a_short_signature(module):
+    """Types by their names: three lines, where NumPy's ArrayLike written out takes nine."""
+    for name in module.__all__:
+        if inspect.isfunction(getattr(module, name)):
+            signature = str(inspect.signature(getattr(module, name)))
+            assert len(name + signature) < 3 * 120
 
 
 def test_every_page_with_python_is_run():

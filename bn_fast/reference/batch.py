@@ -24,16 +24,18 @@ References
    Analysis and Recommendations", The American Statistician 37(3), 1983.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, MutableMapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.floating[Any]]
+from .._types import Array, BNParam
+
 Gradients = tuple[Array, Array, Array]
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
@@ -109,7 +111,7 @@ def batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     axis: int = 1,
     out: Array | None = None,
@@ -353,7 +355,7 @@ def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
 
 
 def _running_average(
-    param: MutableMapping[str, Any], key: str, n_features: int, dtype: np.dtype[Any]
+    param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]
 ) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
@@ -419,7 +421,6 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
     """
 
-    @wraps(train_mode)
     def backward(dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients:
         mean, inv_var, x, x_hat, gamma = cache
         stored = _float_array(x, "cache's x")
@@ -449,6 +450,9 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
             dx, dgamma, dbeta = train_mode(dout, prepared)
         return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
 
+    # Not functools.wraps, after which `help` would show the signature of the derivation.
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(backward, name, getattr(train_mode, name))
     return backward
 
 
@@ -847,7 +851,7 @@ def spatial_batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     out: Array | None = None,
     activation: str | None = None,
@@ -904,7 +908,7 @@ class Moments(NamedTuple):
     def std(self, ddof: float = 0) -> Array:
         return np.sqrt(self.var(ddof))
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: Moments) -> Moments:
         """Chan, Golub and LeVeque's formulas [2]_ of the module's head."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self

@@ -46,6 +46,8 @@ References
    Fast Stylization", 2016, https://arxiv.org/abs/1607.08022.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
