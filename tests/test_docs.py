@@ -14,7 +14,7 @@ import pytest
 import bn_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/conventions.md", "docs/cs231n.md"]
+PAGES = ["README.md", "docs/conventions.md", "docs/cs231n.md", "docs/derivations.md"]
 MODULES = ["bn_fast"] + [
     module.name
     for module in pkgutil.walk_packages(bn_fast.__path__, "bn_fast.")
@@ -59,6 +59,21 @@ def test_the_package_imports_no_other_library():
 )
 def test_public_function_has_an_example(name):
     assert ">>> " in getattr(bn_fast, name).__doc__
+
+
+@pytest.mark.parametrize("name", ["bn_fast", "bn_fast.reference", *DOORS])
+def test_every_public_name_is_in_the_reference(name):
+    """A line of docs/api.md each, of which Sphinx makes a page."""
+    if name in DOORS:
+        pytest.importorskip(DOORS[name])
+    listed, module = set(), ""
+    for line in (ROOT / "docs" / "api.md").read_text().splitlines():
+        if line.startswith(".. currentmodule:: "):
+            module = line.split()[-1]
+        elif re.fullmatch(r"   [\w.]+", line):
+            listed.add(f"{module}.{line.strip()}")
+    public = {f"{name}.{each}" for each in importlib.import_module(name).__all__}
+    assert public - {"bn_fast.__version__"} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES)

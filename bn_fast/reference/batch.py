@@ -909,7 +909,7 @@ class Moments(NamedTuple):
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Moments) -> Moments:
-        """Chan, Golub and LeVeque's formulas [2]_ of the module's head."""
+        """The moments of both parts together, by Chan, Golub and LeVeque's formulas."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
