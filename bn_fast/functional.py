@@ -137,7 +137,7 @@ def batchnorm_forward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
     .. [2] K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition",
        CVPR 2016, arXiv:1512.03385: the residual is added between batch norm and activation.
     .. [3] A. L. Maas, A. Y. Hannun and A. Y. Ng, "Rectifier Nonlinearities Improve Neural Network
@@ -347,7 +347,7 @@ def batchnorm_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------
@@ -515,7 +515,7 @@ def batchnorm_double_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167: the first
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167: the first
        order, which is differentiated here once more.
 
     Examples

@@ -116,7 +116,7 @@ class BatchNorm:
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------

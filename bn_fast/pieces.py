@@ -364,7 +364,7 @@ def backward_apply(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------

@@ -25,6 +25,7 @@ copyright = "2026, bn_fast developers"
 extensions = ["sphinx.ext.autosummary", "numpydoc", "myst_parser"]
 exclude_patterns = ["_build", "templates"]
 default_role = "obj"
+highlight_language = "none"  # of what does not say
 autodoc_typehints = "none"  # the docstrings say what types mean
 autosummary_generate_overwrite = True
 autodoc_preserve_defaults = True

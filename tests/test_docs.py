@@ -70,8 +70,8 @@ def test_every_public_name_is_in_the_reference(name):
     for line in (ROOT / "docs" / "api.md").read_text().splitlines():
         if line.startswith(".. currentmodule:: "):
             module = line.split()[-1]
-        elif re.fullmatch(r"   [\w.]+", line):
-            listed.add(f"{module}.{line.strip()}")
+        elif match := re.fullmatch(r"(?:   |.. data:: )([\w.]+)", line):
+            listed.add(f"{module}.{match[1]}")
     public = {f"{name}.{each}" for each in importlib.import_module(name).__all__}
     assert public - {"bn_fast.__version__"} <= listed
 
