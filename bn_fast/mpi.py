@@ -38,7 +38,7 @@ class _Batch(NamedTuple):
 
 
 class SyncBatchNorm(BatchNorm):
-    """`BatchNorm` of the union of all ranks' batches.
+    """`bn_fast.BatchNorm` of the union of all ranks' batches.
 
     Parameters
     ----------
@@ -47,12 +47,12 @@ class SyncBatchNorm(BatchNorm):
     comm : mpi4py.MPI.Intracomm, optional
         Who takes part; None: ``MPI.COMM_WORLD``.
     **settings
-        Those of `BatchNorm`, the same on all ranks.
+        Those of `bn_fast.BatchNorm`, the same on all ranks.
 
     Raises
     ------
     TypeError, ValueError
-        As `BatchNorm`.
+        As `bn_fast.BatchNorm`.
 
     See Also
     --------
@@ -94,14 +94,14 @@ class SyncBatchNorm(BatchNorm):
         self.comm = comm
 
     def forward(self, x: ArrayLike, training: bool = True) -> Array:
-        """As `BatchNorm.forward`, in training of all ranks' batches together."""
+        """As `bn_fast.BatchNorm.forward`, in training of all ranks' batches together."""
         if isinstance(training, (bool, np.bool_)) and not training:
             return super().forward(x, training)
         with self._together(1 + 5 * self.num_features):
             return super().forward(x, training)
 
     def backward(self, dout: ArrayLike) -> Array:
-        """As `BatchNorm.backward`, after training of all ranks' batches together."""
+        """As `bn_fast.BatchNorm.backward`, after training of all ranks' batches together."""
         if self._cache is not None and not self._trained:
             return super().backward(dout)
         with self._together(2 * self.num_features):
