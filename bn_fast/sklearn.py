@@ -49,9 +49,10 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Mean and biased variance (÷M), from `moments_`. As in StandardScaler, `var_` is None without
         `with_std`, and `mean_` with neither.
     scale_ : ndarray, float64, shape (n_features,), or None without `with_std`
-        What is divided by: ``sqrt(var_ + eps)``; also where `var_` is beyond float64's range and its
-        root is not. With ``eps=0`` it is 1 for a feature that is constant up to roundings, as
-        StandardScaler says it: of M values, with u = 2**-52, ``var <= M u var + (M u mean)**2``.
+        What is divided by: ``sqrt(var_ + eps)``; also where the variance is beyond float64's range
+        and its root is not. With ``eps=0`` it is 1 for a feature that is constant up to roundings,
+        as StandardScaler says it: of M values, with u = 2**-52,
+        ``var <= M u var + (M u mean)**2``.
     n_samples_seen_ : int or float, or ndarray of shape (n_features,)
         M, the number of rows seen; with weights their sum. An array where features miss different
         numbers of values.

@@ -141,9 +141,9 @@ def batchnorm_forward(
     influence on the statistics, not even as NaN. W = 0 leaves the running averages alone, and
     x_hat = 0.
 
-    ``running_var`` averages var, with ``ddof`` 1 var * M/(M - 1), or var * W/(W - 1) with weights. In
-    test mode mean and var are the running averages. A feature of variance 0 gives beta, with
-    eps = 0 as well: in train mode 1/sqrt(0) is taken as 0. So does M = 1.
+    ``running_var`` averages var, or with ``ddof`` 1 var * M/(M - 1), with weights
+    var * W/(W - 1). In test mode mean and var are the running averages. A feature of variance 0
+    gives beta, with eps = 0 as well: in train mode 1/sqrt(0) is taken as 0. So does M = 1.
 
     References
     ----------
