@@ -1,5 +1,7 @@
 """Batch normalization as a scikit-learn transformer, which learns its statistics part by part."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Self
