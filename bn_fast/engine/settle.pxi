@@ -45,7 +45,7 @@ cdef enum:
     MULTIPLIER                # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
     MEAN_R                    # means of ddx
     MEAN_R_LOW
-    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean)
+    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean) inv_std
     ALONG_R                   # mean ddx x_hat
     ALONG_G                   # mean dout x_hat
     DDGAMMA
@@ -760,24 +760,25 @@ cdef void set_second_constants(
     """
     cdef double** v = job.value
     cdef double low = job.low
-    cdef double r, a, w, b, d, t, rest, rest_g, rest_r
+    cdef double r, a, w, b, d, t, back, rest, rest_g, rest_r
     cdef Py_ssize_t k
     for k in range(f, f + n):
         r = v[INV_STD][k]
-        a = v[GAMMA][k] * r
+        back = sinking(v[GAMMA][k], r) if wide else 1.0
+        a = v[GAMMA][k] * (r / back)
         b = v[ALONG_R][k]
         d = v[ALONG_G][k]
-        w = v[DDGAMMA][k] - a * b
-        t = a * (v[PRODUCT_GR][k] - 3 * b * d) + v[DDGAMMA][k] * d
+        w = v[DDGAMMA][k] - a * (b * back)
+        t = v[GAMMA][k] * (v[PRODUCT_GR][k] - 3 * (r * b * d)) + v[DDGAMMA][k] * d
         v[SHIFT_X][k] = v[MEAN][k] if wide else <double> (<lane> v[MEAN][k])
         v[SHIFT_G][k] = v[MEAN_G][k] if wide else <double> (<lane> v[MEAN_G][k])
         v[SHIFT_R][k] = v[MEAN_R][k] if wide else <double> (<lane> v[MEAN_R][k])
         v[FACTOR_X][k] = v[FACTOR_X][k] if wide else 1
-        v[FACTOR_G][k] = 1
+        v[FACTOR_G][k] = back  # of ddx, too
         rest = v[FACTOR_X][k] * ((v[MEAN][k] - v[SHIFT_X][k]) + v[MEAN_LOW][k])
-        rest_g = (v[MEAN_G][k] - v[SHIFT_G][k]) + v[MEAN_G_LOW][k]
-        rest_r = (v[MEAN_R][k] - v[SHIFT_R][k]) + v[MEAN_R_LOW][k]
-        v[MIX_G][k] = r * w
+        rest_g = back * ((v[MEAN_G][k] - v[SHIFT_G][k]) + v[MEAN_G_LOW][k])
+        rest_r = back * ((v[MEAN_R][k] - v[SHIFT_R][k]) + v[MEAN_R_LOW][k])
+        v[MIX_G][k] = (r / back) * w
         v[MIX_R][k] = -a * d * r
         v[MIX_X][k] = -(r * t * (r / v[FACTOR_X][k]))
         v[MIX_BIAS][k] = -v[MIX_X][k] * rest - v[MIX_G][k] * rest_g - v[MIX_R][k] * rest_r
@@ -789,5 +790,5 @@ cdef void set_second_constants(
             + beyond(v[SHIFT_R][k], low) + beyond(r, low) + beyond(v[MIX_G][k], low)
             + beyond(v[MIX_R][k], low) + beyond(v[MIX_X][k], low)
             + above(v[MIX_BIAS][k], low) + beyond(a, low) + beyond(v[COEF_X][k], low)
-            + above(v[BIAS][k], low)
+            + above(v[BIAS][k], low) + is_lost(a, v[GAMMA][k], r)
         )
