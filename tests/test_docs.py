@@ -26,6 +26,7 @@ MODULES = ["bn_fast"] + [
 # Modules for the users of other libraries, which may be missing here.
 DOORS = {
     "bn_fast.autograd": "autograd",
+    "bn_fast.dask": "dask",
     "bn_fast.mpi": "mpi4py",
     "bn_fast.sklearn": "sklearn",
     "bn_fast.torch": "torch",
