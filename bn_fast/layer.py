@@ -512,9 +512,7 @@ class BatchNorm:
         }
         return state | {"num_batches": np.array(self.num_batches, np.int64)}
 
-    def load_state_dict(
-        self, state: Mapping[str, ArrayLike], *, strict: bool = True
-    ) -> LoadedKeys:
+    def load_state_dict(self, state: Mapping[str, ArrayLike], *, strict: bool = True) -> LoadedKeys:
         """Take the state that `state_dict` gave, all of it or, on an error, nothing.
 
         gamma and beta are written to in place, so that they stay those to which an optimizer holds

@@ -99,7 +99,7 @@ class SyncBatchNorm(BatchNorm):
         update_running: bool = True,
         weights: ArrayLike | None = None,
     ) -> Array:
-        """As `bn_fast.BatchNorm.forward`, in training of all ranks' batches together, and without weights.
+        """As `bn_fast.BatchNorm.forward`, in training of all ranks' batches together; no weights.
 
         `update_running` is the same on all ranks.
         """

@@ -312,9 +312,7 @@ def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
     return array
 
 
-def _running_average(
-    param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]
-) -> Array:
+def _running_average(param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
     if value is None:
