@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ._config import __version__, build_info, show_config
 from ._threads import get_num_threads, set_num_threads
@@ -15,6 +16,9 @@ from .functional import (
 )
 from .layer import BatchNorm
 from .pieces import Moments, backward_apply, backward_reduce, moments, normalize
+
+if TYPE_CHECKING:
+    from . import reference as reference  # which types it for `import bn_fast` alone
 
 __all__ = [
     "BatchNorm",

@@ -150,7 +150,7 @@ cdef void expand_constants(
         factor = -1
         if v.wide and columns[i] == SHIFT_X:
             factor = FACTOR_X
-        elif v.wide and columns[i] == SHIFT_G:
+        elif v.wide and (columns[i] == SHIFT_G or columns[i] == SHIFT_R):
             factor = FACTOR_G
         expand[lane](v, columns[i], factor, False, columns[i], lane_tag)
 
@@ -681,7 +681,9 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             ahead = v.ahead
             if runs_ahead and (r == R or is_half(plan.storage)):
                 ahead = AHEAD_RUNS
-            factor = FACTOR_X if r == X else FACTOR_G if r == G else ONES
+            factor = FACTOR_X if r == X else FACTOR_G
+            if r == R and v.job.op.formula != MIXED:  # a residual; ddx is scaled as dout is
+                factor = ONES
             fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
     if v.scales and plan.used[S] and plan.used[G]:
         if plan.layout == ROWS:  # the kernels multiply
