@@ -79,33 +79,33 @@ cdef Py_ssize_t n_statistics(cnp.ndarray x, unsigned long long over) noexcept:
     return n
 
 
-def norm_forward(
-    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, tuple over, tuple along,
-    double eps, cnp.ndarray out, bint has_mean, int n_threads,
+cdef tuple normalized(
+    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, unsigned long long over,
+    unsigned long long along, double eps, cnp.ndarray out, int operation, int n_threads,
+    bint keeps,
 ):
-    """Normalize x over some of its axes, then scale and shift along some.
-
-    gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
-    Returns out and the statistics, float64 (4, n) as `forward` has them.
-    """
+    """out and the statistics, which are None if they are not to be kept."""
     cdef Job job
-    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
-    cdef Py_ssize_t n = n_statistics(x, axes), size
-    cdef cnp.ndarray stats = new_statistics(n)
+    cdef Py_ssize_t n = n_statistics(x, over), size
+    cdef cnp.ndarray stats = new_statistics(n if keeps else 0)
     cdef cnp.ndarray scale, shift
+    cdef int k
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if cnp.PyArray_SIZE(x) == 0:
-        memset(cnp.PyArray_DATA(stats), 0, 4 * n * sizeof(double))
-        return out, stats
-    new_job(&job, FORWARD if has_mean else RMS_FORWARD, x, stats, 0, n_threads)
-    job.features = ~axes
+        memset(cnp.PyArray_DATA(stats), 0, cnp.PyArray_NBYTES(stats))
+        return out, stats if keeps else None
+    new_job(&job, operation, x, stats, 0, n_threads)
+    job.n_features = n
+    for k in range(MEAN, MULTIPLIER + 1):
+        job.value[k] = job.value[k] if keeps else NULL
+    job.features = ~over
     job.by_row = True
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
     set_constant(&job.beta_given, &zero)
-    if are_within(x, axes, parameters):  # without them too: the same rows, and so the same bits
-        size = place_parameters(&job, x, parameters)
+    if are_within(x, over, along):  # without them too: the same rows, and so the same bits
+        size = place_parameters(&job, x, along)
         scale = native_parameter(gamma, x, size, 1)
         shift = native_parameter(beta, x, size, 0)
         job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
@@ -118,7 +118,51 @@ def norm_forward(
     job.reduces = job.applies = True
     job.eps = eps
     execute(&job)
-    return out, stats
+    return out, stats if keeps else None
+
+
+def norm_forward(
+    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, tuple over, tuple along,
+    double eps, cnp.ndarray out, bint has_mean, int n_threads, bint keeps=True,
+):
+    """Normalize x over some of its axes, then scale and shift along some.
+
+    gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
+    Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
+    """
+    return normalized(
+        x, gamma, beta, mask_of(over), mask_of(along), eps, out,
+        FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
+    )
+
+
+def plain_rows(
+    x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, Py_ssize_t size,
+):
+    """The straight road of layer and RMS norm over the last axis, of fewer than `size` elements.
+
+    Returns what `norm_forward` does, or None, and nothing is done, where an argument needs a closer
+    look.
+    """
+    cdef double number = 1e-5
+    cdef int last
+    cdef unsigned long long mask
+    if not is_plain_array(x) or type(axis) is not int or cnp.PyArray_NDIM(x) < 1:
+        return None
+    last = cnp.PyArray_NDIM(x) - 1
+    if not (
+        (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < size
+        and (gamma is None or is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last]))
+        and (beta is None or is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last]))
+        and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x, None)
+        and (out is None or gamma is None or not overlap(out, gamma))
+        and (out is None or beta is None or not overlap(out, beta))
+    ):
+        return None
+    mask = <unsigned long long> 1 << last
+    return normalized(
+        x, gamma, beta, mask, mask, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
+    )
 
 
 cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_parts,
@@ -224,5 +268,3 @@ def norm_backward(
     finally:
         free(sums)
     return out, dgamma, dbeta
-
-

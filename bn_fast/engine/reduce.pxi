@@ -23,7 +23,7 @@ cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
 
 
 cdef inline bint is_alone(const Visit* v) noexcept nogil:
-    """Whether rows of their own are taken one by one: their factors differ, or gamma is gathered."""
+    """Whether rows of their own are taken singly: their factors differ, or gamma is gathered."""
     cdef bint gathered = v.plan.used[S] and v.plan.feature_stride[S] != 0 and not is_adjacent(v)
     return v.plan.layout == ROWS and (v.wide or gathered)
 
@@ -95,10 +95,10 @@ cdef void enter_chunk(
         v.access[r] = access_to(plan, v.segment, r, v.n_features, v.wide)
         if v.access[r] == GATHERED:
             gathers = gathers or r < Y
-            column_offsets(plan, v.segment, r, n, v.s.offset[r])
+            set_offsets(v, r, n)
     if plan.used[S] and not is_adjacent(v):
         gathers = True
-        column_offsets(plan, v.segment, S, n, v.s.offset[S])
+        set_offsets(v, S, n)
     if plan.storage == FLOAT64:
         set_gate[double](v, NULL)
     else:

@@ -27,6 +27,9 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     char* row[N_ROLES][BLOCK_ROWS + TREE_ROWS + AHEAD_ROWS]
     char* column[N_COLUMNS]
     Py_ssize_t* offset[N_ROLES]
+    const Segment* segment[N_ROLES]  # whose offsets these are, of how many features
+    Py_ssize_t n_offsets[N_ROLES]
+    Py_ssize_t n_ones         # native factors of 1 that are set
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
     double* varying           # sums for gamma and beta since the last fold
@@ -71,6 +74,8 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
             memory += columns + job.buffer_elements * sizeof(double)
+    memset(s.segment, 0, sizeof(s.segment))
+    s.n_ones = 0
     s.adds = False
     s.values = <double*> memory
     if job.own_values:
@@ -145,8 +150,20 @@ cdef void expand_constants(
         expand[lane](v, columns[i], factor, False, columns[i], lane_tag)
 
 
+cdef void set_offsets(Visit* v, int role, Py_ssize_t n_features) noexcept nogil:
+    """Those of a role's columns; most tiles have the last one's."""
+    cdef Scratch* s = v.s
+    if s.segment[role] != v.segment or s.n_offsets[role] != n_features:
+        column_offsets(v.plan, v.segment, role, n_features, s.offset[role])
+        s.segment[role] = v.segment
+        s.n_offsets[role] = n_features
+
+
 cdef void set_factors(Visit* v, const lane* lane_tag) noexcept nogil:
     """The columns of what rows are multiplied by as they are gathered: 1 in native lanes."""
+    if not v.wide and v.width <= v.s.n_ones:
+        return
+    v.s.n_ones = 0 if v.wide else v.width
     set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
     if v.wide and v.plan.layout != ROWS:
         expand[lane](v, FACTOR_X, -1, True, FACTOR_X, lane_tag)
@@ -177,7 +194,7 @@ cdef void set_gate(Visit* v, const lane* native_tag) noexcept nogil:
     v.gate = BEFORE
     for r in range(Y):
         if plan.used[r]:
-            column_offsets(plan, v.segment, r, v.n_features, v.s.offset[r])
+            set_offsets(v, r, v.n_features)
     expand[double](v, GATE_SHIFT, GATE_FACTOR, False, WIDE_SHIFT, NULL)
     expand[double](v, GATE_COEF, -1, False, WIDE_COEF, NULL)
     expand[double](v, GATE_BIAS, -1, False, WIDE_BIAS, NULL)
@@ -191,7 +208,7 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef lane* coef = <lane*> v.s.column[WEIGH_SHIFT]
     cdef lane* rest = <lane*> v.s.column[WEIGH_REST]
     cdef lane* bias = <lane*> v.s.column[WEIGH_COEF]
-    column_offsets(v.plan, v.segment, W, v.n_features, v.s.offset[W])
+    set_offsets(v, W, v.n_features)
     set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
     if v.plan.used[Y]:
         expand[lane](v, SHIFT_G, FACTOR_G, True, WEIGH_REST, lane_tag)

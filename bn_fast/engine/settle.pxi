@@ -102,6 +102,8 @@ cdef struct Job:
 
 
 cdef inline int n_own_values(const Job* job) noexcept nogil:
+    if not job.given[MEAN]:  # nobody wants the statistics
+        return VAR + 1
     return N_OWN if job.given[DDGAMMA] else N_GATED if job.reduce.gate != NONE else N_PLAIN
 
 
