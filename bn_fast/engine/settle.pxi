@@ -205,11 +205,9 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
-cdef inline double gamma_at(const Plan* plan, Py_ssize_t f, const Place* place) noexcept nogil:
-    """gamma where it varies within a statistic, of a value of feature f."""
-    return load_value(
-        FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value_at(plan, S, f, place)
-    )
+cdef inline double load_gamma(const Plan* plan, const char* value) noexcept nogil:
+    """gamma where it varies within a statistic."""
+    return load_value(FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value)
 
 
 cdef Py_ssize_t sample_rows(
@@ -289,6 +287,7 @@ cdef void sample_shift(
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
     cdef lane[3][MAX_COLUMNS] scaled
+    cdef const char* gamma
     cdef Py_ssize_t f, k, step = sample_rows(
         &job.reduce, role, first, n_features, row, sample, lane_tag
     )
@@ -297,10 +296,10 @@ cdef void sample_shift(
     cdef double* spread = job.value[SPREAD] + first
     if role == G and job.reduce.used[S]:  # what is summed
         for k in range(3):
+            gamma = value_at(&job.reduce, S, first, &job.reduce.sample[k])
             for f in range(n_features):
-                scaled[k][f] = <lane> (
-                    (<const lane*> (row[k] + f * step))[0]
-                    * gamma_at(&job.reduce, first + f, &job.reduce.sample[k])
+                scaled[k][f] = (<const lane*> (row[k] + f * step))[0] * <lane> load_gamma(
+                    &job.reduce, gamma + f * job.reduce.feature_stride[S]
                 )
             row[k] = <char*> scaled[k]
         step = sizeof(lane)
@@ -480,7 +479,7 @@ cdef double distance_from_mean(
     for k in range(LOOKS):
         g = load_value(plan.storage, look.value[G][k] + at[G])
         if plan.used[S]:
-            g *= gamma_at(plan, f, &look.place[k])
+            g *= load_gamma(plan, value_at(plan, S, f, &look.place[k]))
         if plan.gate != NONE:
             x = load_value(plan.storage, look.value[X][k] + at[X])
             if plan.used[R]:
