@@ -5,6 +5,8 @@ is, so that dask needs to know nothing of `Moments`. They are merged in the orde
 which fixes the bits whichever worker was first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
