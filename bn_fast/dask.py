@@ -5,6 +5,9 @@ is, so that dask needs to know nothing of `Moments`. They are merged in the orde
 which fixes the bits whichever worker was first.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -392,7 +395,7 @@ def _of_block(function: Callable[..., Array], *arrays: Array, axis: int, **setti
     """What a function finds, with as many axes as `_fold` takes."""
     found = function(*arrays, axis=axis, **settings)
     shape = [1] * arrays[0].ndim
-    shape[axis] = -1
+    shape[axis] = found.shape[1]
     return found.reshape(len(found), *shape)
 
 
@@ -409,8 +412,9 @@ def _fold(
     last: bool = False,
 ) -> Array:
     """Merge what lies along all axes but those of values and features."""
-    values = np.moveaxis(each, feature_axis, 1)
-    merged = merge(list(np.moveaxis(values.reshape(*values.shape[:2], -1), 2, 0)))
+    n_values, n_features, *blocks = np.moveaxis(each, feature_axis, 1).shape
+    parts = np.moveaxis(each, (0, feature_axis), (-2, -1))
+    merged = merge(list(parts.reshape(math.prod(blocks), n_values, n_features)))
     shape = [1] * each.ndim
     shape[0], shape[feature_axis] = merged.shape
     return merged if last else merged.reshape(shape)
