@@ -27,8 +27,7 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     char* row[N_ROLES][BLOCK_ROWS + TREE_ROWS + AHEAD_ROWS]
     char* column[N_COLUMNS]
     Py_ssize_t* offset[N_ROLES]
-    const Segment* segment[N_ROLES]  # whose offsets these are, of how many features
-    Py_ssize_t n_offsets[N_ROLES]
+    Py_ssize_t shape[N_ROLES][6]  # what these offsets come from, see set_offsets
     Py_ssize_t n_ones         # native factors of 1 that are set
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
@@ -74,7 +73,7 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
             memory += columns + job.buffer_elements * sizeof(double)
-    memset(s.segment, 0, sizeof(s.segment))
+    memset(s.shape, 0, sizeof(s.shape))
     s.n_ones = 0
     s.adds = False
     s.values = <double*> memory
@@ -152,11 +151,17 @@ cdef void expand_constants(
 
 cdef void set_offsets(Visit* v, int role, Py_ssize_t n_features) noexcept nogil:
     """Those of a role's columns; most tiles have the last one's."""
-    cdef Scratch* s = v.s
-    if s.segment[role] != v.segment or s.n_offsets[role] != n_features:
-        column_offsets(v.plan, v.segment, role, n_features, s.offset[role])
-        s.segment[role] = v.segment
-        s.n_offsets[role] = n_features
+    cdef const Segment* segment = v.segment
+    cdef Py_ssize_t[6] shape
+    shape[0] = n_features
+    shape[1] = segment.n_joined
+    shape[2] = segment.n_run
+    shape[3] = v.plan.feature_stride[role]
+    shape[4] = segment.joined_stride[role]
+    shape[5] = segment.run_stride[role]
+    if memcmp(shape, v.s.shape[role], sizeof(shape)):
+        memcpy(v.s.shape[role], shape, sizeof(shape))
+        column_offsets(v.plan, segment, role, n_features, v.s.offset[role])
 
 
 cdef void set_factors(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -251,6 +256,18 @@ cdef void find_rows(
     row_pointers(v.segment, role, start, v.row, n, rows)
 
 
+cdef inline bint lies_across(const Visit* v, int role, const lane* lane_tag) noexcept nogil:
+    """Whether the rows at hand are all values of some features that lie one after the other, of a
+    number that part_rows knows."""
+    cdef const Segment* segment = v.segment
+    cdef Py_ssize_t size = sizeof(lane), n = v.n_rows
+    return (
+        v.plan.layout == FEATURES and (n == 4 or n == 8) and segment.n_dims == 1
+        and segment.size[0] == n and segment.stride[role][0] == size
+        and v.plan.feature_stride[role] == n * size and size == size_of(v.plan.storage)
+    )
+
+
 cdef void fetch_rows(
     Visit* v, int role, Access access, Py_ssize_t ahead, const lane* factor,
 ) noexcept nogil:
@@ -273,6 +290,11 @@ cdef void fetch_rows(
     if access == DIRECT:
         return
     i = 0
+    if access == GATHERED and lies_across[lane](v, role, factor):
+        part_rows(<const lane*> (rows[0] + v.s.offset[role][v.first]), width, n, buffer)
+        while i < n:
+            rows[i] = <char*> (buffer + i * width)
+            i += 1
     while i < n:
         packed = buffer + i * width
         run = 1
@@ -308,6 +330,9 @@ cdef void store_rows(
     cdef char* packed
     memcpy(from_, from_rows, n * sizeof(char*))  # they may be the role's own
     find_rows(v, role, n, access != GATHERED, rows)
+    if access == GATHERED and lies_across[lane](v, role, lane_tag):
+        join_rows(from_, width, n, <lane*> (rows[0] + v.s.offset[role][v.first]))
+        return
     if access == GATHERED:
         for i in range(n):
             scatter_row[lane](
