@@ -442,9 +442,14 @@ def test_sums_keep_twice_the_digits(shape):
 
     The three stand in neighboring blocks of 128 rows, out of sight of the guess of the mean.
     """
-    dout = np.zeros(shape)
+    dout, x = np.zeros(shape), np.full(shape, -1.0)
     for k, value in enumerate([2.0**53, 1, -(2.0**53)]):
         dout[128 * k + 65 :: 384, 1, ...] = value
-    _, cache = batchnorm_forward(normal(shape, np.float64), np.ones(shape[1]), np.zeros(shape[1]))
-    dbeta = batchnorm_backward(dout, cache)[2]
-    assert dbeta[1] == dout[65 + 128 :: 384, 1, ...].sum()
+    x[1::2] = 1  # and eps = 3: x_hat = +- 1/2
+    _, cache = batchnorm_forward(
+        x, np.ones(shape[1]), np.zeros(shape[1]), {"mode": "train", "eps": 3}
+    )
+    _, dgamma, dbeta = batchnorm_backward(dout, cache)
+    total = dout[65 + 128 :: 384, 1, ...].sum()
+    assert dbeta[1] == total
+    assert dgamma[1] == total / 2
