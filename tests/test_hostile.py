@@ -266,18 +266,20 @@ def test_outliers_where_the_shift_of_dout_is_guessed(dtype, m, big, inner, place
     check_gradients(got, expected, x)
 
 
+@pytest.mark.parametrize("by_residual", [False, True])
 @pytest.mark.parametrize(("dtype", "big"), [(np.float32, 1e9), (np.float64, 1e17)])
-def test_a_second_look_at_dout_sees_what_comes_through(dtype, big):
+def test_a_second_look_at_dout_sees_what_comes_through(dtype, big, by_residual):
     """The three values mislead, and where the gate is shut there are more like them."""
     shape = (20_001, 130)
-    x = np.sign(normal(shape, dtype))
-    x[[0, 10_000, 20_000]] = 1
-    dout = np.where(x > 0, dtype(1), dtype(big))
+    sign = np.sign(normal(shape, dtype))
+    sign[[0, 10_000, 20_000]] = 1
+    x, residual = (normal(shape, dtype, 1), 10 * sign) if by_residual else (sign, None)
+    dout = np.where(sign > 0, dtype(1), dtype(big))
     dout[[0, 10_000, 20_000]] = big
     gamma, beta = np.ones(130), np.zeros(130)
-    _, cache = batchnorm_forward(x, gamma, beta, activation="relu")
+    _, cache = batchnorm_forward(x, gamma, beta, activation="relu", residual=residual)
     got = batchnorm_backward(dout, cache)
-    check_gradients(got, oracle.backward(dout * (x > 0), x, gamma, gated=True), x)
+    check_gradients(got[:3], oracle.backward(dout * (sign > 0), x, gamma, gated=True), x)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
@@ -440,9 +442,14 @@ def test_sums_keep_twice_the_digits(shape):
 
     The three stand in neighboring blocks of 128 rows, out of sight of the guess of the mean.
     """
-    dout = np.zeros(shape)
+    dout, x = np.zeros(shape), np.full(shape, -1.0)
     for k, value in enumerate([2.0**53, 1, -(2.0**53)]):
         dout[128 * k + 65 :: 384, 1, ...] = value
-    _, cache = batchnorm_forward(normal(shape, np.float64), np.ones(shape[1]), np.zeros(shape[1]))
-    dbeta = batchnorm_backward(dout, cache)[2]
-    assert dbeta[1] == dout[65 + 128 :: 384, 1, ...].sum()
+    x[1::2] = 1  # and eps = 3: x_hat = +- 1/2
+    _, cache = batchnorm_forward(
+        x, np.ones(shape[1]), np.zeros(shape[1]), {"mode": "train", "eps": 3}
+    )
+    _, dgamma, dbeta = batchnorm_backward(dout, cache)
+    total = dout[65 + 128 :: 384, 1, ...].sum()
+    assert dbeta[1] == total
+    assert dgamma[1] == total / 2
