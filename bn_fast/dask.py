@@ -64,7 +64,8 @@ def moments(x: Any, *, axis: int = 1) -> Any:
     Returns
     -------
     dask.delayed.Delayed
-        Whose ``compute()`` gives `bn_fast.Moments`; `normalize` takes both.
+        Whose ``compute()`` gives `bn_fast.Moments`; `normalize` takes both. (Name it last in a
+        ``dask.compute`` with arrays: dask 2026.8 gives the arrays first, whatever their order.)
 
     Raises
     ------

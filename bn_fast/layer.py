@@ -806,7 +806,7 @@ def _backward(dout: ArrayLike, cache: Any, out: Array | None) -> tuple[Array, Ar
 def _stacklevel_outside() -> int:
     """The `stacklevel` at which the caller's warning is about the code that called bn_fast."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "bn_fast":
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "bn_fast":
         level, frame = level + 1, frame.f_back
     return level
 
