@@ -22,7 +22,7 @@ except ImportError as error:
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks, pieces
+from . import _cache, _checks, pieces
 from ._core import core
 from ._moments import Moments, merge_packed, pack, statistics
 from ._types import Array, parameter_dtype
@@ -472,9 +472,8 @@ def _dx(
     n = x.shape[axis]
     gamma = np.ones(n) if gamma is None else _checks._parameter(gamma, "gamma", n, axis)
     sums = np.ascontiguousarray(sums)
-    dx: Array = core.backward_dx(
-        dout, x, gamma, statistics(whole, eps), sums, whole.count, axis, None, n_threads_for(x)
-    )
+    cache = _cache.Cache(x, gamma, statistics(whole, eps), axis, eps, exact_mean=False)
+    dx: Array = core.backward_dx(dout, cache, sums, whole.count, None, n_threads_for(x))
     return dx
 
 
