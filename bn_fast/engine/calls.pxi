@@ -381,7 +381,7 @@ cdef void take_statistics(Job* job, double eps) noexcept:
     job.reduces = True
     job.eps = eps
     if cnp.PyArray_SIZE(x) == 0:
-        for f in range(4 * cnp.PyArray_DIMS(x)[job.axis]):
+        for f in range(4 * job.n_features):
             job.value[MEAN][f] = NAN
 
 

@@ -79,7 +79,7 @@ cdef Py_ssize_t n_statistics(cnp.ndarray x, unsigned long long over) noexcept:
     return n
 
 
-cdef tuple normalized(
+cdef tuple norm_of(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, unsigned long long over,
     unsigned long long along, double eps, cnp.ndarray out, int operation, int n_threads,
     bint keeps,
@@ -130,7 +130,7 @@ def norm_forward(
     gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
     Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
     """
-    return normalized(
+    return norm_of(
         x, gamma, beta, mask_of(over), mask_of(along), eps, out,
         FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
     )
@@ -154,13 +154,13 @@ def plain_rows(
         (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < size
         and (gamma is None or is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last]))
         and (beta is None or is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last]))
-        and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x, None)
+        and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x)
         and (out is None or gamma is None or not overlap(out, gamma))
         and (out is None or beta is None or not overlap(out, beta))
     ):
         return None
     mask = <unsigned long long> 1 << last
-    return normalized(
+    return norm_of(
         x, gamma, beta, mask, mask, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
     )
 
