@@ -29,6 +29,8 @@ def _kind(value: Any) -> str:
 
 def _real_array(value: Any, name: str) -> NDArray[Any]:
     """Any real array-like as an aligned, native ndarray of bool, integers or floats."""
+    if type(value) is np.ndarray and value.dtype in DTYPES and value.flags.aligned:
+        return value  # nothing needs to be asked
     expected = f"{name} must be an array of real numbers"
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{expected}, got a masked array, whose mask would be ignored")
