@@ -19,6 +19,7 @@ class Options(NamedTuple):
     weights: Array | None  # of the shape and dtype of x, by a power of two smaller than given
     total: float  # of the weights of a feature
     residual_overwritten: bool
+    sum_weights: float | None = None  # of a feature, as they were given
 
 
 class _Five:
@@ -72,6 +73,10 @@ class Cache(_Five):
         The statistics were given (test mode), so x has no influence on them.
     exact_mean : bool
         The mean is that of x, to all digits; False for a five-tuple that other code made.
+    var : ndarray, float64
+        The biased variance, ``((x - mean)**2).mean()``, as it broadcasts against x.
+    count : float
+        M, how many values x has for each feature; with weights their sum.
     overwritten : str
         Which call wrote its output over x, so that no gradient can be had any more; else empty.
     options : Options or None
@@ -126,9 +131,12 @@ class Cache(_Five):
     def weights(self) -> Array | None:
         return self.options.weights if self.options else None
 
+    def _as_feature(self, values: Array) -> Array:
+        """One value for each feature in the shape in which they broadcast against x."""
+        return values.reshape((-1,) + (1,) * (self.x.ndim - 1 - self.axis))
+
     def _broadcastable(self, values: Array) -> Array:
-        shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
-        return values.astype(parameter_dtype(self.x.dtype)).reshape(shape)
+        return self._as_feature(values.astype(parameter_dtype(self.x.dtype)))
 
     @property
     def mean(self) -> Array:
@@ -139,11 +147,21 @@ class Cache(_Five):
         return self._broadcastable(self.stats[2])
 
     @property
+    def var(self) -> Array:
+        return self._as_feature(self.stats[3].copy())
+
+    @property
+    def count(self) -> float:
+        n_values: int = self.x.size // max(self.stats.shape[1], 1)
+        if self.options is not None and self.options.sum_weights is not None:
+            return self.options.sum_weights
+        return n_values
+
+    @property
     def x_hat(self) -> Array:
         if self.overwritten:
             raise ValueError(f"x_hat is lost: {self.overwritten} wrote its output over x")
-        shape = (-1,) + (1,) * (self.x.ndim - 1 - self.axis)
-        mean, mean_low, inv_std = (row.reshape(shape) for row in self.stats[:3])
+        mean, mean_low, inv_std = (self._as_feature(row) for row in self.stats[:3])
         x_hat: Array = ((self.x - mean) - mean_low) * inv_std
         return x_hat.astype(self.x.dtype, copy=False)
 

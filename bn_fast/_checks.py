@@ -167,10 +167,10 @@ def options(
         if out is not None:
             _output(out, {"residual": residual})
             overwritten = activation is not None and core.is_same(out, residual)
-    total = 0.0
+    total, given = 0.0, None
     if weights is not None:
-        weights, total, _ = element_weights(weights, x, axis)
-    return Options(activation, slope, beta, residual, weights, total, overwritten)
+        weights, total, given = element_weights(weights, x, axis)
+    return Options(activation, slope, beta, residual, weights, total, overwritten, given)
 
 
 def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float, float]:
@@ -216,6 +216,7 @@ class Settings(NamedTuple):
     train: bool
     eps: float
     momentum: float
+    ddof: int
     running_mean: Array | None  # None: zeros
     running_var: Array | None
 
@@ -251,6 +252,8 @@ def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
     return var
 
 
+KEYS = "mode", "eps", "momentum", "ddof", *RUNNING  # of bn_param
+
 # What other libraries call the keys of bn_param. Under these names they would be ignored.
 _ALIASES = {
     "epsilon": "eps",
@@ -261,7 +264,7 @@ _ALIASES = {
     "runningvariance": "running_var",
     "movingvar": "running_var",
     "movingvariance": "running_var",
-} | {name.replace("_", ""): name for name in ("mode", "eps", "momentum", *RUNNING)}
+} | {name.replace("_", ""): name for name in KEYS}
 
 
 def known_keys(param: Any, name: str, known: Container[str]) -> None:
@@ -276,7 +279,7 @@ def known_keys(param: Any, name: str, known: Container[str]) -> None:
 def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     if not isinstance(bn_param, MutableMapping):
         raise TypeError(f"bn_param must be a dict or None, got {_kind(bn_param)}")
-    known_keys(bn_param, "bn_param", ("mode", "eps", "momentum", *RUNNING))
+    known_keys(bn_param, "bn_param", KEYS)
     try:
         mode = bn_param["mode"]
     except KeyError:
@@ -287,6 +290,9 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
     momentum = _number(bn_param.get("momentum", 0.9), "bn_param['momentum']")
     if not math.isfinite(momentum):
         raise ValueError(f"bn_param['momentum'] must be finite, got {momentum}")
+    ddof = _number(bn_param.get("ddof", 0), "bn_param['ddof']")
+    if ddof not in (0, 1):
+        raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof:g}")
     mean = bn_param.get("running_mean")
     var = bn_param.get("running_var")
     n_features = x.shape[axis]
@@ -295,7 +301,7 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
             mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
         if var is not None:
             var = variance(var, "bn_param['running_var']", n_features, axis)
-    return Settings(mode == "train", eps, momentum, mean, var)
+    return Settings(mode == "train", eps, momentum, int(ddof), mean, var)
 
 
 def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:

@@ -63,6 +63,9 @@ def batchnorm_forward(
         - ``eps``: added to the variance, default 1e-5.
         - ``momentum``: default 0.9, the weight of the *old* value:
           ``running = momentum * running + (1 - momentum) * batch``.
+        - ``ddof``: 0 (default) or 1; the running variance averages
+          ``sum((x - mean)**2) / (M - ddof)``, with 1 as PyTorch and Chainer. The output does not
+          depend on it.
         - ``running_mean``, ``running_var``: shape (C,), default zeros. Stored back as new arrays in
           both modes, updated in train mode only, and not by an empty batch.
     axis : int, default 1
@@ -95,7 +98,8 @@ def batchnorm_forward(
     TypeError
         If an argument is not real-valued (None, str, object, complex, a masked array).
     ValueError
-        If a shape, size or value is wrong, or `out` overlaps x or residual in part.
+        If a shape, size or value is wrong, or `out` overlaps x or residual in part; or for a batch
+        of one value, whose variance with ``ddof`` 1 is none.
     KeyError
         If `bn_param` has no 'mode'.
     MemoryError
@@ -125,7 +129,7 @@ def batchnorm_forward(
               \mathrm{leaky\_relu}(z) = z \text{ if } z > 0 \text{ else }
               \mathrm{negative\_slope} \cdot z
 
-    and relu(z) = z if z > 0 else 0. The variance is the biased one, also for ``running_var``. M = 1
+    and relu(z) = z if z > 0 else 0. The variance is the biased one, but for ``ddof``. M = 1
     and constant features give exactly beta. NaN and infinity spread within their own feature. The
     bits do not depend on the number of threads or the instruction set.
 
@@ -192,6 +196,26 @@ def batchnorm_forward(
     return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
 
 
+def unbiasing(count: float, ddof: int) -> float:
+    """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
+    not above 0."""
+    return 1 + ddof / (count - ddof) if count > ddof else 0.0
+
+
+def _correction(x: Array, axis: int, param: _checks.Settings, options: Options | None) -> float:
+    """What the running average multiplies a batch's variance by."""
+    count: float = x.size // x.shape[axis]
+    if options is not None and options.sum_weights is not None:
+        count = options.sum_weights
+    correction = unbiasing(count, param.ddof)
+    if not correction:
+        raise ValueError(
+            "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
+            f" {count:g} values for each feature"
+        )
+    return correction
+
+
 def _checked_forward(
     x: Array,
     gamma: Array,
@@ -207,6 +231,9 @@ def _checked_forward(
     param = None if bn_param is None else _checks.settings(bn_param, x, axis)
     eps = 1e-5 if param is None else param.eps
     train = param is None or param.train
+    correction = 1.0
+    if param is not None and train and x.size and not no_weight:
+        correction = _correction(x, axis, param, options)
     stats = None
     if param is not None:
         # Made before anything is written to out: there may be no memory, and out may lie over them.
@@ -222,7 +249,8 @@ def _checked_forward(
         y, stats = core.forward(x, gamma, beta, axis, eps, out, stats, n_threads_for(x), *more)
         if param is not None and train and x.size and not no_weight:
             core.update_average(running_mean, stats[0], param.momentum, 1 - param.momentum)
-            core.update_average(running_var, stats[3], param.momentum, 1 - param.momentum)
+            new = (1 - param.momentum) * correction
+            core.update_average(running_var, stats[3], param.momentum, new)
     return y, stats, eps, not train or no_weight
 
 

@@ -1,5 +1,6 @@
 """Batch normalization as a scikit-learn transformer, which learns its statistics part by part."""
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Self
 
@@ -12,36 +13,48 @@ except ImportError as error:
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks
-from ._moments import deviation, mean_low
+from . import _checks, _layer_checks
+from ._moments import deviation, mean_low, merge_packed, pack
 from ._types import Array
 from .pieces import Moments, moments, normalize, normalize_by
 
 __all__ = ["BatchNormalizer"]
 
+# Of what was seen: once values were missing, one for each feature.
+Seen = Moments | list[Moments]
+
 
 class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     r"""Every feature to mean 0 and variance 1, by the statistics of all data seen by the fit.
 
-    The test mode of batch normalization. With ``eps=0`` it is scikit-learn's ``StandardScaler``;
-    with the default, features that hardly vary stay small instead of being blown up.
+    The test mode of batch normalization. With ``eps=0`` it is scikit-learn's ``StandardScaler`` of
+    arrays that are not sparse; with the default, features that hardly vary stay small instead of
+    being blown up.
 
     Parameters
     ----------
     eps : float, default 1e-5
         Added to the variance; finite and at least 0.
+    copy : bool, default True
+        False: the results are written over X where it is a writable array of floats.
+    with_mean, with_std : bool, default True
+        Whether to subtract the mean, and to divide by `scale_`.
 
     Attributes
     ----------
-    moments_ : Moments
-        Count, mean and sum of squared deviations of all data seen.
-    mean_, var_ : ndarray, float64, shape (n_features_in_,)
-        Mean and biased variance (÷M), from `moments_`.
-    scale_ : ndarray, float64, shape (n_features_in_,)
-        What is divided by: ``sqrt(var_ + eps)``, or 1 where that is 0; also where var_ is beyond
-        float64's range and its root is not.
-    n_samples_seen_ : int or float
-        M, the number of rows seen; with weights their sum.
+    moments_ : Moments, or a list of them
+        Count, mean and sum of squared deviations of all data seen. Once values were missing, one
+        for each feature.
+    mean_, var_ : ndarray, float64, shape (n_features_in_,), or None
+        Mean and biased variance (÷M), from `moments_`. As in StandardScaler, var_ is None without
+        `with_std`, and mean_ with neither.
+    scale_ : ndarray, float64, shape (n_features_in_,), or None without `with_std`
+        What is divided by: ``sqrt(var_ + eps)``; also where var_ is beyond float64's range and its
+        root is not. With ``eps=0`` it is 1 for a feature that is constant up to roundings, as
+        StandardScaler says it: of M values, with u = 2**-52, ``var <= M u var + (M u mean)**2``.
+    n_samples_seen_ : int or float, or ndarray of shape (n_features_in_,)
+        M, the number of rows seen; with weights their sum. An array where features miss different
+        numbers of values.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Only where the columns of X have names.
@@ -55,8 +68,10 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}
 
     `partial_fit` merges the moments of each part [1]_, so that any split of the rows gives the
-    statistics of the whole, to a few roundings. float32 is computed and returned as such, with
-    statistics in float64, and weights of rows too. NaN, infinity and sparse input are refused.
+    statistics of the whole, to a few roundings. float32 and float16 are computed and returned as
+    by `batchnorm_forward`, with statistics in float64, and weights of rows too. NaN is a missing
+    value: `fit` leaves it out, `transform` leaves it as it is. Infinity and sparse input are
+    refused.
 
     References
     ----------
@@ -76,14 +91,24 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
            [ 1.225,  0.   ]])
     """
 
-    moments_: Moments
-    mean_: NDArray[np.float64]
-    var_: NDArray[np.float64]
-    scale_: NDArray[np.float64]
-    n_samples_seen_: float
+    moments_: Seen
+    mean_: NDArray[np.float64] | None
+    var_: NDArray[np.float64] | None
+    scale_: NDArray[np.float64] | None
+    n_samples_seen_: float | NDArray[Any]
 
-    def __init__(self, *, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-5,
+        copy: bool = True,
+        with_mean: bool = True,
+        with_std: bool = True,
+    ) -> None:
         self.eps = eps
+        self.copy = copy
+        self.with_mean = with_mean
+        self.with_std = with_std
 
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Self:
         """Learn the statistics of X, and forget what was learnt before.
@@ -100,10 +125,10 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         BatchNormalizer
             This one.
         """
-        eps = _checks.epsilon(self.eps)
-        x = validate_data(self, X, dtype=_DTYPES)
+        eps = self._checked_eps()
+        x = validate_data(self, X, dtype=_DTYPES, ensure_all_finite="allow-nan")
         seen = _row_moments(x, sample_weight)
-        if seen.count == 0:
+        if not _has_seen(seen):
             raise ValueError("sample_weight must not be zero for all rows")
         return self._keep(seen, eps, sample_weight is None)
 
@@ -125,75 +150,107 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         BatchNormalizer
             This one.
         """
-        eps = _checks.epsilon(self.eps)
+        eps = self._checked_eps()
         first = not hasattr(self, "moments_")
-        x = validate_data(self, X, reset=first, dtype=_DTYPES)
+        x = validate_data(self, X, reset=first, dtype=_DTYPES, ensure_all_finite="allow-nan")
         seen = _row_moments(x, sample_weight)
         if first:
             return self._keep(seen, eps, sample_weight is None)
-        whole = sample_weight is None and isinstance(self.n_samples_seen_, int)
-        return self._keep(self.moments_ + seen, eps, whole)
+        whole = sample_weight is None and np.asarray(self.n_samples_seen_).dtype.kind == "i"
+        return self._keep(_merged(self.moments_, seen), eps, whole)
 
-    def _keep(self, seen: Moments, eps: float, whole: bool) -> Self:
+    def _checked_eps(self) -> float:
+        for name in ("copy", "with_mean", "with_std"):
+            _layer_checks.flag(getattr(self, name), name)
+        return _checks.epsilon(self.eps)
+
+    def _keep(self, seen: Seen, eps: float, whole: bool) -> Self:
         """Take the statistics of all that was seen, of `whole` rows or of weights."""
-        scale = deviation(seen, eps)
+        mean, std = _of(seen, lambda m: m.mean), _of(seen, lambda m: deviation(m, eps))
+        count = _of(seen, lambda m: np.full(m.mean.shape, m.count))
+        if eps == 0:
+            unit = count * np.finfo(float).eps
+            # var <= unit var + (unit mean)**2, where var may leave float64's range.
+            constant = std * np.sqrt(np.maximum(1 - unit, 0)) <= unit * np.abs(mean)
+            std = np.where(constant, 1.0, std)
         self.moments_ = seen
-        self.mean_ = seen.mean
-        self.var_ = seen.var()
-        self.scale_ = np.where(scale == 0, 1.0, scale)
-        self.n_samples_seen_ = int(seen.count) if whole else seen.count
+        self.mean_ = mean if self.with_mean or self.with_std else None
+        self.var_ = _of(seen, lambda m: m.var()) if self.with_std else None
+        self.scale_ = std if self.with_std else None
+        count = count.astype(np.int64) if whole else count
+        self.n_samples_seen_ = count if (count != count[0]).any() else count[0].item()
         return self
 
-    def transform(self, X: ArrayLike) -> Array:
+    def transform(self, X: ArrayLike, copy: bool | None = None) -> Array:
         """Normalize X.
 
         Parameters
         ----------
         X : array_like, shape (n_samples, n_features)
+        copy : bool, optional
+            In place of the constructor's.
 
         Returns
         -------
         ndarray, shape (n_samples, n_features)
-            A new array (or what `set_output` chose), float32 for float32 and else float64.
+            A new array, unless `copy` is False (or what `set_output` chose); float32 and float16
+            for themselves, and else float64.
         """
-        x = self._seen(X)
-        stats = np.array([self.mean_, mean_low(self.moments_), 1 / self.scale_, self.var_])
-        return normalize_by(stats, x, None, None, 1, None)
+        check_is_fitted(self)
+        x = validate_data(self, X, reset=False, dtype=_DTYPES, ensure_all_finite="allow-nan")
+        stats = np.zeros((4, x.shape[1]))
+        stats[2] = 1
+        if self.with_mean:
+            stats[:2] = self.mean_, _of(self.moments_, mean_low)
+        if self.scale_ is not None:
+            stats[2:] = 1 / self.scale_, self.var_
+        return normalize_by(stats, x, None, None, 1, self._output(x, copy))
 
-    def inverse_transform(self, X: ArrayLike) -> Array:
+    def inverse_transform(self, X: ArrayLike, copy: bool | None = None) -> Array:
         """Undo `transform`.
 
         Parameters
         ----------
         X : array_like, shape (n_samples, n_features)
             Normalized values.
+        copy : bool, optional
+            In place of the constructor's.
 
         Returns
         -------
         ndarray, shape (n_samples, n_features)
-            ``X * scale_ + mean_``, float32 for float32 and else float64.
+            ``X * scale_ + mean_``; float32 and float16 for themselves, and else float64.
         """
-        x = self._seen(X)
-        zero, one = np.zeros_like(self.mean_), np.ones_like(self.mean_)
-        return normalize(x, zero, one, self.scale_, self.mean_, eps=0)
-
-    def _seen(self, X: ArrayLike) -> Array:
         check_is_fitted(self)
-        x: Array = validate_data(self, X, reset=False, dtype=_DTYPES)
-        return x
+        x = check_array(X, dtype=_DTYPES, ensure_all_finite="allow-nan", input_name="X")
+        n = self.n_features_in_
+        if x.shape[1] != n:  # as validate_data says it, which would ask for names, too
+            raise ValueError(
+                f"X has {x.shape[1]} features, but {type(self).__name__} is expecting {n} features"
+                " as input"
+            )
+        scale = np.ones(n) if self.scale_ is None else self.scale_
+        mean = self.mean_ if self.with_mean else None
+        out = self._output(x, copy)
+        return normalize(x, np.zeros(n), np.ones(n), scale, mean, eps=0, out=out)
+
+    def _output(self, x: Array, copy: bool | None) -> Array | None:
+        copy = self.copy if copy is None else _layer_checks.flag(copy, "copy")
+        return x if not copy and x.flags.behaved else None
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "moments_") and self.moments_.count > 0
+        return hasattr(self, "moments_") and _has_seen(self.moments_)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.allow_nan = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
         return tags
 
 
-def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Moments:
+def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Seen:
     if sample_weight is None:
-        return moments(x)
+        return _present_moments(x, None)
     if isinstance(sample_weight, Real):
         sample_weight = np.full(len(x), sample_weight)
     weights = check_array(sample_weight, ensure_2d=False, dtype=_DTYPES, input_name="sample_weight")
@@ -203,7 +260,45 @@ def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Moments:
         )
     if (weights < 0).any():
         raise ValueError(f"sample_weight must not be negative, got {weights.min()}")
-    return moments(x, weights=weights[:, np.newaxis])
+    return _present_moments(x, weights[:, np.newaxis])
 
 
-_DTYPES = (np.float64, np.float32)  # the first is what others become
+def _present_moments(x: Array, weights: Array | None) -> Seen:
+    """Moments of the values that are not NaN, of rows with weights."""
+    whole = moments(x, weights=weights)
+    missing = np.flatnonzero(np.isnan(whole.mean))
+    if whole.count == 0 or missing.size == 0:
+        return whole
+    seen = _features(whole)
+    for j in missing:
+        present = ~np.isnan(x[:, j])
+        column = x[present, j : j + 1]
+        seen[j] = moments(column, weights=None if weights is None else weights[present])
+    return seen
+
+
+def _features(seen: Seen) -> list[Moments]:
+    """The moments of each feature alone."""
+    if isinstance(seen, list):
+        return seen
+    numbers = pack(seen)[1:].reshape(5, -1)
+    return [merge_packed(np.array([[seen.count, *column]])) for column in numbers.T]
+
+
+def _merged(a: Seen, b: Seen) -> Seen:
+    if isinstance(a, Moments) and isinstance(b, Moments):
+        return a + b
+    return [one + other for one, other in zip(_features(a), _features(b), strict=True)]
+
+
+def _of(seen: Seen, statistic: Callable[[Moments], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """A statistic of all features."""
+    return np.concatenate([statistic(m) for m in ([seen] if isinstance(seen, Moments) else seen)])
+
+
+def _has_seen(seen: Seen) -> bool:
+    """Whether a row had weight, be it one of NaN alone."""
+    return isinstance(seen, list) or seen.count > 0
+
+
+_DTYPES = (np.float64, np.float32, np.float16)  # the first is what others become

@@ -88,7 +88,8 @@ REFUSED = [
       ("Train", "eval", "", None, True, 1, ["train"], b"train")],
     *[("eps", value, ValueError, "finite") for value in (-1e-9, np.nan, np.inf, -np.inf)],
     *[("momentum", value, ValueError, "finite") for value in (np.nan, np.inf)],
-    *[(name, value, TypeError, "real number") for name in ("eps", "momentum") for value in
+    *[("ddof", value, ValueError, "0 or 1, got") for value in (2, -1, 0.5, np.nan)],
+    *[(name, value, TypeError, "real number") for name in ("eps", "momentum", "ddof") for value in
       (None, "0.1", b"1", 1j, np.complex64(1), [0.1], np.array([0.1, 1]), np.timedelta64(1),
        np.True_, {})],
     *[(name, value, TypeError, "real numbers") for name in ("running_mean", "running_var")
@@ -140,6 +141,7 @@ def test_missing_mode():
         ("runningMean", "running_mean"),
         ("moving_mean", "running_mean"),
         ("Momentum", "momentum"),
+        ("DDOF", "ddof"),
     ],
 )
 def test_keys_that_look_like_others(key, meant):
@@ -556,6 +558,44 @@ def test_defaults(dtype):
         assert_same_bits([param[name]], [spelled[name]])
         assert param[name].dtype == dtype
     np.testing.assert_allclose(param["running_mean"], 0.1 * x.mean(0, dtype=float), rtol=1e-6)
+
+
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+@pytest.mark.parametrize("weights", [None, [[0.5], [0], [2], [0.25], [0.75]], 0.5, 1e308])
+@pytest.mark.parametrize("ddof", [0, 1, np.int64(1)])
+def test_ddof_is_the_running_variances(module, ddof, weights):
+    x = normal((5, 4), np.float64)
+    param = {"mode": "train", "momentum": 0.75, "running_var": np.ones(4), "ddof": ddof}
+    plain = {"mode": "train"}
+    out, _ = module.batchnorm_forward(x, np.ones(4), np.zeros(4), param, weights=weights)
+    expected, _ = module.batchnorm_forward(x, np.ones(4), np.zeros(4), plain, weights=weights)
+    assert_same_bits([out], [expected])  # ddof is not the batch's
+    w = np.broadcast_to(1.0 if weights is None else weights, (5, 1))
+    moments = bn_fast.moments(x, weights=w / w.max())
+    count = w.sum(dtype=np.longdouble)
+    var = moments.var() * float(count / (count - int(ddof)))
+    np.testing.assert_allclose(param["running_var"], 0.75 + 0.25 * var, rtol=1e-14)
+    np.testing.assert_allclose(param["running_mean"], 0.25 * moments.mean, rtol=1e-13)
+
+
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+@pytest.mark.parametrize(("rows", "weights"), [(1, None), (3, 1 / 3), (3, [[0], [1], [0]])])
+def test_a_batch_without_unbiased_variance(module, rows, weights):
+    """Its running variance would be 0/0: refused, as by PyTorch; but not where there is no batch,
+    nor in test mode."""
+    x, out = X[:rows], np.full((rows, 4), 7.0)
+    param = {"mode": "train", "ddof": 1, "running_mean": np.ones(4), "running_var": np.ones(4)}
+    before = dict(param)
+    arguments = np.ones(4), np.zeros(4), param
+    with pytest.raises(ValueError, match=r"bn_param\['ddof'\] must be 0 .* has 1 values"):
+        module.batchnorm_forward(x, *arguments, out=out, weights=weights)
+    assert (out == 7).all()
+    assert param.keys() == before.keys()
+    assert all(param[key] is before[key] for key in param)
+    module.batchnorm_forward(x[:0], *arguments)
+    module.batchnorm_forward(x, *arguments, weights=0)
+    module.batchnorm_forward(x, *arguments[:2], param | {"mode": "test"})
+    np.testing.assert_array_equal([param["running_mean"], param["running_var"]], np.ones((2, 4)))
 
 
 def test_test_mode_uses_the_running_averages_and_keeps_them():

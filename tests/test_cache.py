@@ -9,7 +9,12 @@ import weakref
 import numpy as np
 import pytest
 
-from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
+from bn_fast import (
+    batchnorm_backward,
+    batchnorm_double_backward,
+    batchnorm_forward,
+    moments,
+)
 from bn_fast._cache import Cache
 
 from . import oracle
@@ -79,6 +84,29 @@ def test_unpacks_to_the_seeds_five(dtype, shape, axis, parameter):
     assert_same_bits([cache[0], cache[3], cache[-1]], [mean, x_hat, same_gamma])
     with pytest.raises(IndexError):
         cache[5]
+    assert cache.var.shape == parameter
+    assert cache.var.dtype == np.float64
+    others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+    check("var", cache.var.ravel().astype(dtype), x.astype(np.longdouble).var(axis=others), x)
+    assert cache.count == x.size // n
+    cache.var[...] = -1  # a copy: the statistics stay
+    assert (cache.var > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize(
+    ("weights", "count"),
+    [(None, 6), ([[1]] * 6, 6), (0.5, 3), ([[True]] * 2 + [[False]] * 4, 2), (0, 0)],
+    ids=str,
+)
+def test_count_and_var(weights, count, mode):
+    x = normal((6, 3), np.float64)
+    param = {"mode": mode, "running_var": np.arange(3)}
+    _, cache = batchnorm_forward(x, np.ones(3), np.zeros(3), param, weights=weights)
+    cache = pickle.loads(pickle.dumps(cache))
+    assert cache.count == count
+    expected = moments(x, weights=weights).var() if mode == "train" else np.arange(3)
+    np.testing.assert_allclose(cache.var, expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

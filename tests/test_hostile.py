@@ -85,15 +85,18 @@ def test_float64_keeps_its_digits(shape, kind):
     check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_mislead(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(np.float32, 1), (np.float32, 1e36), (np.float64, 1), (np.float64, 1e300)]
+)
+def test_rows_that_mislead(dtype, scale):
     """The first, middle and last row, from which the engine guesses the mean, are the outliers.
 
     The rest is constant, so that roundings do not average out: shifted by such a guess, the
-    variance would lose a factor of M/3.
+    variance would lose a factor of M/3. Where squares leave the range, the lanes are mended first.
     """
     x = np.tile(np.linspace(0.1, 0.9, 130), (4096, 1)).astype(dtype)
     x[[0, 2047, 4095]] += dtype(0.6)
+    x *= dtype(scale)
     gamma, beta, dout = np.ones(130), np.zeros(130), normal(x.shape, dtype)
     for eps in (1e-5, 0.0):
         out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train", "eps": eps})
@@ -162,6 +165,25 @@ def test_values_whose_squares_leave_the_range(dtype, scale, shape, eps):
             check_gradients((dx[:, own], dgamma[own], dbeta[own]), expected, x)
 
 
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+def test_gamma_and_inv_std_whose_product_sinks_to_zero(shape, activation, mode):
+    """Neither 1e-200 x_hat nor dx, with a dout of 1e200, is 0; nor is the gate shut."""
+    x, dout = 1e153 * normal(shape, np.float64), 1e200 * normal(shape, np.float64, 1)
+    gamma, beta = 1e-200 * (1 + normal(shape[1], np.float64, 2) / 8), np.zeros(shape[1])
+    param, given = {"mode": mode}, {}
+    if mode == "test":
+        given = {"mean": np.full(shape[1], 1e152), "var": np.full(shape[1], 1e306)}
+        param |= {"running_mean": given["mean"], "running_var": given["var"]}
+    out, cache = batchnorm_forward(x, gamma, beta, param, activation=activation)
+    z = oracle.forward(x, gamma, beta, **given)
+    gate = z > 0 if activation else np.ones(shape, bool)
+    check("out", out, np.where(gate, z, 0), x)
+    expected = oracle.backward(dout * gate, x, gamma, **given, gated=True)
+    check_gradients(batchnorm_backward(dout, cache), expected, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7)], ids=str)
 def test_subnormals(dtype, shape):
@@ -228,6 +250,20 @@ def test_outliers_where_the_shift_of_dout_is_guessed(dtype, m, big, inner, place
     got = batchnorm_backward(dout, cache)
     expected = oracle.backward(dout, x, gamma)
     check_gradients(got, expected, x)
+
+
+@pytest.mark.parametrize(("dtype", "big"), [(np.float32, 1e9), (np.float64, 1e17)])
+def test_a_second_look_at_dout_sees_what_comes_through(dtype, big):
+    """The three values mislead, and where the gate is shut there are more like them."""
+    shape = (20_001, 130)
+    x = np.sign(normal(shape, dtype))
+    x[[0, 10_000, 20_000]] = 1
+    dout = np.where(x > 0, dtype(1), dtype(big))
+    dout[[0, 10_000, 20_000]] = big
+    gamma, beta = np.ones(130), np.zeros(130)
+    _, cache = batchnorm_forward(x, gamma, beta, activation="relu")
+    got = batchnorm_backward(dout, cache)
+    check_gradients(got, oracle.backward(dout * (x > 0), x, gamma, gated=True), x)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])

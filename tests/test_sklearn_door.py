@@ -1,6 +1,9 @@
 """bn_fast.sklearn is a scikit-learn transformer, and right where StandardScaler loses digits."""
 
+import inspect
 import pickle
+from importlib.util import find_spec, module_from_spec
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from .judge import LIMIT, check, roundings
 
 pytest.importorskip("sklearn")
 
+from scipy.sparse import issparse
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -24,9 +28,77 @@ from bn_fast.sklearn import BatchNormalizer
 from . import oracle
 
 
-@parametrize_with_checks([BatchNormalizer(), BatchNormalizer(eps=0)])
+@parametrize_with_checks(
+    [
+        BatchNormalizer(),
+        BatchNormalizer(eps=0),
+        BatchNormalizer(with_mean=False),
+        BatchNormalizer(with_std=False),
+    ]
+)
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
+
+
+# -- scikit-learn's own tests of StandardScaler, with ours in its place
+
+
+class Scaler(BatchNormalizer):
+    """StandardScaler's settings. Sparse matrices are refused: most of those tests have no such
+    cases here, and what is left of them is skipped."""
+
+    def __init__(self, *, copy=True, with_mean=True, with_std=True):
+        super().__init__(eps=0, copy=copy, with_mean=with_mean, with_std=with_std)
+
+    def fit(self, X, y=None, sample_weight=None):
+        self.skip_sparse(X)
+        return super().fit(X, y, sample_weight)
+
+    def partial_fit(self, X, y=None, sample_weight=None):
+        self.skip_sparse(X)
+        return super().partial_fit(X, y, sample_weight)
+
+    def skip_sparse(self, X):
+        if issparse(X):
+            with pytest.raises(TypeError, match="Sparse data was passed"):
+                super().partial_fit(X)
+            pytest.skip("sparse matrices are refused")
+
+
+NOT_OURS = {
+    "array_api": "arrays of other libraries become NumPy's",
+    "callback": "callbacks, new in scikit-learn 1.9, are for loops, of which there are none here",
+    "sparse": "sparse matrices are refused",
+}
+
+
+def scikit_learns_tests(module):
+    """Those of its tests that have to do with StandardScaler."""
+    spec = find_spec(f"sklearn.preprocessing.tests.{module}")
+    tests = module_from_spec(spec)
+    no_containers = {name: [] for name in ("CSC_CONTAINERS", "CSR_CONTAINERS")}
+    with (
+        mock.patch("sklearn.preprocessing.StandardScaler", Scaler),
+        mock.patch.multiple("sklearn.utils.fixes", **no_containers),
+    ):
+        spec.loader.exec_module(tests)
+    for name, test in vars(tests).items():
+        ours = not any(part in name for part in NOT_OURS)
+        if name.startswith("test_") and ours and "StandardScaler" in inspect.getsource(test):
+            yield f"test_scikit_learns_{name.removeprefix('test_')}", test
+
+
+globals().update(scikit_learns_tests("test_data"))
+globals().update(scikit_learns_tests("test_common"))
+
+
+@pytest.fixture
+def global_random_seed():
+    """scikit-learn's own, of its conftest.py."""
+    return 0
+
+
+# -- and ours
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +255,110 @@ def test_constant_features(value, eps):
         np.testing.assert_array_equal(norm.transform(x + 1), (x + 1) - x)
 
 
+@pytest.fixture
+def holed(digits):
+    """The images with missing values, some features without; and one that is missing throughout."""
+    x, _ = digits
+    x = x.copy()
+    x[:, 1::3][np.random.default_rng(0).random(x[:, 1::3].shape) < 0.2] = np.nan
+    x[:, 7] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("rows", [50, 2000])
+def test_missing_values(holed, rows, with_weights):
+    """Each feature is as if alone, without its missing rows; and as in StandardScaler."""
+    weights = np.random.default_rng(1).integers(0, 3, len(holed)) if with_weights else None
+    norm, theirs = BatchNormalizer(eps=0), StandardScaler()
+    with np.errstate(all="ignore"):  # StandardScaler's own, of the feature without values
+        for start in range(0, len(holed), rows):
+            part = slice(start, start + rows)
+            given = None if weights is None else weights[part]
+            norm.partial_fit(holed[part], sample_weight=given)
+        theirs.fit(holed, sample_weight=weights)
+    assert norm.n_samples_seen_.dtype == (float if with_weights else np.int64)
+    for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
+        np.testing.assert_allclose(getattr(norm, name), getattr(theirs, name), rtol=1e-12)
+    y = norm.transform(holed)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(holed))
+    np.testing.assert_allclose(y, theirs.transform(holed), atol=1e-12)
+    np.testing.assert_allclose(norm.inverse_transform(y), holed, atol=1e-12)
+    for j in (0, 1, 8, 10):
+        there = ~np.isnan(holed[:, j])
+        alone = BatchNormalizer(eps=0).fit(
+            holed[there, j : j + 1], sample_weight=None if weights is None else weights[there]
+        )
+        np.testing.assert_allclose(norm.var_[j], alone.var_[0], rtol=1e-13)
+        assert norm.n_samples_seen_[j] == alone.n_samples_seen_
+
+
+def test_missing_values_keep_the_digits():
+    """An offset of 1e9 deviations, parts with and without NaN, in each order."""
+    x = normal((1000, 3), np.float64) + 1e9
+    x[:400, 1][::3] = np.nan
+    exact = x.astype(np.longdouble) - x[1]
+    y = BatchNormalizer(eps=0).partial_fit(x[:400]).partial_fit(x[400:]).transform(x)
+    expected = (exact - np.nanmean(exact, axis=0)) / np.nanstd(exact, axis=0)
+    check("y", np.nan_to_num(y), np.nan_to_num(expected), x)
+    again = BatchNormalizer(eps=0).partial_fit(x[400:]).partial_fit(x[:400]).transform(x)
+    np.testing.assert_allclose(again, y, rtol=0, atol=1e-15)
+
+
+def test_missing_under_weight_0_is_not_missing():
+    x = normal((20, 3), np.float64)
+    weights = np.r_[np.zeros(5), np.ones(15)]
+    expected = BatchNormalizer().fit(x, sample_weight=weights)
+    x[:5, 1] = np.nan
+    norm = BatchNormalizer().fit(x, sample_weight=weights)
+    assert norm.n_samples_seen_ == 15
+    np.testing.assert_array_equal(norm.mean_, expected.mean_)
+
+
+# Sums have a rounding for each value: M u |mean| is what StandardScaler expects of them.
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2])
+@pytest.mark.parametrize("power", [-900, 0, 900])
+def test_what_is_constant_up_to_roundings(power, factor):
+    step = factor * 1000 * 2.0**-52 * 3
+    x = np.ldexp(np.where(np.arange(1000) % 2, 3 + step, 3 - step)[:, np.newaxis], power)
+    constant = factor < 1
+    norm = in_parts(BatchNormalizer(eps=0), x, 100)
+    assert (norm.scale_[0] == 1) == constant
+    if power == 0:
+        np.testing.assert_allclose(norm.scale_, StandardScaler().fit(x).scale_, rtol=1e-3)
+    expected = x - np.ldexp(3, power) if constant else np.where(np.arange(1000) % 2, 1, -1)[:, None]
+    np.testing.assert_allclose(norm.transform(x), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("with_std", [False, True])
+@pytest.mark.parametrize("with_mean", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_halves_of_it(with_mean, with_std, dtype):
+    """To subtract, to divide, both or neither; in place on request; and back."""
+    x = (3 + 2 * normal((50, 4), np.float64)).astype(dtype)
+    norm = BatchNormalizer(eps=0.1, with_mean=with_mean, with_std=with_std).fit(x)
+    exact = x.astype(np.longdouble)
+    mean, scale = exact.mean(axis=0), np.sqrt(exact.var(axis=0) + np.longdouble(0.1))
+    expected = (exact - with_mean * mean) / np.where(with_std, scale, 1)
+    y = norm.transform(x)
+    assert y.dtype == dtype
+    assert not np.shares_memory(y, x)
+    assert roundings(y, expected) <= LIMIT
+    assert roundings(norm.inverse_transform(y), exact) <= LIMIT
+    assert (norm.mean_ is None) == (not with_mean and not with_std)
+    assert (norm.scale_ is None) == (norm.var_ is None) == (not with_std)
+    for in_place in (norm, norm.set_params(copy=False)):
+        copy = {} if in_place.copy is False else {"copy": False}
+        mine = x.copy()
+        assert norm.transform(mine, **copy) is mine
+        np.testing.assert_array_equal(mine, y)
+        assert norm.inverse_transform(mine, **copy) is mine
+        assert roundings(mine, exact) <= LIMIT
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(norm.transform(read_only), y)
+
+
 def test_in_a_pipeline(digits):
     x_train, x_test, y_train, y_test = train_test_split(*digits, random_state=0)
     model = make_pipeline(BatchNormalizer(), LogisticRegression(max_iter=200))
@@ -230,7 +406,7 @@ def test_errors_leave_it_as_it_was():
     bad = [
         (x[:, :2], ValueError, "2 features"),
         (x[:0], ValueError, "0 sample"),
-        (x * np.nan, ValueError, "NaN"),
+        (x * np.inf, ValueError, "infinity"),
         (sparse.csr_array(x), TypeError, "[Ss]parse"),
         ([["a", "b", "c"]], ValueError, "convert string"),
     ]
@@ -248,3 +424,9 @@ def test_errors_leave_it_as_it_was():
 def test_bad_eps(eps, error):
     with pytest.raises(error, match=r"eps must be .*, got"):
         BatchNormalizer(eps=eps).fit([[1.0]])
+
+
+@pytest.mark.parametrize("name", ["copy", "with_mean", "with_std"])
+def test_bad_flags(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        BatchNormalizer(**{name: "no"}).fit([[1.0]])

@@ -30,6 +30,7 @@ cdef void set_parameter(Parameter* given, cnp.ndarray values) noexcept:
     if values is not None:
         given.data = <const char*> cnp.PyArray_DATA(values)
         given.stride = cnp.PyArray_STRIDES(values)[0]
+        given.period = max(<Py_ssize_t> 1, cnp.PyArray_DIMS(values)[0])
         given.single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32
 
 
@@ -49,6 +50,27 @@ cdef void bring(Job* job, int role, cnp.ndarray array) noexcept:
     job.array[role] = NULL if array is None else <void*> array
 
 
+cdef void set_varying(const Job* job, Plan* plan) noexcept:
+    """gamma and beta that vary within a statistic have roles, with strides of 0 along other axes;
+    in both visits, so that these have one layout."""
+    plan.used[S] = plan.used[B] = job.varying.gamma != NULL
+    plan.base[S] = job.varying.gamma
+    plan.base[B] = job.varying.beta
+    plan.stride[S] = plan.stride[B] = <cnp.npy_intp*> job.varying.stride
+
+
+cdef void find_features_of(const Job* job, Features* features) noexcept:
+    cdef cnp.npy_intp* stride[N_ROLES]
+    cdef int r
+    for r in range(N_ROLES):
+        stride[r] = NULL
+        if job.array[r] != NULL:
+            stride[r] = cnp.PyArray_STRIDES(array_of(job, r))
+    if job.varying.gamma != NULL:
+        stride[S] = <cnp.npy_intp*> job.varying.stride
+    find_features(array_of(job, X), job.features, stride, features)
+
+
 cdef void plan_visits(Job* job) noexcept:
     """Give the arrays their roles in both visits.  In second order R and D are ddx and ddout,
     an input and an output of the second visit alone."""
@@ -65,6 +87,7 @@ cdef void plan_visits(Job* job) noexcept:
     cdef bint apply_gated = gated and not opened
     # Frozen statistics leave the output to dout alone, but for the gate.
     cdef bint alone = op.input == G and not apply_gated
+    cdef Features features
     cdef int r
     set_role(reduce, X, x)
     set_role(reduce, G, g)
@@ -84,8 +107,14 @@ cdef void plan_visits(Job* job) noexcept:
         reduce.gate = BEFORE if reduce.used[R] or reduce.used[W] else INSIDE
     if apply_gated:
         apply.gate = BEFORE if apply.used[R] or apply.used[W] or op.input == G else INSIDE
-    make_plan(reduce, x, job.axis)
-    make_plan(apply, x, job.axis)
+    set_varying(job, reduce)
+    set_varying(job, apply)
+    find_features_of(job, &features)
+    reduce.by_row = apply.by_row = job.by_row
+    make_plan(reduce, x, job.features, &features)
+    make_plan(apply, x, job.features, &features)
+    if job.varying.unit:
+        job.varying.unit = unit_features(apply, job.n_features)
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     for r in range(Y):
@@ -101,6 +130,7 @@ cdef void make_schedule(Job* job) noexcept:
     work.n_features = job.n_features
     work.feature_bytes = cnp.PyArray_NBYTES(array_of(job, X)) // job.n_features
     work.n_inputs = 2 if job.op.takes_dout else 1
+    work.unit = job.varying.unit
     job.schedule.n_threads = job.n_threads
     choose_tile(&job.schedule, &work)
     choose_detours(&job.schedule, &work)
@@ -117,12 +147,16 @@ cdef void size_scratch(Job* job) noexcept:
         job.width = max(
             job.width,
             plan.segment[0].n_joined * plan.segment[0].n_run
-            * (1 if plan.layout == LONG_RUN else tile),
+            * (1 if plan.layout == LONG_RUN or plan.layout == ROWS else tile),
         )
+        if plan.layout == ROWS:
+            job.width = max(job.width, tile)
     job.width = (job.width + 7) // 8 * 8
     job.buffer_elements = max(
         <Py_ssize_t> GATHER_ELEMENTS,
-        job.width * (1 if job.reduce.layout == LONG_RUN else TREE_ROWS),
+        job.width * (
+            1 if job.reduce.layout == LONG_RUN else 4 if job.reduce.layout == ROWS else TREE_ROWS
+        ),
     )
     job.own_values = job.schedule.sweep and job.schedule.n_tiles > 1
     job.scratch_bytes = share_scratch(job, <char*> 64, &s)
@@ -131,7 +165,7 @@ cdef void size_scratch(Job* job) noexcept:
 cdef int execute(Job* job) except -1:
     """Plan, allocate, run; where x has no elements there is nothing to do."""
     cdef cnp.ndarray x = array_of(job, X)
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = cnp.PyArray_DIMS(x)[job.axis], n_values = 0
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = job.n_features, n_values = 0
     cdef double count
     cdef char* memory
     cdef int v
@@ -140,7 +174,6 @@ cdef int execute(Job* job) except -1:
     count = <double> (size // n)
     for v in range(N_VALUES):
         job.given[v] = job.value[v] != NULL
-    job.n_features = n
     job.low = low_limit(storage_of(x))
     if job.reduces and job.array[W] == NULL:
         job.total = count
@@ -219,7 +252,8 @@ cdef void new_job(
     cdef int k
     memset(job, 0, <char*> &job.reduce - <char*> job)
     job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
-    job.axis = axis
+    job.features = <unsigned long long> 1 << axis
+    job.n_features = n
     job.n_threads = n_threads
     job.eps = -1
     job.exact_mean = True
@@ -484,7 +518,7 @@ def backward_dx(
 cdef int sum_pair(Job* job, cnp.ndarray other, double* mean, double* along) except -1:
     """Backward's sums of the job's array, which has its statistics, and another: its mean (two
     rows) and that of its product with x_hat, also where the sum leaves the range."""
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(other)[job.axis]
+    cdef Py_ssize_t f, n = job.n_features
     cdef double m = <double> (cnp.PyArray_SIZE(other) // n)
     cdef double* total = job.value[DGAMMA]
     job.reduces = True
@@ -604,6 +638,227 @@ def double_backward(
     job.value[DDBETA] = <double*> cnp.PyArray_DATA(ddbeta)
     execute(&job)
     return dx, dgamma, ddout
+
+
+# ---------------------------------------------------------------- norms
+#
+# A norm says which of x's axes a statistic is over, and along which gamma and beta lie.  Are these
+# among the former, they vary within a statistic.
+
+cdef double one = 1, zero = 0
+
+
+cdef void set_constant(Parameter* given, const double* value) noexcept:
+    given.data = <const char*> value
+    given.stride = 0
+    given.period = INTPTR_MAX
+    given.single = False
+
+
+cdef unsigned long long mask_of(tuple axes) except? 0:
+    cdef unsigned long long mask = 0
+    for axis in axes:
+        mask |= <unsigned long long> 1 << <int> axis
+    return mask
+
+
+cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long along) noexcept:
+    """Whether parameters vary within a statistic."""
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(x)):
+        if over >> d & along >> d & 1 and cnp.PyArray_DIMS(x)[d] > 1:
+            return True
+    return False
+
+
+cdef cnp.ndarray native_parameter(cnp.ndarray values, cnp.ndarray x, Py_ssize_t n, double default):
+    """values in the type of x's lanes, contiguous; None: n times the default."""
+    cdef cnp.ndarray native
+    cdef cnp.npy_intp length = n
+    cdef int kind = parameter_type(x)
+    cdef Py_ssize_t f
+    if values is not None and cnp.PyArray_TYPE(values) == kind and (
+        cnp.PyArray_ISCARRAY_RO(values)
+    ):
+        return values
+    native = cnp.PyArray_EMPTY(1, &length, kind, 0)
+    if values is not None:
+        cnp.PyArray_CopyInto(native, values)
+        return native
+    for f in range(n):
+        if kind == cnp.NPY_FLOAT32:
+            (<float*> cnp.PyArray_DATA(native))[f] = <float> default
+        else:
+            (<double*> cnp.PyArray_DATA(native))[f] = default
+    return native
+
+
+cdef cnp.npy_intp place_parameters(Job* job, cnp.ndarray x, unsigned long long along) noexcept:
+    """Strides of contiguous parameters along x's axes; returns how many these are."""
+    cdef int d
+    cdef cnp.npy_intp size = 8 if parameter_type(x) == cnp.NPY_FLOAT64 else 4, stride = size
+    for d in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
+        job.varying.stride[d] = 0
+        if along >> d & 1:
+            job.varying.stride[d] = stride
+            stride *= cnp.PyArray_DIMS(x)[d]
+    return stride // size
+
+
+cdef Py_ssize_t n_statistics(cnp.ndarray x, unsigned long long over) noexcept:
+    cdef Py_ssize_t n = 1
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(x)):
+        if not over >> d & 1:
+            n *= cnp.PyArray_DIMS(x)[d]
+    return n
+
+
+def norm_forward(
+    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, tuple over, tuple along,
+    double eps, cnp.ndarray out, bint has_mean, int n_threads,
+):
+    """Normalize x over some of its axes, then scale and shift along some.
+
+    gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
+    Returns out and the statistics, float64 (4, n) as `forward` has them.
+    """
+    cdef Job job
+    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
+    cdef Py_ssize_t n = n_statistics(x, axes), size
+    cdef cnp.ndarray stats = new_statistics(n)
+    cdef cnp.ndarray scale, shift
+    if out is None:
+        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    if cnp.PyArray_SIZE(x) == 0:
+        memset(cnp.PyArray_DATA(stats), 0, 4 * n * sizeof(double))
+        return out, stats
+    new_job(&job, FORWARD if has_mean else RMS_FORWARD, x, stats, 0, n_threads)
+    job.features = ~axes
+    job.by_row = True
+    bring(&job, Y, out)
+    set_constant(&job.gamma_given, &one)
+    set_constant(&job.beta_given, &zero)
+    if are_within(x, axes, parameters):  # without them too: the same rows, and so the same bits
+        size = place_parameters(&job, x, parameters)
+        scale = native_parameter(gamma, x, size, 1)
+        shift = native_parameter(beta, x, size, 0)
+        job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
+        job.varying.beta = <char*> cnp.PyArray_DATA(shift)
+    else:
+        if gamma is not None:
+            set_parameter(&job.gamma_given, gamma)
+        if beta is not None:
+            set_parameter(&job.beta_given, beta)
+    job.reduces = job.applies = True
+    job.eps = eps
+    execute(&job)
+    return out, stats
+
+
+cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_parts,
+                          Py_ssize_t step, Py_ssize_t n, cnp.ndarray x):
+    """The sums of n values over parts that lie `step` apart, with their low parts or NULL."""
+    cdef cnp.npy_intp length = n
+    cdef cnp.ndarray values = cnp.PyArray_ZEROS(1, &length, parameter_type(x), 0)
+    cdef double* sums = <double*> calloc(2 * n + 1, sizeof(double))
+    cdef Py_ssize_t part, k
+    if sums == NULL:
+        raise MemoryError("bn_fast: no memory for the sums of this call")
+    for part in range(n_parts):
+        add_compensated(sums, sums + n, high + part * step, n)
+        if low != NULL:
+            fold_halves(sums + n, low + part * step, n)
+    for k in range(n):
+        sums[k] = finish_sum(sums[k], sums[n + k])
+    store_parameter(sums, values)
+    free(sums)
+    return values
+
+
+cdef cnp.ndarray with_mean_of(
+    cnp.ndarray x, cnp.ndarray stats, unsigned long long over, int n_threads,
+):
+    """stats with the mean of x in place of one that has been rounded."""
+    cdef Job job
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
+    cdef cnp.ndarray own = new_statistics(n)
+    new_job(&job, FORWARD, x, own, 0, n_threads)
+    job.features = ~over
+    job.by_row = job.reduces = True
+    job.eps = 0
+    execute(&job)
+    memcpy(
+        <double*> cnp.PyArray_DATA(own) + 2 * n, <double*> cnp.PyArray_DATA(stats) + 2 * n,
+        2 * n * sizeof(double),
+    )
+    return own
+
+
+def norm_backward(
+    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma,
+    cnp.ndarray stats not None, tuple over, tuple along, double eps, cnp.ndarray out,
+    bint has_mean, bint exact_mean, int n_threads, bint needs_dx, bint needs_sums,
+):
+    """Gradients dx (in out, new if None), dgamma and dbeta, of norm_forward; None for those that
+    are not needed.  eps: negative where it is not known."""
+    cdef Job job
+    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1], size, units = 0
+    cdef bint within = are_within(x, axes, parameters)
+    cdef cnp.ndarray scale, dgamma = None, dbeta = None
+    cdef double* sums
+    if out is None and needs_dx:
+        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
+        stats = with_mean_of(x, stats, axes, n_threads)
+    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, 0, n_threads)
+    size = place_parameters(&job, x, parameters)
+    if cnp.PyArray_SIZE(x) == 0:
+        if needs_sums:
+            dgamma = added_up(NULL, NULL, 0, 0, size, x)
+            dbeta = added_up(NULL, NULL, 0, 0, size, x)
+        return out, dgamma, dbeta
+    job.features = ~axes
+    job.by_row = True
+    bring(&job, G, dout)
+    bring(&job, Y, out)
+    set_constant(&job.gamma_given, &one)
+    if within:
+        scale = native_parameter(gamma, x, size, 1)
+        job.varying.gamma = job.varying.beta = <char*> cnp.PyArray_DATA(scale)
+        job.varying.size = size
+        if needs_sums:
+            units = min(<Py_ssize_t> MAX_UNITS, (n + FOLD_ROWS - 1) // FOLD_ROWS)
+            job.varying.unit = 1
+    elif gamma is not None:
+        set_parameter(&job.gamma_given, gamma)
+    job.reduces = needs_dx or (needs_sums and not within)
+    job.applies = needs_dx
+    job.exact_mean = has_mean and not within
+    job.eps = eps
+    sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
+    if sums == NULL:
+        raise MemoryError("bn_fast: no memory for the sums of this call")
+    job.value[DBETA] = sums
+    job.value[DGAMMA] = sums + n
+    job.varying.totals = sums + 2 * n
+    try:
+        if job.reduces or units:
+            job.reduces = True
+            execute(&job)
+        if needs_sums and within:
+            sums += 2 * n
+            units = (n + job.varying.unit - 1) // job.varying.unit
+            dbeta = added_up(sums, sums + size, units, 4 * size, size, x)
+            dgamma = added_up(sums + 2 * size, sums + 3 * size, units, 4 * size, size, x)
+            sums -= 2 * n
+        elif needs_sums:
+            dbeta = added_up(sums, NULL, n // size, size, size, x)
+            dgamma = added_up(sums + n, NULL, n // size, size, size, x)
+    finally:
+        free(sums)
+    return out, dgamma, dbeta
 
 
 # ---------------------------------------------------------------- the straight road

@@ -52,15 +52,17 @@ cdef enum:                    # roles of the arrays: x (or the only input), dout
     G = 1
     R = 2                     # a third input: the residual; in second order the gradient of dx,
     Y = 3                     # the output,
-    D = 4                     # a second output: the gradient of the residual; of dout,
-    W = 5                     # weights, which repeat themselves along the features
-    N_ROLES = 6
+    D = 4                     # a second output: the residual's gradient, ddout; dout behind a gate,
+    W = 5                     # weights, which repeat themselves along the features,
+    S = 6                     # gamma and beta that vary within a statistic
+    B = 7
+    N_ROLES = 8
 
 # ---------------------------------------------------------------- tags
 #
 # Tags are pointers to these types, always NULL, so that Cython decides every `is` when it compiles:
-# no loop asks.  An activation is a tag, a name, and a branch of each function that names the
-# others.
+# no loop asks.  An activation is a tag, a number, a name, a branch of each function that names the
+# others, and a line that fills its row of the table.
 #
 #   y = activate(z) in the registers of the loop that makes z.  Backward forms z again from x and
 #   the constants of forward: the same bits and so the same gate, and nothing of x's size has to be
@@ -95,6 +97,9 @@ cdef struct Affine:           # activate(x' + bias), x' = (x - shift) coef
 cdef struct Added:            # activate(x' + bias + r)
     char unused
 
+cdef struct Scaled:           # (x' + bias) s + b
+    char unused
+
 cdef struct Opened:           # what of g comes through the activation of x' + bias
     char unused
 
@@ -110,6 +115,7 @@ cdef struct Mixed:            # g' + r' + x' + bias
 ctypedef fused formula:
     Affine
     Added
+    Scaled
     Opened
     AddedOpened
     Gradient
@@ -118,18 +124,25 @@ ctypedef fused formula:
 cdef enum:                    # formulas
     AFFINE
     ADDED
+    SCALED
     OPENED
     ADDED_OPENED
     GRADIENT
     MIXED
     N_FORMULAS
 
+cdef enum Walk:
+    ACROSS                    # each column has constants and sums of its own
+    ALONG                     # rows are one feature's, all with the same; sums of LANES columns
+    BY_ROW                    # each row has its own
+
 cdef struct Block:
     char** row[N_ROLES]
     Py_ssize_t n_rows
     Py_ssize_t width
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
-    bint along                # rows are one feature's, all with the same constants
+    Walk walk
+    bint varies               # s and b along a row; else each row has one
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
     const char* bias
@@ -198,6 +211,61 @@ cdef inline void prefetch_rows(
         )
 
 
+# ---------------------------------------------------------------- columns to features
+
+cdef inline void fold_halves(
+    double* restrict low, const double* restrict high, Py_ssize_t n,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        low[j] += high[j]
+
+
+cdef inline double fold_run(const double* restrict values, Py_ssize_t n) noexcept nogil:
+    """The sum of n adjacent values, in eight lanes that are added as a tree at the end."""
+    cdef double[8] lanes
+    cdef Py_ssize_t e, k, whole = n // 8 * 8
+    for k in range(8):
+        lanes[k] = 0
+    for e in range(0, whole, 8):
+        for k in range(8):
+            lanes[k] += values[e + k]
+    for k in range(n - whole):
+        lanes[k] += values[whole + k]
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + (
+        (lanes[1] + lanes[5]) + (lanes[3] + lanes[7])
+    )
+
+
+cdef void fold_columns(
+    double* sums, Py_ssize_t n_joined, Py_ssize_t n_features, Py_ssize_t n_run,
+) noexcept nogil:
+    """Fold columns [joined][feature][run] onto their features: sums[f] = sum of its columns, joined
+    rows by halves (vector adds), runs in lanes."""
+    cdef Py_ssize_t f, half, length = n_joined
+    while length > 1:
+        half = (length + 1) // 2
+        fold_halves(sums, sums + half * n_features, (length - half) * n_features)
+        length = half
+    if n_run > 1:
+        for f in range(n_features):
+            sums[f] = fold_run(sums + f * n_run, n_run)
+
+
+cdef inline void add_compensated(
+    double* restrict high, double* restrict low, const double* restrict term, Py_ssize_t n,
+) noexcept nogil:
+    """(high + low)[j] += term[j] with the rounding error kept in low (Knuth's two-sum): blocks of
+    rows add up to any M without losing a digit."""
+    cdef Py_ssize_t j
+    cdef double t, b
+    for j in range(n):
+        t = high[j] + term[j]
+        b = t - high[j]
+        low[j] += (high[j] - (t - b)) + (term[j] - b)
+        high[j] = t
+
+
 # ---------------------------------------------------------------- sums
 
 cdef inline void sum_squares_tree(
@@ -264,39 +332,66 @@ cdef void last_rows(
         rows[whole] = last
 
 
-cdef void sum_squares_along(const Block* block, const lane* lane_tag) noexcept nogil:
-    """The same where a row is one feature's, wound up on LANES columns: a sequential read, which
-    needs no prefetch (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
-    cdef Py_ssize_t i, j, r, width = block.width
+cdef inline void sum_squares_run(
+    const lane* x, Py_ssize_t width, const lane* shift, lane one,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """A row of one feature wound up on LANES columns: a sequential read, which needs no prefetch
+    (in bursts of a run's length they cost up to 40 %, NCHW with 14 x 14)."""
+    cdef Py_ssize_t i
     cdef Py_ssize_t trees = width // (TREE_ROWS * LANES), left = width % (TREE_ROWS * LANES)
-    cdef lane one = <lane> bn_one()
-    cdef const lane* shift = <const lane*> block.shift[X]
-    cdef const lane* x
-    cdef double[LANES] s
-    cdef double[LANES] ss
     cdef const lane* row[TREE_ROWS]
     cdef lane[LANES] last
+    for i in range(trees):
+        sum_squares_tree(
+            x, x + LANES, x + 2 * LANES, x + 3 * LANES,
+            x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
+            0, LANES, shift, one, s, ss,
+        )
+        x += TREE_ROWS * LANES
+    if left:
+        last_rows(x, left, TREE_ROWS, shift, row, last)
+        sum_squares_tree(
+            row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
+            0, LANES, shift, one, s, ss,
+        )
+
+
+cdef inline void set_lanes(lane* lanes, lane value) noexcept nogil:
+    cdef Py_ssize_t j
     for j in range(LANES):
-        s[j] = block.sum_1[j]
-        ss[j] = block.sum_2[j]
+        lanes[j] = value
+
+
+cdef void sum_squares_along(const Block* block, const lane* lane_tag) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef lane one = <lane> bn_one()
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    memcpy(s, block.sum_1, sizeof(s))
+    memcpy(ss, block.sum_2, sizeof(ss))
     for r in range(block.n_rows):
-        x = <const lane*> block.row[X][r]
-        for i in range(trees):
-            sum_squares_tree(
-                x, x + LANES, x + 2 * LANES, x + 3 * LANES,
-                x + 4 * LANES, x + 5 * LANES, x + 6 * LANES, x + 7 * LANES,
-                0, LANES, shift, one, s, ss,
-            )
-            x += TREE_ROWS * LANES
-        if left:
-            last_rows(x, left, TREE_ROWS, shift, row, last)
-            sum_squares_tree(
-                row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7],
-                0, LANES, shift, one, s, ss,
-            )
-    for j in range(LANES):
-        block.sum_1[j] = s[j]
-        block.sum_2[j] = ss[j]
+        sum_squares_run(
+            <const lane*> block.row[X][r], block.width, <const lane*> block.shift[X], one, s, ss
+        )
+    memcpy(block.sum_1, s, sizeof(s))
+    memcpy(block.sum_2, ss, sizeof(ss))
+
+
+cdef void sum_squares_by_row(const Block* block, const lane* lane_tag) noexcept nogil:
+    """sum_1[i] = sum_j d_ij,  sum_2[i] = sum_j d_ij^2."""
+    cdef Py_ssize_t r
+    cdef lane one = <lane> bn_one()
+    cdef lane[LANES] shift
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    for r in range(block.n_rows):
+        set_lanes[lane](shift, (<const lane*> block.shift[X])[r])
+        set_lanes[double](s, 0)
+        set_lanes[double](ss, 0)
+        sum_squares_run(<const lane*> block.row[X][r], block.width, shift, one, s, ss)
+        block.sum_1[r] = fold_run(s, LANES)
+        block.sum_2[r] = fold_run(ss, LANES)
 
 
 cdef inline void sum_products_tree(
@@ -369,69 +464,97 @@ cdef void sum_products_across(
             strip += step
 
 
-cdef void sum_products_along(
-    const Block* block, const lane* lane_tag, const activation* activation_tag,
+cdef inline void sum_products_run(
+    const lane* x, const lane* g, Py_ssize_t width, const lane* shift_x, const lane* shift_g,
+    lane one, double* restrict s, double* restrict ss,
+    const lane* open_shift, const lane* open_scale, const lane* open_bias, lane open_slope,
+    const activation* activation_tag,
 ) noexcept nogil:
-    """The same where a row is one feature's, wound up on LANES columns."""
-    cdef const lane* shift_x = <const lane*> block.shift[X]
-    cdef const lane* shift_g = <const lane*> block.shift[G]
-    cdef const lane* open_shift = <const lane*> block.open_shift
-    cdef const lane* open_scale = <const lane*> block.open_scale
-    cdef const lane* open_bias = <const lane*> block.open_bias
-    cdef lane open_slope = <lane> block.slope
-    cdef Py_ssize_t i, j, r
-    cdef Py_ssize_t trees = block.width // (4 * LANES), left = block.width % (4 * LANES)
-    cdef lane one = <lane> bn_one()
-    cdef const lane* x
-    cdef const lane* g
-    cdef double[LANES] s
-    cdef double[LANES] ss
+    """The same of a row of one feature, wound up on LANES columns."""
+    cdef Py_ssize_t i
+    cdef Py_ssize_t trees = width // (4 * LANES), left = width % (4 * LANES)
     cdef const lane* x_row[4]
     cdef const lane* g_row[4]
     cdef lane[LANES] x_last
     cdef lane[LANES] g_last
-    for j in range(LANES):
-        s[j] = block.sum_1[j]
-        ss[j] = block.sum_2[j]
+    for i in range(trees):
+        sum_products_tree(
+            x, x + LANES, x + 2 * LANES, x + 3 * LANES,
+            g, g + LANES, g + 2 * LANES, g + 3 * LANES,
+            0, LANES, shift_x, shift_g, one, s, ss,
+            open_shift, open_scale, open_bias, open_slope, activation_tag,
+        )
+        x += 4 * LANES
+        g += 4 * LANES
+    if left:
+        last_rows(x, left, 4, shift_x, x_row, x_last)
+        last_rows(g, left, 4, shift_g, g_row, g_last)
+        sum_products_tree(
+            x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
+            0, LANES, shift_x, shift_g, one, s, ss,
+            open_shift, open_scale, open_bias, open_slope, activation_tag,
+        )
+
+
+cdef void sum_products_along(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef lane one = <lane> bn_one()
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    memcpy(s, block.sum_1, sizeof(s))
+    memcpy(ss, block.sum_2, sizeof(ss))
     for r in range(block.n_rows):
-        x = <const lane*> block.row[X][r]
-        g = <const lane*> block.row[G][r]
-        for i in range(trees):
-            sum_products_tree(
-                x, x + LANES, x + 2 * LANES, x + 3 * LANES,
-                g, g + LANES, g + 2 * LANES, g + 3 * LANES,
-                0, LANES, shift_x, shift_g, one, s, ss,
-                open_shift, open_scale, open_bias, open_slope, activation_tag,
-            )
-            x += 4 * LANES
-            g += 4 * LANES
-        if left:
-            last_rows(x, left, 4, shift_x, x_row, x_last)
-            last_rows(g, left, 4, shift_g, g_row, g_last)
-            sum_products_tree(
-                x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
-                0, LANES, shift_x, shift_g, one, s, ss,
-                open_shift, open_scale, open_bias, open_slope, activation_tag,
-            )
-    for j in range(LANES):
-        block.sum_1[j] = s[j]
-        block.sum_2[j] = ss[j]
+        sum_products_run(
+            <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
+            <const lane*> block.shift[X], <const lane*> block.shift[G], one, s, ss,
+            <const lane*> block.open_shift, <const lane*> block.open_scale,
+            <const lane*> block.open_bias, <lane> block.slope, activation_tag,
+        )
+    memcpy(block.sum_1, s, sizeof(s))
+    memcpy(block.sum_2, ss, sizeof(ss))
+
+
+cdef void sum_products_by_row(
+    const Block* block, const lane* lane_tag, const activation* activation_tag,
+) noexcept nogil:
+    """sum_1[i] = sum_j t_ij,  sum_2[i] = sum_j t_ij d_ij.  No norm of rows has an activation."""
+    cdef Py_ssize_t r
+    cdef lane one = <lane> bn_one()
+    cdef lane[LANES] shift_x
+    cdef lane[LANES] shift_g
+    cdef double[LANES] s
+    cdef double[LANES] ss
+    for r in range(block.n_rows):
+        set_lanes[lane](shift_x, (<const lane*> block.shift[X])[r])
+        set_lanes[lane](shift_g, (<const lane*> block.shift[G])[r])
+        set_lanes[double](s, 0)
+        set_lanes[double](ss, 0)
+        sum_products_run(
+            <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
+            shift_x, shift_g, one, s, ss, shift_x, shift_x, shift_x, 0, <const Identity*> NULL,
+        )
+        block.sum_1[r] = fold_run(s, LANES)
+        block.sum_2[r] = fold_run(ss, LANES)
 
 
 cdef void sum_products_walked(
     const Block* block, const lane* lane_tag, const activation* activation_tag,
 ) noexcept nogil:
-    if block.along:
-        sum_products_along(block, lane_tag, activation_tag)
-    else:
+    if block.walk == ACROSS:
         sum_products_across(block, lane_tag, activation_tag)
+    elif block.walk == ALONG:
+        sum_products_along(block, lane_tag, activation_tag)
+    elif activation is Identity:
+        sum_products_by_row(block, lane_tag, activation_tag)
 
 
 # ---------------------------------------------------------------- output
 
 cdef inline lane combine(
     lane x, lane g, lane r, lane k, lane m, lane n, lane a, lane b, lane e, lane c,
-    lane open_scale, lane open_bias, lane slope, lane one,
+    lane open_scale, lane open_bias, lane slope, lane one, lane scale, lane beta,
     const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """One element.  The bias comes before a residual and after gradients: that is where the digits
@@ -445,9 +568,11 @@ cdef inline lane combine(
         z = (z + d * a) + c
     else:
         z = (x - k) * a + c
+        if formula is Scaled:
+            z = z * scale + beta
         if formula is Added or formula is AddedOpened:
             z = z + r
-        if formula is Affine or formula is Added:
+        if formula is Affine or formula is Added or formula is Scaled:
             z = activate(z, slope, activation_tag)
         else:
             z = gate(g, z, slope, activation_tag)
@@ -455,7 +580,7 @@ cdef inline lane combine(
 
 
 cdef inline bint takes_second(const formula* formula_tag) noexcept nogil:
-    return not (formula is Affine or formula is Added)
+    return not (formula is Affine or formula is Added or formula is Scaled)
 
 
 cdef inline bint takes_third(const formula* formula_tag) noexcept nogil:
@@ -492,20 +617,20 @@ cdef inline void apply_four(
             n = shift_r[j]
             e = coef_r[j]
         y0[j] = combine(
-            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
-            activation_tag,
+            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            formula_tag, activation_tag,
         )
         y1[j] = combine(
-            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
-            activation_tag,
+            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            formula_tag, activation_tag,
         )
         y2[j] = combine(
-            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
-            activation_tag,
+            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            formula_tag, activation_tag,
         )
         y3[j] = combine(
-            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, oa, oc, slope, one, formula_tag,
-            activation_tag,
+            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            formula_tag, activation_tag,
         )
 
 
@@ -542,14 +667,21 @@ cdef inline void apply_row(
     const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
     const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
     const lane* restrict open_bias, Py_ssize_t each, lane slope, lane one,
+    const lane* restrict scale, const lane* restrict beta, Py_ssize_t varies,
     const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
+    """Constants by the column (each = 1) or of the whole row (0), and so scale and beta."""
     cdef Py_ssize_t j, k
+    cdef lane factor = 1, term = 0
     for j in range(width):
         k = j * each
+        if formula is Scaled:
+            factor = scale[j * varies]
+            term = beta[j * varies]
         y[j] = combine(
             x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k], coef_r[k],
-            bias[k], open_scale[k], open_bias[k], slope, one, formula_tag, activation_tag,
+            bias[k], open_scale[k], open_bias[k], slope, one, factor, term, formula_tag,
+            activation_tag,
         )
 
 
@@ -560,10 +692,11 @@ cdef inline void apply_singly(
     """The same row by row: where a row is one feature's, all with the same constants (each = 0); or
     each column with its own (1) where the rows come from far away, as the hardware's prefetchers
     lose the thread among four rows of every array ((65536, 128) backward 12 % slower, one thread,
-    (12544, 160) 17 %).  Of runs the output alone is prefetched, see PREFETCH_OUTPUT."""
+    (12544, 160) 17 %).  Of runs the output alone is prefetched, see prefetch_output_bytes."""
     cdef Py_ssize_t i, strip, first, width = block.width, ahead = block.ahead
     cdef Py_ssize_t step = STRIP if ahead else width
     cdef bint second = takes_second(formula_tag), third = takes_third(formula_tag)
+    cdef bint scaled = formula is Scaled
     cdef lane one = <lane> bn_one()
     cdef char** g
     cdef char** r
@@ -591,18 +724,52 @@ cdef inline void apply_singly(
                 <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
                 <const lane*> block.bias + first, <const lane*> block.open_scale + first,
                 <const lane*> block.open_bias + first, each, <lane> block.slope, one,
+                <const lane*> (block.row[S][i] if scaled else block.shift[X]),
+                <const lane*> (block.row[B][i] if scaled else block.shift[X]), 0,
                 formula_tag, activation_tag,
             )
             strip += step
+
+
+cdef inline void apply_row_by_row(
+    const Block* block, Py_ssize_t varies, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag,
+) noexcept nogil:
+    """The same where each row has its own constants."""
+    cdef Py_ssize_t i
+    cdef lane one = <lane> bn_one()
+    cdef char** g
+    for i in range(block.n_rows):
+        g = block.row[G] + i if takes_second(formula_tag) else block.row[X] + i
+        apply_row(
+            <const lane*> block.row[X][i], <const lane*> g[0], <const lane*> g[0],
+            <lane*> block.row[Y][i], block.width,
+            <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
+            <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
+            <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
+            <const lane*> block.bias + i, <const lane*> block.open_scale,
+            <const lane*> block.open_bias, 0, <lane> block.slope, one,
+            <const lane*> (block.row[S][i] if formula is Scaled else block.shift[X]),
+            <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]), varies,
+            formula_tag, activation_tag,
+        )
 
 
 cdef void apply_formula(
     const Block* block, const lane* lane_tag, const formula* formula_tag,
     const activation* activation_tag,
 ) noexcept nogil:
-    if block.along:
+    if block.walk == BY_ROW:
+        if activation is Identity and (
+            formula is Affine or formula is Scaled or formula is Gradient
+        ):
+            if formula is Scaled and block.varies:
+                apply_row_by_row(block, 1, lane_tag, formula_tag, activation_tag)
+            else:
+                apply_row_by_row(block, 0, lane_tag, formula_tag, activation_tag)
+    elif block.walk == ALONG:
         apply_singly(block, 0, lane_tag, formula_tag, activation_tag)
-    elif block.ahead:
+    elif block.ahead or formula is Scaled:
         apply_singly(block, 1, lane_tag, formula_tag, activation_tag)
     else:
         apply_across(block, lane_tag, formula_tag, activation_tag)
@@ -631,6 +798,7 @@ cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* act
     row.apply[GRADIENT] = <Kernel> apply_formula[lane, Gradient, activation]
     if activation is Identity:
         row.apply[MIXED] = <Kernel> apply_formula[lane, Mixed, activation]
+        row.apply[SCALED] = <Kernel> apply_formula[lane, Scaled, activation]
     else:
         row.apply[OPENED] = <Kernel> apply_formula[lane, Opened, activation]
         row.apply[ADDED_OPENED] = <Kernel> apply_formula[lane, AddedOpened, activation]
@@ -650,10 +818,12 @@ cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) 
     """Add a block to the sums of its columns."""
     if products:
         kernels[block.activation][lane is double].sum_products(block, NULL, NULL)
-    elif block.along:
+    elif block.walk == ACROSS:
+        sum_squares_across(block, lane_tag)
+    elif block.walk == ALONG:
         sum_squares_along(block, lane_tag)
     else:
-        sum_squares_across(block, lane_tag)
+        sum_squares_by_row(block, lane_tag)
 
 
 cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
@@ -661,56 +831,72 @@ cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
     kernels[block.activation][lane is double].apply[block.formula](block, NULL, NULL)
 
 
-# ---------------------------------------------------------------- columns to features
+# ---------------------------------------------------------------- sums for gamma and beta
+#
+# dbeta = sum dout and dgamma = sum dout x_hat of the parameters that vary within a statistic,
+# x_hat = (x - shift) scale + rest.
 
-cdef inline void fold_halves(
-    double* restrict low, const double* restrict high, Py_ssize_t n,
+cdef inline lane x_hat_of(lane x, lane shift, lane scale, lane rest) noexcept nogil:
+    return (x - shift) * scale + rest
+
+
+cdef void sum_four_rows(
+    const lane** x, const lane** g, Py_ssize_t width, const lane* shift, const lane* scale,
+    const lane* rest, double* restrict s, double* restrict ss,
 ) noexcept nogil:
+    """Parameters along the rows, each of which has its own statistics: columns' sums."""
     cdef Py_ssize_t j
-    for j in range(n):
-        low[j] += high[j]
+    cdef const lane* x0 = x[0]
+    cdef const lane* x1 = x[1]
+    cdef const lane* x2 = x[2]
+    cdef const lane* x3 = x[3]
+    cdef const lane* g0 = g[0]
+    cdef const lane* g1 = g[1]
+    cdef const lane* g2 = g[2]
+    cdef const lane* g3 = g[3]
+    cdef lane k0 = shift[0], k1 = shift[1], k2 = shift[2], k3 = shift[3]
+    cdef lane r0 = scale[0], r1 = scale[1], r2 = scale[2], r3 = scale[3]
+    cdef lane c0 = rest[0], c1 = rest[1], c2 = rest[2], c3 = rest[3]
+    for j in range(width):
+        s[j] += <double> ((g0[j] + g1[j]) + (g2[j] + g3[j]))
+        ss[j] += <double> (
+            (g0[j] * x_hat_of(x0[j], k0, r0, c0) + g1[j] * x_hat_of(x1[j], k1, r1, c1))
+            + (g2[j] * x_hat_of(x2[j], k2, r2, c2) + g3[j] * x_hat_of(x3[j], k3, r3, c3))
+        )
 
 
-cdef inline double fold_run(const double* restrict values, Py_ssize_t n) noexcept nogil:
-    """The sum of n adjacent values, in eight lanes that are added as a tree at the end."""
-    cdef double[8] lanes
-    cdef Py_ssize_t e, k, whole = n // 8 * 8
-    for k in range(8):
-        lanes[k] = 0
-    for e in range(0, whole, 8):
-        for k in range(8):
-            lanes[k] += values[e + k]
-    for k in range(n - whole):
-        lanes[k] += values[whole + k]
-    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + (
-        (lanes[1] + lanes[5]) + (lanes[3] + lanes[7])
-    )
-
-
-cdef void fold_columns(
-    double* sums, Py_ssize_t n_joined, Py_ssize_t n_features, Py_ssize_t n_run,
+cdef void sum_one_row(
+    const lane* restrict x, const lane* restrict g, Py_ssize_t width, lane shift, lane scale,
+    lane rest, Py_ssize_t step, double* restrict s, double* restrict ss,
 ) noexcept nogil:
-    """Fold columns [joined][feature][run] onto their features: sums[f] = sum of its columns, joined
-    rows by halves (vector adds), runs in lanes."""
-    cdef Py_ssize_t f, half, length = n_joined
-    while length > 1:
-        half = (length + 1) // 2
-        fold_halves(sums, sums + half * n_features, (length - half) * n_features)
-        length = half
-    if n_run > 1:
-        for f in range(n_features):
-            sums[f] = fold_run(sums + f * n_run, n_run)
-
-
-cdef inline void add_compensated(
-    double* restrict high, double* restrict low, const double* restrict term, Py_ssize_t n,
-) noexcept nogil:
-    """(high + low)[j] += term[j] with the rounding error kept in low (Knuth's two-sum): blocks of
-    rows add up to any M without losing a digit."""
+    """The same of one row, whose parameters lie `step` apart."""
     cdef Py_ssize_t j
-    cdef double t, b
-    for j in range(n):
-        t = high[j] + term[j]
-        b = t - high[j]
-        low[j] += (high[j] - (t - b)) + (term[j] - b)
-        high[j] = t
+    for j in range(width):
+        s[j * step] += <double> g[j]
+        ss[j * step] += <double> (g[j] * x_hat_of(x[j], shift, scale, rest))
+
+
+cdef void sum_of_row(
+    const lane* restrict x, const lane* restrict g, Py_ssize_t width,
+    const lane* restrict shift, const lane* restrict scale, const lane* restrict rest,
+    Py_ssize_t each, double* s, double* ss,
+) noexcept nogil:
+    """One parameter for the row: its columns' constants (each = 1), or the row's (0)."""
+    cdef Py_ssize_t i, j, k, whole = width // LANES * LANES
+    cdef double[LANES] sums
+    cdef double[LANES] products
+    set_lanes[double](sums, 0)
+    set_lanes[double](products, 0)
+    for i in range(0, whole, 16):  # LANES; Cython wants a literal step
+        for j in range(LANES):
+            k = (i + j) * each
+            sums[j] += <double> g[i + j]
+            products[j] += <double> (g[i + j] * x_hat_of(x[i + j], shift[k], scale[k], rest[k]))
+    for j in range(width - whole):
+        k = (whole + j) * each
+        sums[j] += <double> g[whole + j]
+        products[j] += <double> (
+            g[whole + j] * x_hat_of(x[whole + j], shift[k], scale[k], rest[k])
+        )
+    s[0] += fold_run(sums, LANES)
+    ss[0] += fold_run(products, LANES)

@@ -9,6 +9,10 @@
 #     JOINED     [rows joined][all features][1]     NHWC with C = 3: few features side by side
 #     RUNS       [1][features side by side][run]    NCHW with 7 x 7: short runs
 #     LONG_RUN   [1][1][LANES, wound around]        NCHW with 56 x 56
+#     ROWS       a row for each feature             layer norm; instance norm of NCHW
+#
+# Features may lie along several axes.  Those of the last, and what merges with it, are the plan's;
+# the others are walked around its tiles.
 #
 # Whatever length does not divide evenly is a second segment.  If the columns do not lie side by
 # side in memory, rows are gathered into a small buffer first, block by block; x is never copied as
@@ -23,6 +27,7 @@ cdef enum Layout:
     JOINED
     RUNS
     LONG_RUN
+    ROWS
 
 cdef enum:
     MAX_DIMS = 64             # NumPy's own limit
@@ -38,6 +43,12 @@ cdef enum:
     BLOCK_ELEMENTS = 8192     # this many between two folds
     BLOCK_SHARE = 4           # float64 is folded so much sooner
     SHARED_RUN_BYTES = 8192   # shorter rows of runs come in smaller chunks, for threads to share
+    ROW_LENGTH = 32           # norms: runs from this on are rows, shorter ones columns,
+    ROW_PIECE = 2048          # in pieces of this, between two folds as well
+    FOLD_ROWS = 64            # rows whose sums for gamma and beta are added before they are folded
+    FOLD_COLUMNS = 512        # onto the others, or columns
+    TREE_COLUMNS = 64         # columns whose sums for gamma and beta are added in one order
+    MAX_UNITS = 32            # features whose sums for gamma and beta are kept apart
     TILE_COLUMNS = 512        # of a tile, but MAX_COLUMNS where only rows are shared out
 
 cdef struct Segment:
@@ -64,8 +75,14 @@ cdef enum Gate:
     INSIDE
     BEFORE
 
+cdef struct Features:         # the axes that name a statistic, merged
+    int n
+    int dim[MAX_DIMS]         # whose stride is that of the merged axis
+    Py_ssize_t size[MAX_DIMS]
+
 cdef struct Plan:             # of one visit's arrays
     Layout layout
+    bint by_row               # runs are rows, if they are not too short
     Storage storage
     Gate gate
     bint used[N_ROLES]
@@ -73,7 +90,10 @@ cdef struct Plan:             # of one visit's arrays
     cnp.npy_intp* stride[N_ROLES]  # as the arrays have them
     Py_ssize_t feature_stride[N_ROLES]
     Access access[N_ROLES]
-    Py_ssize_t n_features
+    Py_ssize_t n_features     # along the last of their axes
+    int n_outer               # axes around it
+    Py_ssize_t outer_size[MAX_DIMS]
+    Py_ssize_t outer_stride[N_ROLES][MAX_DIMS]
     Py_ssize_t max_tile       # features a tile may have
     Py_ssize_t block_rows     # rows between two folds
     Py_ssize_t chunk_rows
@@ -101,14 +121,52 @@ cdef inline void set_role(Plan* plan, int role, cnp.ndarray array) noexcept:
     plan.stride[role] = cnp.PyArray_STRIDES(array) if plan.used[role] else NULL
 
 
-cdef void sort_axes(const Plan* plan, cnp.ndarray key, int axis, Axes* axes) noexcept:
+cdef void find_features(
+    cnp.ndarray key, unsigned long long which, cnp.npy_intp** stride, Features* features,
+) noexcept:
+    """Merge the axes of a mask, with those strides for each role (NULL: none)."""
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(key)
+    cdef int d, r, last = -1
+    cdef bint merge
+    features.n = 0
+    for d in range(cnp.PyArray_NDIM(key)):
+        if not which >> d & 1 or (shape[d] == 1 and which != <unsigned long long> 1 << d):
+            continue
+        merge = features.n > 0
+        for r in range(N_ROLES):
+            merge = merge and (stride[r] == NULL or stride[r][last] == stride[r][d] * shape[d])
+        if merge:
+            features.size[features.n - 1] *= shape[d]
+        else:
+            features.size[features.n] = shape[d]
+            features.n += 1
+        features.dim[features.n - 1] = last = d
+
+
+cdef void set_features(Plan* plan, const Features* features) noexcept:
+    cdef int r, d, last = features.n - 1
+    plan.n_features = features.size[last] if last >= 0 else 1
+    plan.n_outer = max(last, 0)
+    for r in range(N_ROLES):
+        plan.feature_stride[r] = (
+            plan.stride[r][features.dim[last]] if plan.used[r] and plan.n_features > 1 else 0
+        )
+        for d in range(plan.n_outer):
+            plan.outer_stride[r][d] = plan.stride[r][features.dim[d]] if plan.used[r] else 0
+    for d in range(plan.n_outer):
+        plan.outer_size[d] = features.size[d]
+
+
+cdef void sort_axes(
+    const Plan* plan, cnp.ndarray key, unsigned long long which, Axes* axes,
+) noexcept:
     """The sample axes, the farthest apart in the key first (insertion sort: axes are few)."""
     cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(key)
     cdef cnp.npy_intp* stride = cnp.PyArray_STRIDES(key)
     cdef int r, d, k
     axes.n = 0
     for d in range(cnp.PyArray_NDIM(key)):
-        if d == axis or shape[d] == 1:
+        if which >> d & 1 or shape[d] == 1:
             continue
         k = axes.n
         while k > 0 and distance(axes.key[k - 1]) < distance(stride[d]):
@@ -217,7 +275,7 @@ cdef void choose_layout(
     choose between runs and features, so that all plans of a call choose alike and can share tiles.
     """
     cdef Segment* main = &plan.segment[0]
-    cdef Py_ssize_t n = plan.n_features, join
+    cdef Py_ssize_t n = plan.n_features, join, piece
     cdef Py_ssize_t length = axes.size[axes.n - 1] if axes.n > 0 else 1
     cdef bint runs = axes.n > 0 and (
         n == 1 or distance(axes.key[axes.n - 1]) < distance(feature_key)
@@ -226,10 +284,18 @@ cdef void choose_layout(
     cdef int r
     plan.layout = FEATURES
     plan.max_tile = min(n, TILE_COLUMNS if runs or is_half(plan.storage) else MAX_COLUMNS)
+    if runs and plan.by_row and length < ROW_LENGTH and plan.feature_stride[S] == 0:
+        runs = False
+        n = TILE_COLUMNS  # not joined
     if runs:
         for r in range(N_ROLES):
             main.run_stride[r] = axes.stride[r][axes.n - 1]
-        if length >= ALONG_RUN or (
+        if plan.by_row:
+            plan.layout = ROWS
+            plan.max_tile = min(n, <Py_ssize_t> BLOCK_ROWS)
+            piece = ROW_PIECE // (BLOCK_SHARE if plan.storage == FLOAT64 else 1)
+            cut_axis(plan, min(length, piece), False)
+        elif length >= ALONG_RUN or (
             length >= TREE_RUN and empty(length, TREE_RUN) * rows < empty(rows, 8) * length
         ):
             plan.layout = LONG_RUN
@@ -238,7 +304,7 @@ cdef void choose_layout(
             plan.layout = RUNS
             cut_axis(plan, length, False)
             plan.max_tile = min(n, TILE_COLUMNS // length) if stacked else 1
-    elif axes.n > 0 and 2 * n <= JOIN_COLUMNS and (stacked or n < NARROW):
+    elif axes.n > 0 and 2 * n <= JOIN_COLUMNS and (stacked or n < NARROW) and not plan.used[S]:
         join = max(SHORT_COLUMNS // n, length // JOIN_ROWS)
         join = min(join, length, JOIN_COLUMNS // n)
         if join > 1:
@@ -255,9 +321,9 @@ cdef void choose_accesses(Plan* plan) noexcept:
     cdef int r
     for r in range(N_ROLES):
         plan.access[r] = COPIED if is_half(plan.storage) else DIRECT
-        if not plan.used[r] or r == W:
+        if not plan.used[r] or r >= W:
             continue
-        if plan.layout == RUNS or plan.layout == LONG_RUN:
+        if plan.layout == RUNS or plan.layout == LONG_RUN or plan.layout == ROWS:
             side_by_side = main.run_stride[r] == size
         else:
             side_by_side = (n == 1 or plan.feature_stride[r] == size) and (
@@ -278,7 +344,11 @@ cdef void cut_rows(Plan* plan) noexcept:
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):
             plan.segment[d].n_rows *= plan.segment[d].size[k]
-    if plan.layout == LONG_RUN:
+    if plan.layout == ROWS:
+        for d in range(plan.n_segments):
+            plan.segment[d].n_lanes = 1
+        unit = max(main.n_rows, <Py_ssize_t> 1)
+    elif plan.layout == LONG_RUN:
         unit = max(1, BLOCK_ELEMENTS // main.n_run)
     elif plan.layout == RUNS and (
         plan.n_features * main.n_run * size_of(plan.storage) < SHARED_RUN_BYTES
@@ -293,19 +363,18 @@ cdef void cut_rows(Plan* plan) noexcept:
     )
 
 
-cdef void make_plan(Plan* plan, cnp.ndarray key, int axis) noexcept:
+cdef void make_plan(
+    Plan* plan, cnp.ndarray key, unsigned long long which, const Features* features,
+) noexcept:
     """Collapse the arrays of all roles, which have been set, into segments of rows."""
     cdef Axes axes
     cdef Segment* main = &plan.segment[0]
     cdef Py_ssize_t length
-    cdef int r
-    plan.n_features = cnp.PyArray_DIMS(key)[axis]
+    cdef int r, d
+    cdef Py_ssize_t rows = cnp.PyArray_SIZE(key)
     plan.storage = storage_of(key)
-    for r in range(N_ROLES):
-        plan.feature_stride[r] = (
-            plan.stride[r][axis] if plan.used[r] and plan.n_features > 1 else 0
-        )
-    sort_axes(plan, key, axis, &axes)
+    set_features(plan, features)
+    sort_axes(plan, key, which, &axes)
     merge_axes(&axes)
     main.n_dims = axes.n
     main.n_joined = main.n_run = 1
@@ -315,9 +384,12 @@ cdef void make_plan(Plan* plan, cnp.ndarray key, int axis) noexcept:
         main.offset[r] = main.joined_stride[r] = main.run_stride[r] = 0
     plan.n_segments = 1
     length = axes.size[axes.n - 1] if axes.n > 0 else 1
+    for d in range(features.n):
+        rows = rows // features.size[d]
     choose_layout(
-        plan, &axes, cnp.PyArray_STRIDES(key)[axis],
-        cnp.PyArray_SIZE(key) // (plan.n_features * length),
+        plan, &axes,
+        cnp.PyArray_STRIDES(key)[features.dim[features.n - 1]] if features.n > 0 else 0,
+        rows // length,
     )
     choose_accesses(plan)
     cut_rows(plan)
@@ -349,7 +421,16 @@ cdef void chunk_range(
 
 
 cdef inline char* feature_at(const Plan* plan, int role, Py_ssize_t feature) noexcept nogil:
-    return plan.base[role] + feature * plan.feature_stride[role]
+    cdef char* at = plan.base[role]
+    cdef Py_ssize_t outer
+    cdef int d
+    if plan.n_outer:
+        outer = feature // plan.n_features
+        feature = feature % plan.n_features
+        for d in range(plan.n_outer - 1, -1, -1):
+            at += outer % plan.outer_size[d] * plan.outer_stride[role][d]
+            outer = outer // plan.outer_size[d]
+    return at + feature * plan.feature_stride[role]
 
 
 cdef void row_pointers(
@@ -470,3 +551,15 @@ cdef void choose_sample(Plan* plan, double least) noexcept nogil:
             place.row = plan.segment[place.segment].n_rows - 1
         if not find_weight(plan, place, -1 if k == 2 else 1, least):
             place[0] = plan.sample[0]  # none from the middle on; but from the first row there is
+
+
+# ---------------------------------------------------------------- whose sums are kept apart
+
+cdef Py_ssize_t unit_features(const Plan* plan, Py_ssize_t n_features) noexcept:
+    """Features whose sums for gamma and beta one thread makes, of all of them, in order: whole
+    folds, or whole turns of the axes around the plan's."""
+    cdef Py_ssize_t step = FOLD_ROWS if plan.layout == ROWS else FOLD_COLUMNS
+    cdef Py_ssize_t least = max(step, (n_features + MAX_UNITS - 1) // MAX_UNITS)
+    if plan.n_outer:
+        step = plan.n_features
+    return (least + step - 1) // step * step

@@ -6,6 +6,8 @@
 #     BACKWARD          x, dout: sum t, sum t d   dx = dout' + x' + bias
 #     FROZEN_BACKWARD   x, dout: sum t, sum t d   dx = dout', as the statistics were given
 #     PRODUCT           two arrays: sum t d       -
+#     RMS_FORWARD       x: sum x^2                y = x' + bias
+#     RMS_BACKWARD      x, dout: sum t d          dx = dout' + x'
 #     SECOND            -                         dx = dout' + ddx' + x' + bias,
 #                                                 ddout = ddx' + x' + bias
 #
@@ -21,6 +23,8 @@ cdef enum:
     FROZEN_BACKWARD
     PRODUCT
     SECOND
+    RMS_FORWARD
+    RMS_BACKWARD
     N_OPERATIONS
 
 ctypedef void (*Start)(Job*, Py_ssize_t, Py_ssize_t, const void*) noexcept nogil
@@ -33,6 +37,7 @@ cdef struct Operation:
     Settle settle             # their sums; returns how many need another try (marked RETRY)
     Retry retry               # better shifts or factors for one of them
     SetConstants set_constants
+    bint centers              # around the mean
     bint takes_dout           # as an input, behind the gate of an activation
     bint weighs               # weights have a part in the output too
     int formula               # of the output,
@@ -49,6 +54,12 @@ cdef void start_statistics(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
     sample_shift[lane](job, X, first, n, lane_tag)
+
+
+cdef void start_at_zero(
+    Job* job, Py_ssize_t first, Py_ssize_t n, const void* lane_tag,
+) noexcept nogil:
+    memset(job.value[SHIFT_X] + first, 0, n * sizeof(double))
 
 
 cdef void start_product(
@@ -120,6 +131,16 @@ cdef double settle_backward(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try
     return count + look_again(job, f, n) if first_try and job.exact_mean else count
 
 
+cdef double settle_product_alone(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    """RMS norm: dx has no mean of dout."""
+    cdef double count = settle_products(job, f, n, first_try)
+    memset(job.value[MEAN_G] + f, 0, n * sizeof(double))
+    memset(job.value[MEAN_G_LOW] + f, 0, n * sizeof(double))
+    return count
+
+
 # ---------------------------------------------------------------- retry
 #
 # A better shift where that was the matter, else other lanes: float64's hold every square of
@@ -135,6 +156,12 @@ cdef void retry_statistics(Job* job, Py_ssize_t f, const lane* lane_tag) noexcep
         job.value[SHIFT_X][f] += s1 / m / job.value[FACTOR_X][f]
     elif lane is double:
         job.value[FACTOR_X][f] = ldexp(1.0, 540 if finite else -540)
+
+
+cdef void retry_squares(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept nogil:
+    cdef double s2 = job.sums[2 * job.stride + f]
+    if lane is double:
+        job.value[FACTOR_X][f] = ldexp(1.0, 540 if isfinite(s2) else -540)
 
 
 cdef void retry_gradients(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept nogil:
@@ -170,7 +197,8 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
         row[i].settle = settle_products
         row[i].retry = <Retry> retry_gradients[lane]
         row[i].set_constants = <SetConstants> set_forward_constants[lane]
-        row[i].takes_dout = i >= BACKWARD
+        row[i].centers = True
+        row[i].takes_dout = i != FORWARD and i != FROZEN and i != RMS_FORWARD
         row[i].formula = AFFINE
         row[i].input = X
         row[i].n_reduce = list_columns(row[i].reduce_columns, (SHIFT_X, SHIFT_G))
@@ -187,6 +215,14 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
     row[BACKWARD].n_apply = list_columns(row[BACKWARD].apply_columns, gradient)
     row[FROZEN_BACKWARD].set_constants = <SetConstants> set_frozen_constants[lane]
     row[FROZEN_BACKWARD].input = G
+    row[RMS_FORWARD] = row[FORWARD]
+    row[RMS_FORWARD].start = <Start> start_at_zero
+    row[RMS_FORWARD].settle = settle_squares_alone
+    row[RMS_FORWARD].retry = <Retry> retry_squares[lane]
+    row[RMS_BACKWARD] = row[BACKWARD]
+    row[RMS_BACKWARD].start = <Start> start_at_means[lane]
+    row[RMS_BACKWARD].settle = settle_product_alone
+    row[RMS_FORWARD].centers = row[RMS_BACKWARD].centers = False
     row[PRODUCT].start = <Start> start_product[lane]
     row[SECOND].set_constants = <SetConstants> set_second_constants[lane]
     row[SECOND].formula = MIXED

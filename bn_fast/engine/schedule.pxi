@@ -24,6 +24,11 @@ cdef inline Py_ssize_t sweep_bytes() noexcept nogil:
     return cache[2] // 8
 
 
+cdef inline Py_ssize_t rows_bytes() noexcept nogil:
+    """Rows between their two visits."""
+    return cache[1] // 8
+
+
 cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
     return cache[2] // 4
 
@@ -86,6 +91,7 @@ cdef struct Schedule:
     Py_ssize_t tile           # features a tile; the first has `lead` more
     Py_ssize_t lead
     Py_ssize_t n_tiles
+    Py_ssize_t together       # tiles that one thread takes
     int n_threads
     bint stream               # the output goes past the caches
     bint stream_gradient      # so does that of the residual
@@ -99,6 +105,7 @@ cdef struct Work:             # what a schedule is made for
     Py_ssize_t n_features
     Py_ssize_t feature_bytes  # of one array
     int n_inputs              # of the first visit
+    Py_ssize_t unit           # features that one thread takes, 0: any
 
 
 cdef Py_ssize_t columns_to_line(const Plan* plan) noexcept:
@@ -180,27 +187,52 @@ cdef void choose_column_tile(
         schedule.tile = limit - line
 
 
+cdef void choose_norm_tile(
+    Schedule* schedule, const Work* work, Py_ssize_t limit,
+) noexcept:
+    """Rows that stay near, or columns; powers of two, which divide a unit."""
+    cdef const Plan* plan = work.apply
+    cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
+    cdef Py_ssize_t tile = 4 if plan.layout == ROWS else TREE_COLUMNS
+    cdef Py_ssize_t largest = FOLD_ROWS if plan.layout == ROWS else FOLD_COLUMNS
+    cdef Py_ssize_t near = rows_bytes() if plan.layout == ROWS else sweep_bytes()
+    while 2 * tile <= largest and 2 * tile * bytes <= near:
+        tile *= 2
+    schedule.tile = min(min(tile, limit), plan.n_features)
+    schedule.sweep = True
+    if not plan.used[S] and plan.layout != ROWS and schedule.n_threads > 1:
+        schedule.sweep = work.n_features // schedule.tile >= 2 * schedule.n_threads
+
+
 cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
+    cdef Py_ssize_t turns = work.n_features // work.apply.n_features
     cdef Py_ssize_t limit = min(work.reduce.max_tile, work.apply.max_tile)
     cdef int n_threads = schedule.n_threads
     cdef Py_ssize_t share = (work.n_features + n_threads - 1) // n_threads  # of a thread
     schedule.lead = 0
     if work.reduce.layout == JOINED or work.apply.layout == JOINED:
-        schedule.tile = work.n_features
-        schedule.sweep = n_threads <= 1 and (
+        schedule.tile = work.apply.n_features
+        schedule.sweep = n_threads <= turns and (
             work.feature_bytes * work.n_inputs * schedule.tile <= sweep_bytes()
         )
+    elif work.apply.by_row:
+        choose_norm_tile(schedule, work, limit)
     elif work.apply.layout == FEATURES:
         choose_column_tile(schedule, work, limit, share)
     else:
         choose_run_tile(schedule, work, limit, share)
-    schedule.n_tiles = max(
+    schedule.n_tiles = turns * max(
         <Py_ssize_t> 1,
-        (work.n_features - schedule.lead + schedule.tile - 1) // schedule.tile,
+        (work.apply.n_features - schedule.lead + schedule.tile - 1) // schedule.tile,
     )
+    schedule.together = 1
+    if work.unit:
+        schedule.together = work.unit // (
+            schedule.tile if turns == 1 else work.apply.n_features
+        ) * (1 if turns == 1 else schedule.n_tiles // turns)
     schedule.n_threads = <int> min(
         <Py_ssize_t> n_threads,
-        schedule.n_tiles * (
+        (schedule.n_tiles + schedule.together - 1) // schedule.together * (
             1 if schedule.sweep else max(work.reduce.n_chunks, work.apply.n_chunks)
         ),
     )
@@ -225,11 +257,18 @@ cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
 
 
 cdef inline void tile_range(
-    const Schedule* schedule, Py_ssize_t total, Py_ssize_t tile, Py_ssize_t* first,
+    const Schedule* schedule, const Plan* plan, Py_ssize_t tile, Py_ssize_t* first,
     Py_ssize_t* n_features,
 ) noexcept nogil:
+    """Tiles end where a turn of the axes around the plan's features does."""
+    cdef Py_ssize_t total = plan.n_features, turn = 0, tiles
+    if plan.n_outer:
+        tiles = (total + schedule.tile - 1) // schedule.tile
+        turn = tile // tiles * total
+        tile = tile % tiles
     first[0] = tile * schedule.tile + (schedule.lead if tile else 0)
     n_features[0] = min(schedule.tile + (0 if tile else schedule.lead), total - first[0])
+    first[0] += turn
 
 
 cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
@@ -243,13 +282,13 @@ cdef Py_ssize_t group_rows(
     const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step, bint gate_before,
 ) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
-    cdef bint direct = not (gate_before or plan.used[W])
+    cdef bint direct = not (gate_before or plan.used[W] or (plan.used[S] and plan.used[G]))
     cdef int r
     for r in range(W):
         direct = direct and access[r] == DIRECT
     if direct:
-        return min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
-    if plan.layout == LONG_RUN:
+        return BLOCK_ROWS if plan.layout == ROWS else min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
+    if plan.layout == LONG_RUN or plan.layout == ROWS:
         step = 1
     return max(step, min(<Py_ssize_t> BLOCK_ROWS, GATHER_ELEMENTS // width // step * step))
 
@@ -289,4 +328,9 @@ boundaries = {
     "PREFETCH_OUTPUT": prefetch_output_bytes(),
     "SHARE_FEATURES": SHARE_FEATURES,
     "HELD_SIZE": HELD_SIZE,
+    "ROW_LENGTH": ROW_LENGTH,
+    "ROW_PIECE": ROW_PIECE,
+    "FOLD_ROWS": FOLD_ROWS,
+    "FOLD_COLUMNS": FOLD_COLUMNS,
+    "TREE_COLUMNS": TREE_COLUMNS,
 }

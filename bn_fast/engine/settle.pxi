@@ -55,14 +55,25 @@ cdef enum:
 cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
     const char* data
     Py_ssize_t stride
+    Py_ssize_t period         # after so many features it begins anew
     bint single
+
+cdef struct Varying:          # gamma and beta that vary within a statistic, in the native lanes
+    char* gamma               # NULL: there are none
+    char* beta
+    cnp.npy_intp[MAX_DIMS] stride  # along x's axes, of either
+    Py_ssize_t size           # how many there are
+    double* totals            # of their gradients: [unit][dbeta, its low part, dgamma, ...][size]
+    Py_ssize_t unit           # features whose sums are made together, 0: none are wanted
 
 cdef struct Operation
 
 cdef struct Job:
     const Operation* op
     void* array[N_ROLES]      # what the call has brought (NULL: none), borrowed from it
-    int axis
+    unsigned long long features  # a mask of the axes that name them
+    bint by_row               # runs are rows, where they are long enough
+    Varying varying
     int n_threads             # at most
     bint reduces              # the two visits that a call needs
     bint applies
@@ -112,8 +123,16 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
 cdef void read_parameter(
     const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* restrict values,
 ) noexcept nogil:
-    cdef Py_ssize_t f
-    cdef const char* data = given.data + first * given.stride
+    cdef Py_ssize_t f, left
+    cdef const char* data
+    if first >= given.period:
+        first = first % given.period
+    left = given.period - first
+    if n > left:
+        read_parameter(given, first, left, values)
+        read_parameter(given, first + left, n - left, values + left)
+        return
+    data = given.data + first * given.stride
     if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
         for f in range(n):
             values[f] = (<const float*> data)[f]
@@ -167,6 +186,12 @@ cdef inline double power_of_two(double value) noexcept nogil:
         return 1
     frexp(value, &exponent)
     return ldexp(1.0, max(-1021, min(1021, exponent - 1)))
+
+
+cdef inline double sinking(double gamma, double inv_std) noexcept nogil:
+    """What dout is multiplied by where gamma inv_std would leave float64's range at the lower end,
+    else 1."""
+    return power_of_two(inv_std) if inv_std < 1 and fabs(gamma * inv_std) < 1e-290 else 1
 
 
 cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
@@ -338,7 +363,7 @@ cdef inline void set_gate_constants(
 cdef void start_gate(
     Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
 ) noexcept nogil:
-    """The constants that forward had, as finish_tile makes them there."""
+    """The constants that forward had, as set_forward_constants makes them there."""
     cdef double** v = job.value
     cdef Py_ssize_t f
     read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
@@ -547,6 +572,28 @@ cdef inline double settle_statistics(
     return count
 
 
+cdef double settle_squares_alone(
+    Job* job, Py_ssize_t first, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    """RMS norm: no mean, and the shift is 0."""
+    cdef double** v = job.value
+    cdef Py_ssize_t f
+    cdef double s2, spread, finite, scale, count = 0, again = 1 if first_try else 0
+    for f in range(first, first + n):
+        s2 = finish_sum(job.sums[2 * job.stride + f], job.sums[3 * job.stride + f])
+        finite = 1.0 if s2 < INFINITY else 0.0
+        spread = s2 * (1 / job.total)
+        scale = v[FACTOR_X][f]
+        v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < job.low else 0.0))
+        count += v[RETRY][f]
+        v[MEAN][f] = v[MEAN_LOW][f] = 0
+        spread = spread if finite > 0 else NAN
+        v[VAR][f] = spread / scale / scale
+        spread = spread + job.eps * scale * scale
+        v[INV_STD][f] = scale / sqrt(spread) if spread != 0 else 0.0
+    return count
+
+
 cdef inline double settle_gradients(
     const double* restrict s1_high, const double* restrict s1_low,
     const double* restrict s2_high, const double* restrict s2_low,
@@ -628,7 +675,7 @@ cdef inline void backward_constants(
     where eps is known (not negative): no digit is lost.
     """
     cdef Py_ssize_t f
-    cdef double r, a, q, rest, share
+    cdef double r, a, q, rest, share, back
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
@@ -637,18 +684,22 @@ cdef inline void backward_constants(
     for f in range(n):
         r = inv_std[f]
         share = eps * r * r
-        a = gamma[f] * r * (share if share > least else least)
-        q = mean_gx[f] * some
         shift_x[f] = mean[f] if wide else <double> (<lane> mean[f])
         shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
-        factor_g[f] = scaled_down() if wide and fabs(shift_g[f]) > 1e290 else 1.0
-        coef_g[f] = a / factor_g[f] if wide else a
+        back = 1
+        if wide:
+            back = scaled_down() if fabs(shift_g[f]) > 1e290 else 1.0
+            back = min(back, sinking(gamma[f], r))
+        factor_g[f] = back
+        a = gamma[f] * (r / back if wide else r) * (share if share > least else least)
+        q = mean_gx[f] * some * back
+        coef_g[f] = a
         coef_x[f] = -(a * q * (r / factor[f] if wide else r))
         bias[f] = (
             (-coef_x[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
-            - a * ((mean_g[f] - shift_g[f]) + mean_g_low[f])
+            - a * (((mean_g[f] - shift_g[f]) + mean_g_low[f]) * back)
         )
         wide_mark[f] = (
             beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
@@ -677,7 +728,7 @@ cdef inline void backward_set(
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, job.total, job.eps, job.low, wide, lane_tag,
+        n, job.total if job.op.centers else INFINITY, job.eps, job.low, wide, lane_tag,
     )
 
 
@@ -713,11 +764,13 @@ cdef void set_frozen_constants(
 ) noexcept nogil:
     """dx = gamma inv_std dout: the affine formula on dout."""
     cdef double** v = job.value
+    cdef double back
     cdef Py_ssize_t k
     for k in range(f, f + n):
         v[SHIFT_X][k] = v[BIAS][k] = 0
-        v[FACTOR_X][k] = v[FACTOR_G][k] = 1
-        v[COEF_X][k] = v[GAMMA][k] * v[INV_STD][k]
+        back = sinking(v[GAMMA][k], v[INV_STD][k]) if wide else 1.0
+        v[FACTOR_X][k] = v[FACTOR_G][k] = back  # of dout, in either role
+        v[COEF_X][k] = v[GAMMA][k] * (v[INV_STD][k] / back)
         v[WIDE][k] = beyond(v[COEF_X][k], job.low) + is_lost(
             v[COEF_X][k], v[GAMMA][k], v[INV_STD][k]
         )

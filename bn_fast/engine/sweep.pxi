@@ -28,7 +28,10 @@ cdef enum:
     WEIGH_SHIFT               # of the bracket in (c)
     WEIGH_COEF
     WEIGH_REST
-    N_COLUMNS
+    HAT_SHIFT = N_PLAIN_COLUMNS  # of norms, which have no options: x_hat = (x - shift) scale + rest
+    HAT_SCALE = N_PLAIN_COLUMNS + 1
+    HAT_REST = N_PLAIN_COLUMNS + 2
+    N_COLUMNS = WEIGH_REST + 1
 
 cdef struct Scratch:          # one thread's share; columns are elements of a visit's lanes
     char* row[N_ROLES][BLOCK_ROWS + TREE_ROWS + AHEAD_ROWS]
@@ -36,6 +39,7 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     Py_ssize_t* offset[N_ROLES]
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
+    double* varying           # sums for gamma and beta since the last fold
 
 cdef struct Visit:            # to one chunk of a tile
     Job* job
@@ -52,8 +56,10 @@ cdef struct Visit:            # to one chunk of a tile
     Py_ssize_t ahead          # rows that are prefetched
     Py_ssize_t row            # the rows at hand
     Py_ssize_t n_rows
-    Py_ssize_t first          # and their columns
+    Py_ssize_t first          # and their columns; or the features whose rows they are
     Py_ssize_t width
+    bint scales               # dout by gamma, where that varies
+    bint varies               # gamma and beta along the row
 
 
 cdef inline bint is_plain_column(int column) noexcept nogil:
@@ -66,11 +72,11 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
     cdef char* start = memory
     cdef int c, r
     for c in range(N_COLUMNS):
-        if job.has_options or is_plain_column(c):
+        if job.has_options or is_plain_column(c) or (job.by_row and c <= HAT_REST):
             s.column[c] = memory
             memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
     for r in range(N_ROLES):
-        if r == X or r == G or r == Y or job.has_options:
+        if r == X or r == G or r == Y or (job.has_options and r < S) or (job.by_row and r >= S):
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
             memory += columns + job.buffer_elements * sizeof(double)
@@ -80,6 +86,9 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             (n_own_values(job) + 4 * job.reduce.n_chunks)
             * (job.schedule.tile + job.schedule.lead) * sizeof(double)
         )
+    s.varying = <double*> memory
+    if job.varying.unit:
+        memory += 2 * job.varying.size * sizeof(double)
     return (memory - start + 63) // 64 * 64
 
 
@@ -147,7 +156,7 @@ cdef void expand_constants(
 cdef void set_factors(Visit* v, const lane* lane_tag) noexcept nogil:
     """The columns of what rows are multiplied by as they are gathered: 1 in native lanes."""
     set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
-    if v.wide:
+    if v.wide and v.plan.layout != ROWS:
         expand[lane](v, FACTOR_X, -1, True, FACTOR_X, lane_tag)
         expand[lane](v, FACTOR_G, -1, True, FACTOR_G, lane_tag)
     else:
@@ -208,6 +217,31 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
 
 # ---------------------------------------------------------------- rows in, rows out
 
+cdef inline Py_ssize_t first_column(const Visit* v) noexcept nogil:
+    """Of the columns at hand; rows that are features are at hand whole."""
+    return 0 if v.plan.layout == ROWS else v.first
+
+
+cdef void find_rows(
+    Visit* v, int role, Py_ssize_t n, bint at_first, char** rows,
+) noexcept nogil:
+    """Addresses of n rows from those at hand on, and of their first column at hand or their start.
+    """
+    cdef const Plan* plan = v.plan
+    cdef Py_ssize_t i
+    cdef char* start
+    if plan.layout == ROWS:
+        start = feature_at(plan, role, v.feature + v.first)
+        row_pointers(v.segment, role, start, v.row, 1, rows)
+        for i in range(1, n):
+            rows[i] = rows[0] + i * plan.feature_stride[role]
+        return
+    start = feature_at(plan, role, v.feature) + (
+        v.first * size_of(plan.storage) if at_first else 0
+    )
+    row_pointers(v.segment, role, start, v.row, n, rows)
+
+
 cdef void fetch_rows(
     Visit* v, int role, Access access, Py_ssize_t ahead, const lane* factor,
 ) noexcept nogil:
@@ -216,14 +250,11 @@ cdef void fetch_rows(
     cdef char** rows = v.s.row[role]
     cdef Py_ssize_t size = size_of(plan.storage), width = v.width, n = v.n_rows
     cdef Py_ssize_t i, k, known, run
-    cdef char* start = feature_at(plan, role, v.feature)
     cdef lane* buffer = <lane*> v.s.buffer[role]
     cdef lane* packed
     cdef bint half = is_half(plan.storage)
-    if access != GATHERED:
-        start += v.first * size
-    known = min(n + ahead, v.segment.n_rows - v.row)
-    row_pointers(v.segment, role, start, v.row, known, rows)
+    known = n if plan.layout == ROWS else min(n + ahead, v.segment.n_rows - v.row)
+    find_rows(v, role, known, access != GATHERED, rows)
     for i in range(known, n + ahead):
         rows[i] = rows[known - 1]
     if plan.layout == LONG_RUN and ahead:
@@ -249,7 +280,7 @@ cdef void fetch_rows(
             load_adjacent[lane](plan.storage, rows[i], run * width, packed)
         else:
             gather_row[lane](
-                plan.storage, rows[i], v.s.offset[role] + v.first, width, factor, packed
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed
             )
         for k in range(run):
             rows[i + k] = <char*> (packed + k * width)
@@ -264,20 +295,17 @@ cdef void store_rows(
     cdef char** rows = v.s.row[role]
     cdef Py_ssize_t i = 0, run, width = v.width, n = v.n_rows
     cdef Py_ssize_t n_bytes = width * size_of(plan.storage)
-    cdef char* start = feature_at(plan, role, v.feature)
     cdef char* from_[BLOCK_ROWS]
     cdef char* packed
     memcpy(from_, from_rows, n * sizeof(char*))  # they may be the role's own
+    find_rows(v, role, n, access != GATHERED, rows)
     if access == GATHERED:
-        row_pointers(v.segment, role, start, v.row, n, rows)
         for i in range(n):
             scatter_row[lane](
-                plan.storage, rows[i], v.s.offset[role] + v.first, width, <lane*> from_[i]
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width,
+                <lane*> from_[i],
             )
         return
-    row_pointers(
-        v.segment, role, start + v.first * size_of(plan.storage), v.row, n, rows
-    )
     if access == STREAMED and is_half(plan.storage):
         # To float's half of the buffer, and half as much again.
         packed = <char*> (<lane*> v.s.buffer[role] + n * width)
@@ -311,7 +339,10 @@ cdef void fill_block(
     block.n_rows = n_rows
     block.width = v.width
     block.ahead = 0
-    block.along = v.plan.layout == LONG_RUN
+    block.walk = (
+        ALONG if v.plan.layout == LONG_RUN else BY_ROW if v.plan.layout == ROWS else ACROSS
+    )
+    block.varies = v.varies
     for r in range(3):
         block.shift[r] = block.coef[r] = some
     block.bias = block.open_shift = block.open_scale = block.open_bias = some
@@ -344,7 +375,7 @@ cdef Py_ssize_t pad_rows(
 ) noexcept nogil:
     """Point rows beyond those at hand at a column, up to a multiple of `step`; runs need none."""
     cdef Py_ssize_t n = v.n_rows
-    while n % step and v.plan.layout != LONG_RUN:
+    while n % step and v.plan.layout != LONG_RUN and v.plan.layout != ROWS:
         v.s.row[role][n] = <char*> columns_at[lane](v, column, lane_tag)
         n += 1
     return n
@@ -548,7 +579,82 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
         second += v.width
 
 
+# ---------------------------------------------------------------- gamma and beta that vary
+
+cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexcept nogil:
+    """Point the role's rows at gamma or beta as the rows at hand have them, in the visit's lanes;
+    returns how far apart a row's are: 1, or 0 if it has but one."""
+    cdef const Plan* plan = v.plan
+    cdef Storage storage = FLOAT64 if plan.storage == FLOAT64 else FLOAT32
+    cdef Py_ssize_t i, step = v.segment.run_stride[role] if plan.layout == ROWS else 0
+    cdef char** rows = v.s.row[role]
+    cdef lane* buffer = <lane*> v.s.buffer[role]
+    find_rows(v, role, v.n_rows, False, rows)
+    if sizeof(lane) == size_of(storage) and (step == 0 or step == sizeof(lane)):
+        return step != 0
+    if step != 0:  # all rows have the same, or there is but one, see rows_at_hand
+        gather_row[lane](
+            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
+        )
+    for i in range(v.n_rows):
+        if step == 0:
+            buffer[i] = <lane> load_value(storage, rows[i])
+        rows[i] = <char*> (buffer + (i if step == 0 else 0))
+    return step != 0
+
+
+cdef inline void scale_row(
+    const lane* g, const lane* restrict scale, Py_ssize_t step, Py_ssize_t width, lane* scaled,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(width):
+        scaled[j] = g[j] * scale[j * step]
+
+
+cdef void scale_rows(Visit* v, const lane* lane_tag) noexcept nogil:
+    """gamma dout in place of dout: inside a statistic's means stands the gradient of x_hat."""
+    cdef Py_ssize_t i, step = point_parameters[lane](v, S, lane_tag)
+    cdef lane* scaled = <lane*> v.s.buffer[G]
+    cdef const lane* g
+    cdef const lane* scale
+    for i in range(v.n_rows):
+        g = <lane*> v.s.row[G][i]
+        scale = <lane*> v.s.row[S][i]
+        if step:
+            scale_row[lane](g, scale, 1, v.width, scaled)
+        else:
+            scale_row[lane](g, scale, 0, v.width, scaled)
+        v.s.row[G][i] = <char*> scaled
+        scaled += v.width
+
+
 # ---------------------------------------------------------------- chunks
+
+cdef inline const lane* factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
+    """What columns are multiplied by as they are gathered.  A row of its own has its feature's."""
+    if v.plan.layout != ROWS:
+        return columns_at[lane](v, column, lane_tag)
+    if v.wide and column != ONES:
+        set_all[lane](
+            <lane*> v.s.column[column], v.width,
+            <lane> v.job.value[column][v.feature + v.first],
+        )
+    return <lane*> v.s.column[column]
+
+
+cdef inline Py_ssize_t rows_at_hand(
+    const Visit* v, Py_ssize_t width, Py_ssize_t step,
+) noexcept nogil:
+    """Rows taken at a time; of their own but one where factors differ, or gamma is gathered."""
+    cdef const Plan* plan = v.plan
+    cdef Py_ssize_t stride = v.segment.run_stride[S]
+    if plan.layout == ROWS and (v.wide or (
+        plan.used[S] and plan.feature_stride[S] != 0 and stride != 0
+        and stride != (8 if plan.storage == FLOAT64 else 4)
+    )):
+        return 1
+    return group_rows(plan, v.access, width, step, v.gate == BEFORE)
+
 
 cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
     """Point the rows at those of the inputs, as the gate has made them."""
@@ -565,9 +671,9 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             if runs_ahead and (r == R or is_half(plan.storage)):
                 ahead = AHEAD_RUNS
             factor = FACTOR_X if r == X else FACTOR_G if r == G else ONES
-            fetch_rows[lane](
-                v, r, v.access[r], ahead, columns_at[lane](v, factor, lane_tag)
-            )
+            fetch_rows[lane](v, r, v.access[r], ahead, factors[lane](v, factor, lane_tag))
+    if v.scales and plan.used[S] and plan.used[G]:
+        scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:
         open_rows[lane](
             v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, v.ahead, v.s.buffer[D], lane_tag
@@ -578,7 +684,9 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
 
 cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
     """Rows that a kernel may prefetch: none where its own are those in a buffer."""
-    cdef bint buffered = is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W]
+    cdef bint buffered = (
+        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
+    )
     return 0 if buffered else v.ahead
 
 
@@ -589,16 +697,20 @@ cdef void enter_chunk(
     """
     cdef const Plan* plan = v.plan
     cdef bint gathers = plan.gate != NONE
+    cdef Py_ssize_t n = 1 if plan.layout == ROWS else v.n_features  # of a row
     cdef int index, r
     chunk_range(plan, chunk, &index, &v.row, row_end)
     v.segment = &plan.segment[index]
     v.first = 0
-    v.width = v.segment.n_joined * v.n_features * v.segment.n_run
+    v.width = v.segment.n_joined * n * v.segment.n_run
     for r in range(N_ROLES):
         v.access[r] = access_to(plan, v.segment, r, v.n_features, v.wide)
         if v.access[r] == GATHERED:
             gathers = gathers or r < Y
-            column_offsets(plan, v.segment, r, v.n_features, v.s.offset[r])
+            column_offsets(plan, v.segment, r, n, v.s.offset[r])
+    if plan.used[S]:
+        gathers = True
+        column_offsets(plan, v.segment, S, n, v.s.offset[S])
     if plan.storage == FLOAT64:
         set_gate[double](v, NULL)
     else:
@@ -654,6 +766,32 @@ cdef void reduce_block_of_rows(
     )
 
 
+cdef void reduce_own_rows(
+    Visit* v, Py_ssize_t row_end, double* total, const lane* lane_tag,
+) noexcept nogil:
+    """The sums of features whose rows are their own, piece by piece of these."""
+    cdef Py_ssize_t n = v.n_features, stride = v.job.stride
+    cdef double* sum_1 = <double*> v.s.column[SUM_1]
+    cdef double* sum_2 = <double*> v.s.column[SUM_2]
+    cdef Py_ssize_t row = v.row
+    while v.row < row_end:
+        v.first = 0
+        while v.first < n:
+            v.n_rows = min(v.group, n - v.first)
+            reduce_rows[lane](v, lane_tag)
+            v.first += v.n_rows
+        v.first = 0
+        if v.row == row:
+            memcpy(total, sum_1, n * sizeof(double))
+            memcpy(total + 2 * stride, sum_2, n * sizeof(double))
+            memset(total + stride, 0, n * sizeof(double))
+            memset(total + 3 * stride, 0, n * sizeof(double))
+        else:
+            add_compensated(total, total + stride, sum_1, n)
+            add_compensated(total + 2 * stride, total + 3 * stride, sum_2, n)
+        v.row += 1
+
+
 cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:
     """The two sums of one chunk for the visit's features, into the job's."""
     cdef Job* job = v.job
@@ -665,13 +803,16 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     cdef bint first_block = True
     enter_chunk[lane](v, chunk, &row_end, lane_tag)
     piece = v.width
-    if plan.layout != LONG_RUN and (
+    if plan.layout != LONG_RUN and plan.layout != ROWS and (
         v.access[X] != DIRECT or v.access[G] != DIRECT or v.gate == BEFORE or plan.used[W]
+        or plan.used[S]
     ):
         piece = min(piece, <Py_ssize_t> GATHER_COLUMNS)
-    v.group = group_rows(plan, v.access, piece, TREE_ROWS, v.gate == BEFORE)
+    v.group = rows_at_hand(v, piece, TREE_ROWS)
     v.ahead = 0
-    if job.schedule.prefetch and not v.wide and plan.layout != LONG_RUN:
+    if (
+        job.schedule.prefetch and not v.wide and plan.layout != LONG_RUN and plan.layout != ROWS
+    ):
         # A half type's are widened in pieces of some columns, so that more rows are on their way:
         # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
         v.ahead = (
@@ -681,6 +822,8 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
     if plan.used[W]:
         set_weights[lane](v, lane_tag)
+    if plan.layout == ROWS:
+        reduce_own_rows[lane](v, row_end, total, lane_tag)
     while v.row < row_end:
         reduce_block_of_rows[lane](
             v, min(v.row + plan.block_rows, row_end), piece, lane_tag
@@ -703,10 +846,7 @@ cdef void point_outputs(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef int r
     for r in range(Y, W):
         if plan.used[r] and v.access[r] == DIRECT:
-            row_pointers(
-                v.segment, r, feature_at(plan, r, v.feature) + v.first * sizeof(lane), v.row,
-                v.n_rows, v.s.row[r],
-            )
+            find_rows(v, r, v.n_rows, True, v.s.row[r])
         elif plan.used[r]:
             for i in range(v.n_rows):
                 v.s.row[r][i] = <char*> (<lane*> v.s.buffer[r] + i * v.width)
@@ -748,12 +888,18 @@ cdef void apply_mixed(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nog
 cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nogil:
     cdef const Plan* plan = v.plan
     cdef Block block
+    if plan.used[S]:
+        n = v.n_rows
+        v.varies = point_parameters[lane](v, S, lane_tag)
+        point_parameters[lane](v, B, lane_tag)
     fill_block[lane](&block, v, n, lane_tag)
     block.row[X] = v.s.row[v.job.op.input if plan.used[G] else X]
     block.ahead = kernel_ahead(v)
     if plan.layout == LONG_RUN and v.access[Y] == DIRECT:
         block.ahead = v.job.schedule.prefetch_output
-    block.formula = ADDED if plan.used[R] and not plan.used[G] else AFFINE
+    block.formula = (
+        SCALED if plan.used[S] else ADDED if plan.used[R] and not plan.used[G] else AFFINE
+    )
     block.coef[X] = <char*> columns_at[lane](v, COEF_X, lane_tag)
     block.bias = <char*> columns_at[lane](v, BIAS, lane_tag)
     if not v.job.op.takes_dout:
@@ -761,42 +907,54 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     apply_block[lane](&block, lane_tag)
 
 
-cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
-    """The second visit to the columns at hand, for all rows up to one."""
+cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
+    """The second visit to the columns at hand of the rows at hand."""
     cdef const Plan* plan = v.plan
     cdef Py_ssize_t n, i
     cdef int r
     cdef Block block
-    v.group = group_rows(plan, v.access, v.width, APPLY_ROWS, v.gate == BEFORE)
+    if v.job.schedule.prefetch_output and plan.used[Y] and v.access[Y] == COPIED:
+        find_rows(v, Y, v.n_rows, True, v.s.row[Y])
+        for i in range(v.n_rows):
+            bn_prefetch(v.s.row[Y][i], v.width * size_of(plan.storage))
+    fetch_inputs[lane](v, lane_tag)
+    if plan.used[W]:
+        weigh_rows[lane](v, lane_tag)
+    point_outputs[lane](v, lane_tag)
+    n = pad_outputs[lane](v, lane_tag)
+    if v.job.op.formula == MIXED:
+        apply_mixed[lane](v, n, lane_tag)
+    elif v.job.op.formula == AFFINE:
+        apply_affine[lane](v, n, lane_tag)
+    else:
+        fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+        apply_block[lane](&block, lane_tag)
+    for r in range(Y, W):
+        if plan.used[r] and v.access[r] != DIRECT:
+            store_rows[lane](v, r, v.access[r], v.s.row[r], lane_tag)
+
+
+cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
+    """The same for all rows up to one; of rows of their own, piece by piece."""
+    cdef const Plan* plan = v.plan
+    v.group = rows_at_hand(v, v.width, APPLY_ROWS)
     v.ahead = 0
-    if v.job.schedule.prefetch_again and v.access[X] != GATHERED and plan.layout != LONG_RUN:
+    if (
+        v.job.schedule.prefetch_again and v.access[X] != GATHERED and plan.layout != LONG_RUN
+        and plan.layout != ROWS
+    ):
         v.ahead = rows_ahead(v.width * size_of(plan.storage))
-    while v.row < row_end:
+    while v.row < row_end and plan.layout != ROWS:
         v.n_rows = min(v.group, row_end - v.row)
-        if v.job.schedule.prefetch_output and plan.used[Y] and v.access[Y] == COPIED:
-            row_pointers(
-                v.segment, Y,
-                feature_at(plan, Y, v.feature) + v.first * size_of(plan.storage),
-                v.row, v.n_rows, v.s.row[Y],
-            )
-            for i in range(v.n_rows):
-                bn_prefetch(v.s.row[Y][i], v.width * size_of(plan.storage))
-        fetch_inputs[lane](v, lane_tag)
-        if plan.used[W]:
-            weigh_rows[lane](v, lane_tag)
-        point_outputs[lane](v, lane_tag)
-        n = pad_outputs[lane](v, lane_tag)
-        if v.job.op.formula == MIXED:
-            apply_mixed[lane](v, n, lane_tag)
-        elif v.job.op.formula == AFFINE:
-            apply_affine[lane](v, n, lane_tag)
-        else:
-            fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
-            apply_block[lane](&block, lane_tag)
-        for r in range(Y, W):
-            if plan.used[r] and v.access[r] != DIRECT:
-                store_rows[lane](v, r, v.access[r], v.s.row[r], lane_tag)
+        apply_at_hand[lane](v, lane_tag)
         v.row += v.n_rows
+    while v.row < row_end:
+        v.first = 0
+        while v.first < v.n_features:
+            v.n_rows = min(v.group, v.n_features - v.first)
+            apply_at_hand[lane](v, lane_tag)
+            v.first += v.n_rows
+        v.row += 1
 
 
 cdef void apply_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:
@@ -834,19 +992,37 @@ cdef void apply_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept
 
 # ---------------------------------------------------------------- tiles
 
+cdef inline Py_ssize_t visited_together(
+    const Job* job, const Plan* plan, bint applies, Py_ssize_t first, Py_ssize_t n,
+) noexcept nogil:
+    """Of n features: one where runs are walked along; where rows are their own and written, those
+    of the same lanes."""
+    cdef const double* wide = job.value[WIDE]
+    cdef Py_ssize_t alike = 1
+    if plan.layout == ROWS and applies:
+        while alike < n and wide[first + alike] == wide[first]:
+            alike += 1
+        return alike
+    return 1 if plan.layout == LONG_RUN else n
+
+
 cdef void visit_tile(
     Job* job, bint applies, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n_features, bint wide,
     Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
-    """One visit to one chunk of a tile, feature by feature where runs are walked along."""
+    """One visit to one chunk of a tile."""
     cdef Visit v
     v.job = job
     v.plan = &job.apply if applies else &job.reduce
     v.s = s
     v.wide = wide
-    v.n_features = 1 if v.plan.layout == LONG_RUN else n_features
+    v.scales = True
+    v.varies = False
     v.feature = first
     while v.feature < first + n_features:
+        v.n_features = visited_together(
+            job, v.plan, applies, v.feature, first + n_features - v.feature
+        )
         if applies:
             apply_chunk[lane](&v, chunk, lane_tag)
         else:
@@ -917,7 +1093,7 @@ cdef void finish_tile(
     cdef Py_ssize_t f
     if job.reduces:
         settle_tile[lane](job, first, n, s, lane_tag)
-    if not job.applies:
+    if not (job.applies or job.varying.unit):
         return
     read_parameter(&job.gamma_given, first, n, v[GAMMA] + first)
     if job.beta_given.data != NULL:
@@ -931,6 +1107,136 @@ cdef void finish_tile(
                 v[FACTOR_X][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
             job.op.set_constants(job, f, 1, True, lane_tag)
             v[WIDE][f] = 1
+
+
+# ---------------------------------------------------------------- gradients of gamma and beta
+#
+# Where these vary within a statistic, their gradients are sums over rows of all features, and the
+# order must not depend on tiles: four rows whose numbers begin with a multiple of four, or
+# TREE_COLUMNS columns likewise, are added in native lanes if all of them can, else in wide ones;
+# then one after the other, and after FOLD_ROWS or FOLD_COLUMNS to the unit's totals, with the
+# rounding errors kept.
+
+cdef void set_hat_columns(Visit* v, const lane* lane_tag) noexcept nogil:
+    cdef double** value = v.job.value
+    cdef lane* shift = <lane*> v.s.column[HAT_SHIFT]
+    cdef lane* scale = <lane*> v.s.column[HAT_SCALE]
+    cdef lane* rest = <lane*> v.s.column[HAT_REST]
+    cdef Py_ssize_t k, f
+    cdef double left
+    for k in range(v.n_features):
+        f = v.feature + k
+        left = (value[MEAN][f] - value[SHIFT_X][f]) + value[MEAN_LOW][f]
+        shift[k] = <lane> (value[SHIFT_X][f] * value[FACTOR_X][f])
+        scale[k] = <lane> (value[INV_STD][f] / value[FACTOR_X][f])
+        rest[k] = <lane> (-left * value[INV_STD][f] if left != 0 else 0.0)
+
+
+cdef void add_own_rows(
+    Visit* v, Py_ssize_t step, Py_ssize_t size, const lane* lane_tag,
+) noexcept nogil:
+    """dbeta and dgamma of the rows at hand, which are features, into the thread's sums."""
+    cdef const lane** x = <const lane**> v.s.row[X]
+    cdef const lane** g = <const lane**> v.s.row[G]
+    cdef const lane* shift = columns_at[lane](v, HAT_SHIFT, lane_tag)
+    cdef const lane* scale = columns_at[lane](v, HAT_SCALE, lane_tag)
+    cdef const lane* rest = columns_at[lane](v, HAT_REST, lane_tag)
+    cdef bint same = step == 1 and v.plan.feature_stride[S] == 0 and not v.wide
+    cdef double* s
+    cdef double* ss
+    cdef Py_ssize_t i = 0
+    while i < v.n_rows:
+        s = v.s.varying + (v.s.row[S][i] - v.plan.base[S]) // size
+        ss = s + v.job.varying.size
+        if same and i + 4 <= v.n_rows:
+            sum_four_rows[lane](x + i, g + i, v.width, shift + i, scale + i, rest + i, s, ss)
+            i += 4
+            continue
+        if step == 0:
+            sum_of_row[lane](x[i], g[i], v.width, shift + i, scale + i, rest + i, 0, s, ss)
+        elif step == 1:
+            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], 1, s, ss)
+        else:
+            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], step, s, ss)
+        i += 1
+
+
+cdef void add_columns(Visit* v, Py_ssize_t size, const lane* lane_tag) noexcept nogil:
+    """The same of the rows at hand, each of one value of every feature."""
+    cdef const lane* shift = <lane*> v.s.column[HAT_SHIFT]
+    cdef const lane* scale = <lane*> v.s.column[HAT_SCALE]
+    cdef const lane* rest = <lane*> v.s.column[HAT_REST]
+    cdef double* s
+    cdef Py_ssize_t i, j
+    for i in range(v.n_rows):
+        s = v.s.varying + (v.s.row[S][i] - v.plan.base[S]) // size
+        for j in range(0, v.width, 64):  # TREE_COLUMNS; Cython wants a literal step
+            sum_of_row[lane](
+                <lane*> v.s.row[X][i] + j, <lane*> v.s.row[G][i] + j,
+                min(<Py_ssize_t> TREE_COLUMNS, v.width - j), shift + j, scale + j, rest + j, 1,
+                s, s + v.job.varying.size,
+            )
+
+
+cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
+    """dbeta and dgamma of the visit's features, into the thread's sums."""
+    cdef const Plan* plan = v.plan
+    cdef Py_ssize_t chunk, row_end, size = 8 if plan.storage == FLOAT64 else 4
+    set_hat_columns[lane](v, lane_tag)
+    for chunk in range(plan.n_chunks):
+        enter_chunk[lane](v, chunk, &row_end, lane_tag)
+        v.group = rows_at_hand(v, v.width, 4)
+        if plan.layout == ROWS and v.group > 1:
+            v.group = max(<Py_ssize_t> 4, v.group // 4 * 4)
+        v.ahead = 0
+        while v.row < row_end:
+            v.n_rows = min(v.group, row_end - v.row)
+            if plan.layout == ROWS:
+                v.n_rows = min(v.group, v.n_features - v.first)
+            fetch_inputs[lane](v, lane_tag)
+            find_rows(v, S, v.n_rows, False, v.s.row[S])
+            if plan.layout == ROWS:
+                add_own_rows[lane](v, v.segment.run_stride[S] // size, size, lane_tag)
+                v.first += v.n_rows
+                if v.first < v.n_features:
+                    continue
+                v.first = 0
+                v.row += 1
+            else:
+                add_columns[lane](v, size, lane_tag)
+                v.row += v.n_rows
+
+
+cdef void sum_parameters(
+    Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
+) noexcept nogil:
+    """dbeta and dgamma of a tile, which has been finished and not yet been written over."""
+    cdef const double* wide = job.value[WIDE]
+    cdef Py_ssize_t size = job.varying.size, n_features = job.apply.n_features
+    cdef Py_ssize_t end = first % n_features + n, part, k = 0
+    cdef bint own = job.apply.layout == ROWS
+    cdef double* total = job.varying.totals + (first // job.varying.unit) * 4 * size
+    cdef Visit v
+    v.job = job
+    v.plan = &job.apply
+    v.s = s
+    v.scales = v.varies = False
+    part = n
+    if fold_run(wide + first, n) != 0:
+        part = 4 if own else TREE_COLUMNS
+    while k < n:
+        v.feature = first + k
+        v.n_features = min(part, n - k)
+        v.wide = fold_run(wide + v.feature, v.n_features) != 0
+        if v.wide:
+            add_features[double](&v, NULL)
+        else:
+            add_features[lane](&v, lane_tag)
+        k += part
+    if end % (FOLD_ROWS if own else FOLD_COLUMNS) == 0 or end == n_features:
+        add_compensated(total, total + size, s.varying, size)
+        add_compensated(total + 2 * size, total + 3 * size, s.varying + size, size)
+        memset(s.varying, 0, 2 * size * sizeof(double))
 
 
 # ---------------------------------------------------------------- threads
@@ -951,8 +1257,10 @@ cdef void sweep_tiles(
     if job.own_values:
         own = job[0]
         job = &own
+    if job.varying.unit:
+        memset(s.varying, 0, 2 * job.varying.size * sizeof(double))
     for tile in range(tile, end):
-        tile_range(&job.schedule, job.n_features, tile, &first, &n)
+        tile_range(&job.schedule, &job.apply, tile, &first, &n)
         if job.own_values:
             lay_out(job, s.values, job.schedule.tile + job.schedule.lead, first)
         if job.reduces or job.reduce.gate != NONE:
@@ -961,6 +1269,8 @@ cdef void sweep_tiles(
             for chunk in range(job.reduce.n_chunks):
                 reduce_tile[lane](job, chunk, first, n, s, lane_tag)
         finish_tile[lane](job, first, n, s, lane_tag)
+        if job.varying.unit:
+            sum_parameters[lane](job, first, n, s, lane_tag)
         if job.applies:
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_tile[lane](job, chunk, first, n, s, lane_tag)
@@ -974,7 +1284,7 @@ cdef void visit_chunks(
     cdef Py_ssize_t first, n, index, turn, n_tasks = end - task
     for turn in range(n_tasks):
         index = end - 1 - turn if applies else task + turn
-        tile_range(&job.schedule, job.n_features, index % job.schedule.n_tiles, &first, &n)
+        tile_range(&job.schedule, &job.apply, index % job.schedule.n_tiles, &first, &n)
         if applies:
             apply_tile[lane](job, index // job.schedule.n_tiles, first, n, s, lane_tag)
         else:
@@ -988,7 +1298,7 @@ cdef void visit_features(
     tile."""
     cdef Py_ssize_t tile, first, n, share, start
     for tile in range(job.schedule.n_tiles):
-        tile_range(&job.schedule, job.n_features, tile, &first, &n)
+        tile_range(&job.schedule, &job.apply, tile, &first, &n)
         share = max(<Py_ssize_t> SHARE_FEATURES, (n + n_threads - 1) // n_threads)
         start = thread * share
         if start >= n:
@@ -1005,10 +1315,12 @@ cdef void run_share(Job* job, int thread, int n_threads, const lane* lane_tag) n
     cdef Scratch s
     cdef Py_ssize_t tiles = job.schedule.n_tiles
     cdef Py_ssize_t n = tiles * job.reduce.n_chunks, m = tiles * job.apply.n_chunks
+    cdef Py_ssize_t together = job.schedule.together, shares = (tiles + together - 1) // together
     share_scratch(job, job.scratch + thread * job.scratch_bytes, &s)
     if job.schedule.sweep:
         sweep_tiles[lane](
-            job, thread * tiles // n_threads, (thread + 1) * tiles // n_threads, &s, lane_tag
+            job, thread * shares // n_threads * together,
+            min(tiles, (thread + 1) * shares // n_threads * together), &s, lane_tag,
         )
     else:
         if job.reduces or job.reduce.gate != NONE:

@@ -130,7 +130,8 @@ def batchnorm_forward(
         Scale and shift, of any real dtype; rounded to the dtype of computation.
     bn_param : dict, optional
         ``mode``: 'train' or 'test', required; ``eps``: 1e-5; ``momentum``: 0.9, the weight of the
-        old running average; ``running_mean``, ``running_var``: shape (C,), zeros. The running
+        old running average; ``ddof``: 0, or 1 for an unbiased running variance;
+        ``running_mean``, ``running_var``: shape (C,), zeros. The running
         averages are stored back as new arrays, changed in train mode only and not by an empty
         batch. None: train mode, no running averages.
     axis : int, default 1
@@ -179,9 +180,10 @@ def batchnorm_forward(
     influence on the statistics, not even as NaN. W = 0 leaves the running averages alone, and
     x_hat = 0.
 
-    The variance is the biased one throughout, for ``running_var`` too. In test mode mean and var
-    are the running averages. A feature of variance 0 gives beta, with eps = 0 as well: in train
-    mode 1/sqrt(0) is taken as 0. So does M = 1.
+    The variance is the biased one throughout, for ``running_var`` too unless ``ddof`` is 1: then
+    that is var * M/(M - 1), with weights var * W/(W - 1). In test mode mean and var are the running
+    averages. A feature of variance 0 gives beta, with eps = 0 as well: in train mode 1/sqrt(0) is
+    taken as 0. So does M = 1.
 
     References
     ----------
@@ -220,6 +222,9 @@ def batchnorm_forward(
     momentum = float(param.get("momentum", 0.9))
     if not math.isfinite(momentum):
         raise ValueError(f"bn_param['momentum'] must be finite, got {momentum}")
+    ddof = param.get("ddof", 0)
+    if ddof not in (0, 1):
+        raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof!r}")
     running_mean = _running_average(param, "running_mean", n_features, x.dtype)
     running_var = _running_average(param, "running_var", n_features, x.dtype)
     if (running_var < 0).any():
@@ -239,6 +244,14 @@ def batchnorm_forward(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     w = None if weights is None else _weights(weights, x, axis)
+    count = x.size // max(n_features, 1)
+    if weights is not None:
+        count = float(np.sum(weights, dtype=np.float64)) * count / max(np.size(weights), 1)
+    if train and 0 < count <= ddof:
+        raise ValueError(
+            "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
+            f" {count:g} values for each feature"
+        )
 
     mean = _mean(x, gamma, w) if train else running_mean.astype(x.dtype).reshape(against_x)
     centered = x - mean
@@ -254,7 +267,8 @@ def batchnorm_forward(
     x_hat = centered * inv_std
     if train and not is_empty:
         running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
-        running_var = momentum * running_var + (1 - momentum) * var.reshape(-1)
+        unbiased = var.reshape(-1) * (1 + ddof / (count - ddof))
+        running_var = momentum * running_var + (1 - momentum) * unbiased
 
     if out is not None and np.may_share_memory(out, stored):
         stored = stored.copy()
