@@ -185,8 +185,8 @@ class Sdist(sdist):
     """Add the files that setuptools does not find by itself (a MANIFEST.in in four lines)."""
 
     def make_distribution(self):
-        patterns = ["CHANGELOG.md", ".ci/*", "bn_fast/**/*.p*", "bn_fast/*.h", "docs/**/*.md",
-                    "docs/**/*.png", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
+        patterns = ["C*.md", ".ci/*", "bn_fast/**/*.p*", "bn_fast/*.h", "docs/*.*",
+                    "docs/templates/**/*.rst", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
         found = {path.as_posix() for pattern in patterns for path in Path().glob(pattern)}
         self.filelist.extend(sorted(found))
         self.filelist.remove_duplicates()

@@ -173,6 +173,7 @@ class Network:
     def __init__(self, norm: Norm, widths: list[int], seed: int):
         rng = np.random.default_rng(seed)
         self.norm = norm
+        self.step_seconds = 0.0
         self.losses: list[float] = []
         self.params: dict[str, np.ndarray] = {}
         for i, (n_in, n_out) in enumerate(pairwise(widths)):
@@ -275,9 +276,11 @@ def main() -> int:
             # An epoch each, in turn: a busy moment of the machine meets both. The last batch would
             # be smaller, and is left out.
             for network in networks.values():
+                begin = time.perf_counter()
                 for start in range(0, len(order) - options.batch + 1, options.batch):
                     chosen = order[start : start + options.batch]
                     network.train_step(x_train[chosen], y_train[chosen])
+                network.step_seconds += time.perf_counter() - begin
     spent = {name: network.norm.seconds for name, network in networks.items()}
     ours, theirs = (np.array(networks[name].losses) for name in ("bn_fast", "NumPy reference"))
     difference = float(np.abs(ours - theirs).max())
@@ -292,7 +295,9 @@ def main() -> int:
     print(f"largest difference of the losses:  {difference:.1e} over {len(ours)} steps", end="")
     print(f"  {verdict(checks[-1])}")
     for name, seconds in spent.items():
-        print(f"time in {options.norm} norm, {name + ':':<15}{seconds * 1e3:7.1f} ms")
+        whole = networks[name].step_seconds
+        print(f"time in {options.norm} norm, {name + ':':<15}{seconds * 1e3:7.1f} ms", end="")
+        print(f" of {whole * 1e3:.1f}: {seconds / whole:.0%} of a step")
     print(f"ratio: {spent['NumPy reference'] / spent['bn_fast']:.1f}")
     draw(networks, ours - theirs, options.norm).savefig(options.picture, dpi=150)
     print(f"loss curves: {options.picture}")

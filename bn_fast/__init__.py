@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ._config import __version__, build_info, show_config
 from ._threads import get_num_threads, set_num_threads
@@ -31,6 +32,9 @@ from .norms import (
     spatial_groupnorm_forward,
 )
 from .pieces import Moments, backward_apply, backward_reduce, moments, normalize
+
+if TYPE_CHECKING:
+    from . import reference as reference  # which types it for `import bn_fast` alone
 
 __all__ = [
     "BatchNorm",

@@ -438,9 +438,7 @@ def _check_cache(cache: Cache) -> None:
 
     x, axis, stats, options = cache.x, cache.axis, cache.stats, cache.options
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
-    require(
-        floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats"
-    )
+    require(floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats")
     require(type(axis) is int and 0 <= axis < x.ndim, "axis", f"in [0, {x.ndim})")
     n = x.shape[axis]
     parameters = np.float32, np.float64

@@ -17,7 +17,7 @@ from . import _layer_checks
 State = dict[str, NDArray[Any]]
 
 # PyTorch's names of the layer's state.
-_TORCH = {
+TORCH_NAMES = {
     "weight": "gamma",
     "bias": "beta",
     "running_mean": "running_mean",
@@ -52,7 +52,7 @@ def _demand_torch(module: Any) -> None:
     _demand(
         module, "module", kind, [getattr(torch.nn, n) for n in names] if torch else [], "forward"
     )
-    more = [f"{key!r} in its state" for key in module.state_dict() if key not in _TORCH]
+    more = [f"{key!r} in its state" for key in module.state_dict() if key not in TORCH_NAMES]
     if module._forward_hooks or module._forward_pre_hooks:
         more.append("forward hooks")
     if more:  # parametrizations, weight norm, submodules; or nobody knows what
@@ -70,7 +70,7 @@ def from_torch(module: Any) -> tuple[dict[str, Any], State]:
     """The constructor's arguments, and the state, of a module."""
     _demand_torch(module)
     state = {}
-    for theirs, ours in _TORCH.items():
+    for theirs, ours in TORCH_NAMES.items():
         tensor = getattr(module, theirs)
         if tensor is not None:
             tensor = tensor.detach().cpu()
@@ -96,7 +96,7 @@ def to_torch(module: Any, state: State, eps: float, momentum: float | None) -> N
     state = _fitting(state, module.num_features, "module", "weight" in tensors, "bias" in tensors)
     fitted = {}
     for key, old in tensors.items():
-        value = state[_TORCH[key]]
+        value = state[TORCH_NAMES[key]]
         new = fitted[key] = old.new_tensor(value)
         held = (new.double() if new.is_floating_point() else new).cpu().numpy()
         _check_held(value, held, f"module's {key}", old.dtype, eps)

@@ -1,5 +1,7 @@
 """The statistics of one part of the data, which add up to those of the whole."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -56,7 +58,8 @@ class Moments:
     would give, but for a few roundings of each part's own m2. A part without values changes
     nothing; a count beyond float64's range leaves NaN. ``a + b``, ``a.merge(b)`` and ``sum(parts)``
     merge from left to right; another order may change the last digit, and the same order always
-    gives the same bits.
+    gives the same bits. To a type checker ``sum`` may be 0, of no parts: `normalize` takes it as it
+    is, and ``functools.reduce(Moments.merge, parts)`` is Moments to it.
 
     Moments cannot be changed. They are equal if count, mean and m2 are, NaN being equal to NaN, and
     can be pickled and copied.
@@ -140,7 +143,7 @@ class Moments:
         with np.errstate(over="ignore", under="ignore"):
             return np.ldexp(np.sqrt(self._scaled_var(ddof)), self._exponent)
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: Moments) -> Moments:
         """The moments of both parts together."""
         if not isinstance(other, Moments):
             raise TypeError(f"other must be Moments, got {type(other).__name__}")
@@ -155,10 +158,10 @@ class Moments:
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # as in x: infinity, NaN
             return _merged(self, other)
 
-    def __add__(self, other: object) -> "Moments":
+    def __add__(self, other: object) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
-    def __radd__(self, other: object) -> "Moments":
+    def __radd__(self, other: object) -> Moments:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # of sum()
 
     def __eq__(self, other: object) -> bool:

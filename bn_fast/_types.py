@@ -1,11 +1,16 @@
 """Names for the types in the public signatures."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+# In the public signatures `help` shows these by name: their modules leave annotations unevaluated.
 Array = NDArray[np.floating[Any]]
+# An array that may be None, for which a type checker need not see a test before each use.
+MaybeArray = Array | Any
+BNParam = MutableMapping[str, Any]
 
 DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 

@@ -1,5 +1,7 @@
 """The norms as primitives of HIPS autograd, which differentiates NumPy code."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +68,7 @@ def batch_norm(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------

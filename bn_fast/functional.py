@@ -1,6 +1,8 @@
 """The public functions: check, one call down, return."""
 
-from collections.abc import Container, Iterator, MutableMapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +15,7 @@ from ._cache import Cache, Options
 from ._checks import GRADIENTS
 from ._core import core
 from ._threads import get_num_threads
-from ._types import Array
+from ._types import Array, BNParam
 
 __all__ = [
     "batchnorm_backward",
@@ -36,7 +38,7 @@ def batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     axis: int = 1,
     out: Array | None = None,
@@ -135,7 +137,7 @@ def batchnorm_forward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
     .. [2] K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition",
        CVPR 2016, arXiv:1512.03385: the residual is added between batch norm and activation.
     .. [3] A. L. Maas, A. Y. Hannun and A. Y. Ng, "Rectifier Nonlinearities Improve Neural Network
@@ -221,7 +223,7 @@ def _checked_forward(
     gamma: Array,
     beta: Array,
     axis: int,
-    bn_param: MutableMapping[str, Any] | None,
+    bn_param: BNParam | None,
     out: Array | None,
     options: Options | None,
 ) -> tuple[Array, Array, float, bool]:
@@ -255,7 +257,7 @@ def _checked_forward(
 
 
 @contextmanager
-def _stored(param: MutableMapping[str, Any] | None, values: dict[str, Any]) -> Iterator[None]:
+def _stored(param: BNParam | None, values: dict[str, Any]) -> Iterator[None]:
     """Store values in a mapping before something is done that cannot be taken back: it may refuse.
     Where one or the other fails the mapping is as before."""
     if param is None:
@@ -345,7 +347,7 @@ def batchnorm_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------
@@ -513,7 +515,7 @@ def batchnorm_double_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167: the first
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167: the first
        order, which is differentiated here once more.
 
     Examples
@@ -555,7 +557,7 @@ def spatial_batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     out: Array | None = None,
     activation: str | None = None,

@@ -5,11 +5,14 @@
 those two and nothing else.
 """
 
+from __future__ import annotations
+
+import sys
 import warnings
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,8 +21,8 @@ from . import _checks, _interchange, _layer_checks
 from ._cache import Cache
 from ._core import core
 from ._layer_checks import MOST_BATCHES, Setting
-from ._types import Array
-from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
+from ._types import Array, MaybeArray
+from .functional import batchnorm_backward, batchnorm_forward, n_threads_for, unbiasing
 
 __all__ = ["BatchNorm"]
 
@@ -37,6 +40,13 @@ _STATISTICS = "running_mean", "running_var", "num_batches"
 _AFFINE = "gamma", "beta"
 _UNCHECKED = "dgamma", "dbeta", "_has_warned"
 _LEFT_BY_CALLS = "_cache", "_trained", "_buffers"
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict` did not find, and what it had no use for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class BatchNorm:
@@ -107,6 +117,8 @@ class BatchNorm:
     The arguments, but for the three above, and the arrays may be set at any time and are checked as
     by the constructor. An array is kept as it is, not copied, where its dtype is the layer's.
 
+    ``layer(x)`` is ``layer.forward(x)``, with all of its arguments.
+
     Copies and pickles hold the parameters, gradients, statistics and settings, not what `forward`
     left for `backward`; a pickle is checked when it is read. Several threads may call
     ``forward(x, training=False)`` at once, unless buffers are reused; train in one thread at a
@@ -114,7 +126,7 @@ class BatchNorm:
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------
@@ -135,8 +147,6 @@ class BatchNorm:
     >>> layer.forward(np.array([[2.0, 20.0]]), training=False)
     array([[0., 0.]])
     """
-
-    _warns_at = 3  # the frame that called `forward`, from `_update`
 
     num_features = Setting(_layer_checks.n_features, fixed=True)
     eps = Setting(_checks.epsilon)
@@ -186,8 +196,8 @@ class BatchNorm:
         n = self._num_features
         self._gamma: Array = np.ones(n, self._dtype)
         self._beta: Array = np.zeros(n, self._dtype)
-        self.dgamma: Array | None = None
-        self.dbeta: Array | None = None
+        self.dgamma: MaybeArray = None
+        self.dbeta: MaybeArray = None
         self._running_mean = np.zeros(n)
         self._running_var = np.ones(n)
         self.num_batches = 0
@@ -221,7 +231,7 @@ class BatchNorm:
         self._buffers = {}
 
     @property
-    def gamma(self) -> Array | None:
+    def gamma(self) -> MaybeArray:
         return self._gamma if self._affine else None
 
     @gamma.setter
@@ -230,7 +240,7 @@ class BatchNorm:
             self._gamma = self._apart(self._affine_parameter(value, "gamma"))
 
     @property
-    def beta(self) -> Array | None:
+    def beta(self) -> MaybeArray:
         return self._beta if self._affine else None
 
     @beta.setter
@@ -276,7 +286,25 @@ class BatchNorm:
                 del self._buffers[name]
         return array
 
-    def forward(self, x: ArrayLike, training: bool = True) -> Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        training: bool = True,
+        *,
+        update_running: bool = True,
+        weights: ArrayLike | None = None,
+    ) -> Array:
+        """`forward`."""
+        return self.forward(x, training, update_running=update_running, weights=weights)
+
+    def forward(
+        self,
+        x: ArrayLike,
+        training: bool = True,
+        *,
+        update_running: bool = True,
+        weights: ArrayLike | None = None,
+    ) -> Array:
         """Normalize x, with its own statistics in training, else with the running ones.
 
         Parameters
@@ -287,6 +315,12 @@ class BatchNorm:
             for `backward`.
         training : bool, default True
             Whether to use, and average into the running statistics, those of x.
+        update_running : bool, default True
+            Whether a training batch is averaged into the running statistics; False leaves the layer
+            as it is, whatever the batch.
+        weights : array_like, optional
+            Weight of each element in the statistics, as for `batchnorm_forward`: bool (a mask), or
+            real and at least 0; broadcasts to x with length 1 along `axis`.
 
         Returns
         -------
@@ -296,18 +330,21 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If x is not real-valued or `training` no bool.
+            If x is not real-valued, or `training` or `update_running` no bool.
         ValueError
-            If x has another number of features, or is a bad batch and `bad_batch` is 'raise'. The
-            layer is then as it was.
+            If x has another number of features, the weights have a wrong shape or value, or x is a
+            bad batch and `bad_batch` is 'raise'. The layer is then as it was.
         """
         if training is not True:
             training = _layer_checks.flag(training, "training")
+        if update_running is not True:
+            update_running = _layer_checks.flag(update_running, "update_running")
         x = self._features(x)
         out = self._buffer("out", x, x) if self._buffers else None
         if training:
-            out, cache, count, mean, var = self._forward_batch(x, out)
-            self._update(count, mean, var)
+            out, cache, n_values, count, mean, var = self._forward_batch(x, out, weights)
+            if update_running:
+                self._update(n_values, count, mean, var)
         else:
             param = {
                 "mode": "test",
@@ -317,7 +354,13 @@ class BatchNorm:
             }
             # The copy: a step of gamma in place must not change what backward computes.
             out, cache = batchnorm_forward(
-                x, self._gamma.copy(), self._beta, param, axis=self._axis, out=out
+                x,
+                self._gamma.copy(),
+                self._beta,
+                param,
+                axis=self._axis,
+                out=out,
+                weights=weights,
             )
         self._cache, self._trained = cache, training
         if self._reuse_buffers:
@@ -369,12 +412,14 @@ class BatchNorm:
     # The two hooks, and the only place where running statistics change.
 
     def _forward_batch(
-        self, x: Array, out: Array | None
-    ) -> tuple[Array, Any, int, NDArray[np.float64], NDArray[np.float64]]:
+        self, x: Array, out: Array | None, weights: ArrayLike | None
+    ) -> tuple[Array, Any, int, float, NDArray[np.float64], NDArray[np.float64]]:
         """Output and cache (with an attribute x) of a training batch.
 
-        And what `_update` takes, of the batch: M, mean and biased variance.
+        And what `_update` takes, of the batch: M, the sum of M weights, mean and biased variance.
         """
+        if weights is not None:
+            return self._forward_weighted(x, out, weights)
         # Not through batchnorm_forward: all is checked, and its bn_param costs 3 us of 6.
         axis = self._axis % x.ndim
         gamma = self._gamma.copy()
@@ -382,7 +427,21 @@ class BatchNorm:
             x, gamma, self._beta, axis, self._eps, out, None, n_threads_for(x)
         )
         cache = Cache(x, gamma, stats, axis, self._eps, False, True)
-        return out, cache, x.size // self._num_features, stats[0], stats[3]
+        count = x.size // self._num_features
+        return out, cache, count, count, stats[0], stats[3]
+
+    def _forward_weighted(
+        self, x: Array, out: Array | None, weights: ArrayLike
+    ) -> tuple[Array, Any, int, float, NDArray[np.float64], NDArray[np.float64]]:
+        param = {"mode": "train", "eps": self._eps}
+        out, cache = batchnorm_forward(
+            x, self._gamma.copy(), self._beta, param, axis=self._axis, out=out, weights=weights
+        )
+        n_values = x.size // self._num_features
+        if cache.weights is not None:  # else they are all equal, and not 0
+            n_values = int(np.count_nonzero(cache.weights.take(0, cache.axis)))
+        mean, var = cache.stats[0], cache.stats[3]
+        return out, cache, n_values, cache.count, mean if cache.count else var, var  # NaN
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -390,11 +449,16 @@ class BatchNorm:
         """dx, dgamma and dbeta of a training batch, from the cache that `_forward_batch` made."""
         return _backward(dout, cache, out)
 
-    def _update(self, count: int, mean: NDArray[np.float64], var: NDArray[np.float64]) -> None:
+    def _update(
+        self, n_values: int, count: float, mean: NDArray[np.float64], var: NDArray[np.float64]
+    ) -> None:
         """Average a training batch into the running statistics."""
         what = ""
-        if count < 2:  # one value has no variance: its 0 would pull running_var down
-            what = f"the batch has {count} values for each feature, and a variance needs 2"
+        correction = unbiasing(count, self._ddof)
+        if n_values < 2:  # one value has no variance: its 0 would pull running_var down
+            what = f"the batch has {n_values} values for each feature, and a variance needs 2"
+        elif not correction:
+            what = f"the batch's weights sum to {count:g}, and an unbiased variance needs more"
         elif not (core.are_finite(mean) and core.are_finite(var)):
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
@@ -407,18 +471,18 @@ class BatchNorm:
                         f"{what}: running_mean and running_var are left as they were (said once;"
                         " bad_batch='raise' or 'propagate' does otherwise)",
                         RuntimeWarning,
-                        stacklevel=self._warns_at,
+                        stacklevel=_stacklevel_outside(),
                     )
                 self._has_warned = True
                 return
         n = self._num_batches
         m = self._momentum
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
-        if self._ddof:
-            var = var * (count / (count - self._ddof) if count > self._ddof else np.nan)
+        if not correction:
+            correction = np.nan
         running_mean, running_var = self._running_mean.copy(), self._running_var.copy()
         core.update_average(running_mean, mean, old, new)
-        core.update_average(running_var, var, old, new)
+        core.update_average(running_var, var, old, new * correction)
         self._running_mean, self._running_var = running_mean, running_var
         self._num_batches = n + 1 if n < MOST_BATCHES else n
 
@@ -448,20 +512,35 @@ class BatchNorm:
         }
         return state | {"num_batches": np.array(self.num_batches, np.int64)}
 
-    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+    def load_state_dict(self, state: Mapping[str, ArrayLike], *, strict: bool = True) -> LoadedKeys:
         """Take the state that `state_dict` gave, all of it or, on an error, nothing.
 
         gamma and beta are written to in place, so that they stay those to which an optimizer holds
         references; the running statistics become new arrays, as with each update.
 
+        Parameters
+        ----------
+        state : mapping
+            Of the names of `state_dict`, or PyTorch's: weight (gamma), bias (beta), running_mean,
+            running_var, num_batches_tracked (num_batches). Only the names differ: the momentum
+            stays, and so does `ddof`, which is 1 in PyTorch.
+        strict : bool, default True
+            False: what is missing stays as it is, and what is unexpected is not looked at.
+
+        Returns
+        -------
+        LoadedKeys
+            ``missing_keys`` and ``unexpected_keys``, two lists, empty when `strict`.
+
         Raises
         ------
         TypeError
-            If `state` is no mapping.
+            If `state` is no mapping, or `strict` no bool.
         ValueError
-            If a key is missing, unexpected, or its value has the wrong shape, kind or sign; the
-            message names all of them.
+            If a key is missing or unexpected (when `strict`), there under both of its names, or its
+            value has the wrong shape, kind or sign; the message names all of them.
         """
+        strict = _layer_checks.flag(strict, "strict")
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         checks = {
@@ -472,14 +551,24 @@ class BatchNorm:
             "num_batches": _layer_checks.count,
         }
         own = (*(_AFFINE if self._affine else ()), *_STATISTICS)
-        wrong = [f"{key!r} is missing" for key in own if key not in state]
-        wrong += [f"{key!r} is unexpected" for key in state if key not in own]
+        names: dict[str, str] = {}  # ours, and those of the state
+        wrong = []
+        for name in state:
+            key = _interchange.TORCH_NAMES.get(name, name)
+            if key in names:
+                wrong.append(f"{names[key]!r} and {name!r} are the same")
+            names[key] = name
+        missing = [key for key in own if key not in names]
+        unexpected = [name for key, name in names.items() if key not in own]
+        if strict:
+            wrong += [f"{key!r} is missing" for key in missing]
+            wrong += [f"{name!r} is unexpected" for name in unexpected]
         found: dict[str, Any] = {}
         for key in own:
-            if key in state:
+            if key in names:
                 try:
                     # A copy: the state may lie over the arrays that are written to.
-                    found[key] = copy(checks[key](state[key], repr(key)))
+                    found[key] = copy(checks[key](state[names[key]], repr(names[key])))
                 except (TypeError, ValueError) as error:
                     wrong.append(str(error))
         if wrong:
@@ -490,6 +579,7 @@ class BatchNorm:
                 array[...] = value
             else:
                 setattr(self, key, value)
+        return LoadedKeys(missing, unexpected)
 
     def _is_own(self, parameter: Array) -> bool:
         """Whether gamma or beta can be written to, and that without changing the other."""
@@ -711,6 +801,14 @@ class BatchNorm:
 
 def _backward(dout: ArrayLike, cache: Any, out: Array | None) -> tuple[Array, Array, Array]:
     return batchnorm_backward(dout, cache, out=out)
+
+
+def _stacklevel_outside() -> int:
+    """The `stacklevel` at which the caller's warning is about the code that called bn_fast."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "bn_fast":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _layout(x: Array) -> object:

@@ -5,6 +5,8 @@ rank merges them in rank order, so all ranks hold the same bits. The first numbe
 says whether it could take part: nobody waits for a rank that raised.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,7 +38,7 @@ class _Batch(NamedTuple):
 
 
 class SyncBatchNorm(BatchNorm):
-    """`BatchNorm` of the union of all ranks' batches.
+    """`bn_fast.BatchNorm` of the union of all ranks' batches.
 
     Parameters
     ----------
@@ -45,12 +47,12 @@ class SyncBatchNorm(BatchNorm):
     comm : mpi4py.MPI.Intracomm, optional
         Who takes part; None: ``MPI.COMM_WORLD``.
     **settings
-        Those of `BatchNorm`, the same on all ranks.
+        Those of `bn_fast.BatchNorm`, the same on all ranks.
 
     Raises
     ------
     TypeError, ValueError
-        As `BatchNorm`.
+        As `bn_fast.BatchNorm`.
 
     See Also
     --------
@@ -81,8 +83,6 @@ class SyncBatchNorm(BatchNorm):
            [ 1.]])
     """
 
-    _warns_at = 4
-
     def __init__(self, num_features: int, comm: Any = None, **settings: Any) -> None:
         super().__init__(num_features, **settings)
         if comm is None:
@@ -91,15 +91,26 @@ class SyncBatchNorm(BatchNorm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(comm).__name__}")
         self.comm = comm
 
-    def forward(self, x: ArrayLike, training: bool = True) -> Array:
-        """As `BatchNorm.forward`, in training of all ranks' batches together."""
+    def forward(
+        self,
+        x: ArrayLike,
+        training: bool = True,
+        *,
+        update_running: bool = True,
+        weights: ArrayLike | None = None,
+    ) -> Array:
+        """As `bn_fast.BatchNorm.forward`, in training of all ranks' batches together; no weights.
+
+        `update_running` is the same on all ranks.
+        """
+        options: dict[str, Any] = {"update_running": update_running, "weights": weights}
         if isinstance(training, (bool, np.bool_)) and not training:
-            return super().forward(x, training)
+            return super().forward(x, training, **options)
         with self._together(1 + 5 * self.num_features):
-            return super().forward(x, training)
+            return super().forward(x, training, **options)
 
     def backward(self, dout: ArrayLike) -> Array:
-        """As `BatchNorm.backward`, after training of all ranks' batches together."""
+        """As `bn_fast.BatchNorm.backward`, after training of all ranks' batches together."""
         if self._cache is not None and not self._trained:
             return super().backward(dout)
         with self._together(2 * self.num_features):
@@ -134,8 +145,13 @@ class SyncBatchNorm(BatchNorm):
         return gathered[:, 1:]
 
     def _forward_batch(
-        self, x: Array, out: Array | None
-    ) -> tuple[Array, Any, int, NDArray[np.float64], NDArray[np.float64]]:
+        self, x: Array, out: Array | None, weights: ArrayLike | None
+    ) -> tuple[Array, Any, int, float, NDArray[np.float64], NDArray[np.float64]]:
+        if weights is not None:
+            raise ValueError(
+                "weights must be None in training over several processes: leave out what has weight"
+                " 0 before the call, or take moments(x, weights=...) and normalize"
+            )
         axis = self.axis % x.ndim
         out = np.empty_like(x) if out is None else out  # no memory: before the others count on it
         whole = merge_packed(self._gather(pack(moments(x, axis=axis))))
@@ -150,7 +166,8 @@ class SyncBatchNorm(BatchNorm):
             statistics(whole, self.eps),
             n_threads_for(x),
         )
-        return out, _Batch(x, gamma, stats, whole.count), int(whole.count), stats[0], stats[3]
+        count = int(whole.count)
+        return out, _Batch(x, gamma, stats, whole.count), count, count, stats[0], stats[3]
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None

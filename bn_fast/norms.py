@@ -1,5 +1,7 @@
 """Layer, RMS, group and instance normalization: check, one call down, return."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -427,7 +429,7 @@ def groupnorm_forward(
 
     References
     ----------
-    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
+    .. [1] Wu and He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
 
     Examples
     --------
@@ -489,7 +491,7 @@ def groupnorm_backward(
 
     References
     ----------
-    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
+    .. [1] Wu and He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
 
     Examples
     --------

@@ -7,8 +7,10 @@ A batch in several parts is normalized in three steps, and so is its gradient fo
     backward_reduce(dout, x, ...)   sum of both sums           backward_apply(dout, x, ...)
 """
 
+from __future__ import annotations
+
 import math
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -112,7 +114,7 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
 @overload
 def normalize(
     x: ArrayLike,
-    moments: Moments,
+    moments: Moments | Literal[0],  # to a type checker sum() may be 0
     /,
     *,
     gamma: ArrayLike | None = None,
@@ -362,7 +364,7 @@ def backward_apply(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
 
     Examples
     --------

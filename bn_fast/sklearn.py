@@ -1,5 +1,7 @@
 """Batch normalization as a scikit-learn transformer, which learns its statistics part by part."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Self
@@ -45,17 +47,19 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     moments_ : Moments, or a list of them
         Count, mean and sum of squared deviations of all data seen. Once values were missing, one
         for each feature.
-    mean_, var_ : ndarray, float64, shape (n_features_in_,), or None
-        Mean and biased variance (÷M), from `moments_`. As in StandardScaler, var_ is None without
-        `with_std`, and mean_ with neither.
-    scale_ : ndarray, float64, shape (n_features_in_,), or None without `with_std`
-        What is divided by: ``sqrt(var_ + eps)``; also where var_ is beyond float64's range and its
-        root is not. With ``eps=0`` it is 1 for a feature that is constant up to roundings, as
-        StandardScaler says it: of M values, with u = 2**-52, ``var <= M u var + (M u mean)**2``.
-    n_samples_seen_ : int or float, or ndarray of shape (n_features_in_,)
+    mean_, var_ : ndarray, float64, shape (n_features,), or None
+        Mean and biased variance (÷M), from `moments_`. As in StandardScaler, `var_` is None without
+        `with_std`, and `mean_` with neither.
+    scale_ : ndarray, float64, shape (n_features,), or None without `with_std`
+        What is divided by: ``sqrt(var_ + eps)``; also where the variance is beyond float64's range
+        and its root is not. With ``eps=0`` it is 1 for a feature that is constant up to roundings,
+        as StandardScaler says it: of M values, with u = 2**-52,
+        ``var <= M u var + (M u mean)**2``.
+    n_samples_seen_ : int or float, or ndarray of shape (n_features,)
         M, the number of rows seen; with weights their sum. An array where features miss different
         numbers of values.
     n_features_in_ : int
+        C, the number of columns of X.
     feature_names_in_ : ndarray of str
         Only where the columns of X have names.
 

@@ -103,6 +103,9 @@ for by in range(size):
     for bad, error in ((np.ones((4, 2)), ValueError), (None, TypeError), (1j * x, TypeError)):
         fails(partial(layer.forward, bad if rank == by else x), error, by)
     fails(partial(layer.forward, x, "test" if rank == by else True), TypeError, by)
+    mask = np.ones((4, 1)) if rank == by else None
+    fails(partial(layer.forward, x, weights=mask), ValueError, by)  # they would be this rank's
+    layer.forward(x, update_running=False)
     fails(partial(layer.backward, x[1:] if rank == by else x), ValueError, by)
     assert layer.dgamma is None
     layer.backward(x)  # of the last forward that went well, and all is well again

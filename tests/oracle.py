@@ -51,14 +51,14 @@ def backward(
     t = g - g.mean(axis=others, keepdims=True) if centered else g
     std = np.sqrt(var + np.longdouble(eps))
     inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
-    biggest = largest(t)
-    if weights is not None:  # the sums come back to each element by its share
-        w = np.broadcast_to(np.asarray(weights, np.longdouble), g.shape)
-        share = (w / w.sum(axis=others, keepdims=True)).max(initial=0)
-        sums = [largest(a) for a in (gradients[1], gradients[2], x_hat)]
-        biggest = max(biggest, share * (sums[1] + sums[2] * sums[0]))
-    dx_scale = largest(gamma * inv_std) * biggest
     scales = [largest(_finite(a).sum(axis=others)) for a in (t * x_hat, g)]
+    biggest = largest(t)
+    if mean is None and not centered:  # sums of terms that may all be alike, times x_hat's largest
+        w = np.ones(1) if weights is None else weights
+        w = np.broadcast_to(np.asarray(w, np.longdouble), g.shape)
+        share = (w / w.sum(axis=others, keepdims=True)).max(initial=0)
+        biggest = max(biggest, share * (scales[1] + largest(x_hat) * scales[0]))
+    dx_scale = largest(gamma * inv_std) * biggest
     # What the oracle itself rounds: of a constant feature with weights x_hat is not quite 0.
     low = np.finfo(np.longdouble).eps * largest(inv_std)
     scales[0] += low * scales[1] * largest(np.asarray(x, np.float64))

@@ -68,6 +68,41 @@ class TestTorch:
             close(layer.running_var, module.running_var.numpy())
         assert layer.num_batches == int(module.num_batches_tracked) == 6
 
+    def test_its_state_is_loaded_by_its_names(self, torch, tmp_path):
+        """As tensors, or as arrays from a file; strictly or not, as PyTorch does."""
+        module = self.trained(torch)
+        expected = state_bits(BatchNorm.from_torch(module))
+        arrays = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+        np.savez(tmp_path / "state.npz", **arrays)
+        for state in (module.state_dict(), arrays, np.load(tmp_path / "state.npz")):
+            layer = BatchNorm(4, dtype=np.float64)
+            gamma = layer.gamma
+            assert layer.load_state_dict(state) == ([], [])
+            assert layer.gamma is gamma
+            assert_same_bits(state_bits(layer), expected)
+        layer = BatchNorm(4, dtype=np.float64)
+        part = {"weight": arrays["weight"], "scale": arrays["bias"], "bias": arrays["bias"][:3]}
+        del arrays["weight"], arrays["bias"]
+        with pytest.raises(ValueError, match="'gamma' is missing; 'beta' is missing"):
+            layer.load_state_dict(arrays)
+        with pytest.raises(ValueError, match=r"'bias' must have shape \(4,\)"):
+            layer.load_state_dict(part, strict=False)
+        with pytest.raises(ValueError, match=r"'bias' must be .*requires grad.*detach"):
+            layer.load_state_dict({"bias": module.bias}, strict=False)
+        assert_same_bits(state_bits(layer), state_bits(BatchNorm(4, dtype=np.float64)))
+        del part["bias"]
+        ours = layer.load_state_dict(part, strict=False)
+        theirs = torch.nn.BatchNorm1d(4).load_state_dict(
+            {key: torch.tensor(value) for key, value in part.items()}, strict=False
+        )
+        assert ours.unexpected_keys == theirs.unexpected_keys == ["scale"]
+        names = {"gamma": "weight", "beta": "bias", "num_batches": "num_batches_tracked"}
+        # PyTorch takes a missing num_batches_tracked for an old file's, and says nothing.
+        assert {names.get(key, key) for key in ours.missing_keys} == {
+            *theirs.missing_keys, "num_batches_tracked",
+        }  # fmt: skip
+        assert_same_bits([layer.gamma], [module.weight.detach().numpy()])
+
     def test_nothing_is_shared(self, torch):
         module = self.trained(torch)
         layer = BatchNorm.from_torch(module)

@@ -221,9 +221,9 @@ def test_another_layer_replaces_the_two_hooks_and_no_more():
     """As one does whose batch lies in several places: the state follows its statistics."""
 
     class Elsewhere(BatchNorm):
-        def _forward_batch(self, x, out):
-            out, cache, *_ = super()._forward_batch(x, out)
-            return out, cache, 5, np.full(3, 2.0), np.full(3, 8.0)
+        def _forward_batch(self, x, out, weights):
+            out, cache, *_ = super()._forward_batch(x, out, weights)
+            return out, cache, 5, 5, np.full(3, 2.0), np.full(3, 8.0)
 
         def _backward_batch(self, dout, cache, out):
             return np.full_like(dout, 7), np.full(3, 8), np.full(3, 9)
@@ -238,6 +238,85 @@ def test_another_layer_replaces_the_two_hooks_and_no_more():
     layer.load_state_dict(plain.state_dict())
     layer.forward(batch(), training=False), plain.forward(batch(), training=False)
     assert_same_bits([layer.backward(batch())], [plain.backward(batch())])
+
+
+# -- weights, calls without a trace, and layer(x)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((20, 3), 1), ((4, 3, 5, 5), 1), ((4, 5, 3), -1)])
+def test_weights_are_those_of_the_function(shape, axis, training, ddof):
+    x, dout, gamma, beta = problem(shape, axis, np.float32)
+    weights = np.random.default_rng(0).integers(0, 3, x.take([0], axis).shape)
+    x[np.broadcast_to(weights == 0, shape)] = np.nan
+    layer = BatchNorm(3, axis=axis, ddof=ddof, momentum=0.75)
+    layer.gamma, layer.beta = gamma, beta
+    layer.running_mean, layer.running_var = [0.5, 1, 2], [1, 2, 3]
+    param = {"mode": "train" if training else "test", "momentum": 0.75, "ddof": ddof}
+    param |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    out, cache = batchnorm_forward(x, gamma, beta, param, axis=axis, weights=weights)
+    assert_same_bits([layer(x, training, weights=weights)], [out])
+    assert_same_bits(
+        [layer.running_mean, layer.running_var], [param["running_mean"], param["running_var"]]
+    )
+    expected = batchnorm_backward(dout, cache)
+    assert_same_bits([layer.backward(dout), layer.dgamma, layer.dbeta], expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "ddof", "message"),
+    [
+        ([[0], [0], [0]], 0, "has 0 values"),
+        ([[0], [2], [0]], 0, "has 1 values"),
+        ([[0.25], [0.5], [0.25]], 1, "weights sum to 1, and an unbiased variance needs more"),
+    ],
+)
+def test_weights_may_leave_a_bad_batch(weights, ddof, message):
+    layer, x = trained(ddof=ddof, bad_batch="raise"), batch(3)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=message):
+        layer.forward(x, weights=weights)
+    assert_same_bits(snapshot(layer), before)
+    out = layer.forward(x, weights=weights, update_running=False)
+    assert_same_bits([out], [batchnorm_forward(x, layer.gamma, layer.beta, weights=weights)[0]])
+    assert_same_bits(snapshot(layer), before)
+    layer.bad_batch = "propagate"
+    layer.forward(x, weights=weights)
+    assert np.isnan(layer.running_var).all() == (message != "has 1 values")
+    assert np.isnan(layer.running_mean).all() == (message == "has 0 values")
+
+
+def test_weights_that_sum_to_1_are_no_single_value():
+    layer = BatchNorm(3, momentum=0)
+    layer.forward(batch(4), weights=[[0.25]] * 4)
+    np.testing.assert_allclose(layer.running_var, batch(4).astype(float).var(axis=0), rtol=1e-6)
+    assert layer.num_batches == 1
+
+
+@pytest.mark.parametrize("reuse_buffers", [False, True])
+def test_a_training_call_without_a_trace(reuse_buffers):
+    """The output and gradients of training; the running statistics of before."""
+    layer, other = (trained(reuse_buffers=reuse_buffers) for _ in range(2))
+    before = snapshot(layer)
+    x = batch(seed=7)
+    results = layer(x, update_running=False), layer.backward(x), layer.dgamma
+    assert_same_bits(snapshot(layer), before)
+    assert_same_bits(results, [other(x), other.backward(x), other.dgamma])
+    assert other.num_batches == layer.num_batches + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(with_nan(np.nan), update_running=False)  # nothing is averaged, and so nothing bad
+    with pytest.raises(TypeError, match="update_running must be True or False, got 0"):
+        layer(x, update_running=0)
+    assert_same_bits(snapshot(layer), before)
+
+
+@pytest.mark.parametrize("call", [BatchNorm.__call__, BatchNorm.forward])
+def test_a_warning_is_about_the_code_that_called(call):
+    with pytest.warns(RuntimeWarning, match="left as they were") as found:
+        call(BatchNorm(3), batch(1))
+    assert found[0].filename == __file__
 
 
 # -- bad batches
@@ -437,7 +516,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
     good = BatchNorm(3).state_dict()
     bad = {
         "'beta' is missing": {k: v for k, v in good.items() if k != "beta"},
-        "'weight' is unexpected": good | {"weight": np.ones(3)},
+        "'moving_mean' is unexpected": good | {"moving_mean": np.ones(3)},
+        "'gamma' and 'weight' are the same": good | {"weight": np.ones(3)},
         r"'gamma' must have shape \(3,\), .*got \(4,\)": good | {"gamma": np.ones(4)},
         "'running_var' must not be negative, got -1.0 for feature 1": good
         | {"running_var": [1.0, -1.0, 1.0]},
@@ -455,9 +535,32 @@ def test_a_state_that_does_not_fit_changes_nothing():
     everything = {"a": 1} | {k: v for k, v in good.items() if k != "beta"} | {"gamma": 1}
     with pytest.raises(ValueError, match="'beta' is missing; 'a' is unexpected; 'gamma' must have"):
         layer.load_state_dict(everything)
+    with pytest.raises(ValueError, match="'gamma' must have"):
+        layer.load_state_dict(everything, strict=False)
     with pytest.raises(TypeError, match="state must be a mapping, got list"):
         layer.load_state_dict([1])
+    with pytest.raises(TypeError, match="strict must be True or False, got None"):
+        layer.load_state_dict(good, strict=None)
     assert_same_bits(snapshot(layer), before)
+
+
+def test_part_of_a_state():
+    layer, other = trained(), BatchNorm(3)
+    state = layer.state_dict()
+    assert other.load_state_dict(state) == ([], [])
+    before = snapshot(layer)
+    gamma = layer.gamma
+    part = {"beta": [1, 2, 3], "a": 1, "num_batches": 7, "b": None}
+    keys = layer.load_state_dict(part, strict=False)
+    assert keys == (["gamma", "running_mean", "running_var"], ["a", "b"])
+    assert (keys.missing_keys, keys.unexpected_keys) == tuple(keys)
+    assert layer.gamma is gamma
+    assert_same_bits(snapshot(layer)[:1], before[:1])
+    assert_same_bits(snapshot(layer)[2:4], before[2:4])
+    assert (layer.beta == [1, 2, 3]).all()
+    assert layer.num_batches == 7
+    keys = BatchNorm(3, affine=False).load_state_dict(state, strict=False)
+    assert keys == ([], ["gamma", "beta"])
 
 
 @pytest.mark.parametrize(

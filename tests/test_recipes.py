@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_fast import batchnorm_forward
+from bn_fast import batchnorm_backward, batchnorm_forward
 
 from .arrays import normal
 from .judge import LIMIT, roundings
 from .process import run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
-MEMORY_MAP, DASK = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+MEMORY_MAP, DASK, DASK_STEP = re.findall(
+    r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
@@ -55,6 +57,13 @@ def test_dask(shape, chunks):
         cuts_features = names["x"].numblocks[1] > 1
         assert cuts_features == (chunks == "auto" or chunks[1] == 5)
         exec(DASK, names)
-    assert names["x"].numblocks[0] > 1
+        gamma, beta = names["gamma"], names["beta"] = np.linspace(1, 2, 30), np.arange(30.0)
+        dout = normal(shape, np.float64, 1)
+        names["dout"] = array.from_array(dout)
+        exec(DASK_STEP, names)
     expected = batchnorm_forward(x, np.ones(30), np.zeros(30))[0]
     assert roundings(names["y"].compute(), expected) <= LIMIT
+    expected, cache = batchnorm_forward(x, gamma, beta)
+    expected = expected, *batchnorm_backward(dout, cache)
+    for name, values in zip(("out", "dx", "dgamma", "dbeta"), expected, strict=True):
+        assert roundings(names[name].compute(), values) <= LIMIT

@@ -228,6 +228,29 @@ def test_hostile_data(dtype):
             np.testing.assert_allclose(a[..., own], b, rtol=0, atol=4e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(300, 20), (9, 3, 7, 7), (4, 3, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("x_size", "dout_size", "ddx_size", "gamma_size"),
+    [
+        (1e153, 1e200, 1e200, 1e-200),  # gamma / std sinks to 0; mean ddx dout leaves the range
+        (1e153, 1e100, 1e100, 1e-160),
+        (1e153, 1, 1e300, 1),
+        (1e-153, 1e-200, 1e-200, 1),
+    ],
+)
+def test_parts_that_leave_the_range(x_size, dout_size, ddx_size, gamma_size, shape, mode):
+    """As long as the results do not."""
+    ddx, ddgamma, ddbeta, dout, x, gamma = second_problem(shape, 1, np.float64)
+    x, dout, ddx = x_size * x, dout_size * dout, ddx_size * ddx
+    size = gamma_size / x_size * ddx_size  # of ddout
+    gamma, ddgamma, ddbeta = gamma_size * gamma, size * ddgamma, size * ddbeta
+    mean, var = given_statistics(mode, shape[1])
+    if mode == "test":
+        mean, var = x_size * mean, x_size**2 * var
+    check((ddx, ddgamma, ddbeta, dout, x, gamma), limit=6, mean=mean, var=var, eps=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_value_and_constant_features(dtype):
     ddx, ddgamma, ddbeta, dout, x, gamma = second_problem((1, 5), 1, dtype)

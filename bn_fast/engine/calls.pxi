@@ -61,6 +61,11 @@ cdef void set_varying(const Job* job, Plan* plan) noexcept:
 
 cdef void find_features_of(const Job* job, Features* features) noexcept:
     cdef cnp.npy_intp* stride[N_ROLES]
+    cdef cnp.ndarray x = array_of(job, X)
+    # Of columns that are joined the number must not depend on how many samples there are.
+    cdef bint merges = job.varying.gamma != NULL or (
+        nearest(x, ~job.features) < nearest(x, job.features)
+    )
     cdef int r
     for r in range(N_ROLES):
         stride[r] = NULL
@@ -68,7 +73,7 @@ cdef void find_features_of(const Job* job, Features* features) noexcept:
             stride[r] = cnp.PyArray_STRIDES(array_of(job, r))
     if job.varying.gamma != NULL:
         stride[S] = <cnp.npy_intp*> job.varying.stride
-    find_features(array_of(job, X), job.features, stride, features)
+    find_features(x, job.features, stride, merges, features)
 
 
 cdef void plan_visits(Job* job) noexcept:
@@ -539,13 +544,14 @@ cdef int sum_pairs(
     bint frozen, bint exact_mean, int n_threads,
 ) except -1:
     """The five sums, into rows of n values from v on: the means of ddx and dout, two rows each,
-    their mean product, and those of ddx and dout with x_hat; then dgamma and another row."""
+    their mean product times inv_std, and those of ddx and dout with x_hat; then dgamma and another
+    row."""
     cdef Job job
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
     cdef double m = <double> (cnp.PyArray_SIZE(x) // n)
     cdef double* inv_std = <double*> cnp.PyArray_DATA(stats) + 2 * n
     cdef double* dgamma = v + 7 * n
-    cdef cnp.ndarray plain = new_statistics(n)  # of dout: its mean, and no scale
+    cdef cnp.ndarray plain = new_statistics(n)  # of dout: its mean, and the factor
     cdef double* value = <double*> cnp.PyArray_DATA(plain)
     if not frozen:
         new_job(&job, BACKWARD, x, stats, axis, n_threads)
@@ -555,22 +561,15 @@ cdef int sum_pairs(
         sum_pair(&job, dout, v + 2 * n, v + 6 * n)
         sum_pair(&job, ddx, v, v + 5 * n)
     memcpy(value, v + 2 * n, 2 * n * sizeof(double))
-    for f in range(n):
-        value[2 * n + f] = 1
-        value[3 * n + f] = 0
+    memcpy(value + 2 * n, inv_std, n * sizeof(double))  # a product alone may leave the range
+    memset(value + 3 * n, 0, n * sizeof(double))
     new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, axis, n_threads)
     job.exact_mean = exact_mean
     job.value[DGAMMA] = dgamma
     job.value[DBETA] = dgamma + n
-    if frozen:  # no mean is wanted, and the sum alone may leave the range
-        job.value[MULTIPLIER] = inv_std
     sum_pair(&job, ddx, NULL, v + 4 * n)
     if not frozen:
         for f in range(n):
-            if isfinite(dgamma[f]):
-                dgamma[f] *= inv_std[f]
-            else:
-                dgamma[f] = v[4 * n + f] * inv_std[f] * m
             dgamma[f] -= inv_std[f] * m * v[5 * n + f] * v[6 * n + f]
     return 0
 
@@ -835,7 +834,7 @@ def norm_backward(
         set_parameter(&job.gamma_given, gamma)
     job.reduces = needs_dx or (needs_sums and not within)
     job.applies = needs_dx
-    job.exact_mean = has_mean and not within
+    job.exact_mean = has_mean
     job.eps = eps
     sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
     if sums == NULL:

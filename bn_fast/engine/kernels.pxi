@@ -109,6 +109,9 @@ cdef struct AddedOpened:      # ... of x' + bias + r
 cdef struct Gradient:         # g' + x' + bias, g having come through the activation
     char unused
 
+cdef struct ScaledGradient:   # (s g)' + x' + bias
+    char unused
+
 cdef struct Mixed:            # g' + r' + x' + bias
     char unused
 
@@ -119,6 +122,7 @@ ctypedef fused formula:
     Opened
     AddedOpened
     Gradient
+    ScaledGradient
     Mixed
 
 cdef enum:                    # formulas
@@ -128,6 +132,7 @@ cdef enum:                    # formulas
     OPENED
     ADDED_OPENED
     GRADIENT
+    SCALED_GRADIENT
     MIXED
     N_FORMULAS
 
@@ -516,6 +521,43 @@ cdef void sum_products_along(
     memcpy(block.sum_2, ss, sizeof(ss))
 
 
+cdef inline void sum_scaled_tree(
+    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, lane shift_x, lane shift_g,
+    lane one, double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """Four times LANES elements of a row, t = scale g - its shift."""
+    cdef Py_ssize_t j
+    cdef lane d0, d1, d2, d3, t0, t1, t2, t3
+    for j in range(LANES):
+        d0 = plus(x[j], -shift_x, one)
+        d1 = plus(x[LANES + j], -shift_x, one)
+        d2 = plus(x[2 * LANES + j], -shift_x, one)
+        d3 = plus(x[3 * LANES + j], -shift_x, one)
+        t0 = g[j] * scale[j * step] - shift_g
+        t1 = g[LANES + j] * scale[(LANES + j) * step] - shift_g
+        t2 = g[2 * LANES + j] * scale[(2 * LANES + j) * step] - shift_g
+        t3 = g[3 * LANES + j] * scale[(3 * LANES + j) * step] - shift_g
+        s[j] += <double> ((t0 + t1) + (t2 + t3))
+        ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
+
+
+cdef inline void sum_scaled_run(
+    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, Py_ssize_t width,
+    lane shift_x, lane shift_g, double* restrict s, double* restrict ss,
+) noexcept nogil:
+    cdef Py_ssize_t i, k, whole = width // (4 * LANES) * (4 * LANES)
+    cdef lane[4 * LANES] x_last, g_last, last
+    cdef lane one = <lane> bn_one()
+    for i in range(0, whole, 64):  # 4 * LANES; Cython wants a literal step
+        sum_scaled_tree(x + i, g + i, scale + i * step, step, shift_x, shift_g, one, s, ss)
+    if whole < width:
+        for k in range(4 * LANES):
+            x_last[k] = x[whole + k] if whole + k < width else shift_x
+            g_last[k] = g[whole + k] if whole + k < width else shift_g
+            last[k] = scale[(whole + k) * step] if whole + k < width else 1
+        sum_scaled_tree(x_last, g_last, last, 1, shift_x, shift_g, one, s, ss)
+
+
 cdef void sum_products_by_row(
     const Block* block, const lane* lane_tag, const activation* activation_tag,
 ) noexcept nogil:
@@ -531,10 +573,24 @@ cdef void sum_products_by_row(
         set_lanes[lane](shift_g, (<const lane*> block.shift[G])[r])
         set_lanes[double](s, 0)
         set_lanes[double](ss, 0)
-        sum_products_run(
-            <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
-            shift_x, shift_g, one, s, ss, shift_x, shift_x, shift_x, 0, <const Identity*> NULL,
-        )
+        if block.formula != SCALED_GRADIENT:
+            sum_products_run(
+                <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
+                shift_x, shift_g, one, s, ss, shift_x, shift_x, shift_x, 0,
+                <const Identity*> NULL,
+            )
+        elif block.varies:
+            sum_scaled_run(
+                <const lane*> block.row[X][r], <const lane*> block.row[G][r],
+                <const lane*> block.row[S][r], 1, block.width, shift_x[0], shift_g[0],
+                s, ss,
+            )
+        else:
+            sum_scaled_run(
+                <const lane*> block.row[X][r], <const lane*> block.row[G][r],
+                <const lane*> block.row[S][r], 0, block.width, shift_x[0], shift_g[0],
+                s, ss,
+            )
         block.sum_1[r] = fold_run(s, LANES)
         block.sum_2[r] = fold_run(ss, LANES)
 
@@ -560,8 +616,10 @@ cdef inline lane combine(
     """One element.  The bias comes before a residual and after gradients: that is where the digits
     are."""
     cdef lane d, z
-    if formula is Gradient or formula is Mixed:
+    if formula is Gradient or formula is ScaledGradient or formula is Mixed:
         d = plus(x, -k, one)
+        if formula is ScaledGradient:
+            g = g * scale
         z = (let_through(g, d, open_scale, open_bias, slope, activation_tag) - m) * b
         if formula is Mixed:
             z = z + (r - n) * e
@@ -581,6 +639,13 @@ cdef inline lane combine(
 
 cdef inline bint takes_second(const formula* formula_tag) noexcept nogil:
     return not (formula is Affine or formula is Added or formula is Scaled)
+
+
+cdef inline bint takes_rows(const formula* formula_tag) noexcept nogil:
+    """Whether norms have it, whose rows have constants of their own."""
+    return (
+        formula is Affine or formula is Scaled or formula is Gradient or formula is ScaledGradient
+    )
 
 
 cdef inline bint takes_third(const formula* formula_tag) noexcept nogil:
@@ -607,7 +672,7 @@ cdef inline void apply_four(
         k = shift_x[j]
         a = coef_x[j]
         c = bias[j]
-        if formula is Gradient or formula is Mixed:
+        if formula is Gradient or formula is ScaledGradient or formula is Mixed:
             m = shift_g[j]
             b = coef_g[j]
             if activation is not Identity:
@@ -675,7 +740,7 @@ cdef inline void apply_row(
     cdef lane factor = 1, term = 0
     for j in range(width):
         k = j * each
-        if formula is Scaled:
+        if formula is Scaled or formula is ScaledGradient:
             factor = scale[j * varies]
             term = beta[j * varies]
         y[j] = combine(
@@ -731,28 +796,84 @@ cdef inline void apply_singly(
             strip += step
 
 
-cdef inline void apply_row_by_row(
-    const Block* block, Py_ssize_t varies, const lane* lane_tag, const formula* formula_tag,
-    const activation* activation_tag,
+cdef inline void apply_own_four(
+    const lane* restrict x0, const lane* restrict x1,
+    const lane* restrict x2, const lane* restrict x3,
+    const lane* restrict g0, const lane* restrict g1,
+    const lane* restrict g2, const lane* restrict g3,
+    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
+    const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
+    const lane* restrict scale, const lane* restrict beta, Py_ssize_t varies, lane one,
+    const formula* formula_tag,
 ) noexcept nogil:
-    """The same where each row has its own constants."""
-    cdef Py_ssize_t i
+    """Four rows with constants of their own and gamma and beta in common; shift_x, shift_g, coef_x,
+    coef_g, bias are those of the four."""
+    cdef Py_ssize_t j
+    cdef lane s, t
+    for j in range(width):
+        s = scale[j * varies]
+        t = beta[j * varies]
+        y0[j] = combine(
+            x0[j], g0[j], 0, k[0], m[0], 0, a[0], b[0], 0, c[0], 0, 0, 0, one, s, t, formula_tag,
+            <const Identity*> NULL,
+        )
+        y1[j] = combine(
+            x1[j], g1[j], 0, k[1], m[1], 0, a[1], b[1], 0, c[1], 0, 0, 0, one, s, t, formula_tag,
+            <const Identity*> NULL,
+        )
+        y2[j] = combine(
+            x2[j], g2[j], 0, k[2], m[2], 0, a[2], b[2], 0, c[2], 0, 0, 0, one, s, t, formula_tag,
+            <const Identity*> NULL,
+        )
+        y3[j] = combine(
+            x3[j], g3[j], 0, k[3], m[3], 0, a[3], b[3], 0, c[3], 0, 0, 0, one, s, t, formula_tag,
+            <const Identity*> NULL,
+        )
+
+
+cdef void apply_by_row(
+    const Block* block, Py_ssize_t varies, const lane* lane_tag, const formula* formula_tag,
+) noexcept nogil:
+    """Rows with constants of their own; four at a time where gamma and beta are the same."""
+    cdef Py_ssize_t i = 0
     cdef lane one = <lane> bn_one()
+    cdef lane[4] k, m, a, b, c
+    cdef bint scaled = formula is Scaled or formula is ScaledGradient
+    cdef char** x
     cdef char** g
-    for i in range(block.n_rows):
-        g = block.row[G] + i if takes_second(formula_tag) else block.row[X] + i
+    cdef char** y
+    cdef const lane* scale
+    cdef const lane* beta
+    while i < block.n_rows:
+        x = block.row[X] + i
+        y = block.row[Y] + i
+        g = block.row[G] + i if takes_second(formula_tag) else x
+        scale = <const lane*> (block.row[S][i] if scaled else block.shift[X])
+        beta = <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X])
+        if i + 4 <= block.n_rows and (not scaled or block.row[S][i] == block.row[S][i + 3]):
+            memcpy(k, <const lane*> block.shift[X] + i, 4 * sizeof(lane))
+            memcpy(m, <const lane*> block.shift[G] + i, 4 * sizeof(lane))
+            memcpy(a, <const lane*> block.coef[X] + i, 4 * sizeof(lane))
+            memcpy(b, <const lane*> block.coef[G] + i, 4 * sizeof(lane))
+            memcpy(c, <const lane*> block.bias + i, 4 * sizeof(lane))
+            apply_own_four(
+                <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
+                <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
+                <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
+                k, m, a, b, c, scale, beta, varies, one, formula_tag,
+            )
+            i += 4
+            continue
         apply_row(
-            <const lane*> block.row[X][i], <const lane*> g[0], <const lane*> g[0],
-            <lane*> block.row[Y][i], block.width,
-            <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
+            <const lane*> x[0], <const lane*> g[0], <const lane*> x[0], <lane*> y[0],
+            block.width, <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
             <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
             <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
             <const lane*> block.bias + i, <const lane*> block.open_scale,
-            <const lane*> block.open_bias, 0, <lane> block.slope, one,
-            <const lane*> (block.row[S][i] if formula is Scaled else block.shift[X]),
-            <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]), varies,
-            formula_tag, activation_tag,
+            <const lane*> block.open_bias, 0, 0, one, scale, beta, varies, formula_tag,
+            <const Identity*> NULL,
         )
+        i += 1
 
 
 cdef void apply_formula(
@@ -760,13 +881,11 @@ cdef void apply_formula(
     const activation* activation_tag,
 ) noexcept nogil:
     if block.walk == BY_ROW:
-        if activation is Identity and (
-            formula is Affine or formula is Scaled or formula is Gradient
-        ):
-            if formula is Scaled and block.varies:
-                apply_row_by_row(block, 1, lane_tag, formula_tag, activation_tag)
+        if activation is Identity and takes_rows(formula_tag):
+            if block.varies:
+                apply_by_row(block, 1, lane_tag, formula_tag)
             else:
-                apply_row_by_row(block, 0, lane_tag, formula_tag, activation_tag)
+                apply_by_row(block, 0, lane_tag, formula_tag)
     elif block.walk == ALONG:
         apply_singly(block, 0, lane_tag, formula_tag, activation_tag)
     elif block.ahead or formula is Scaled:
@@ -799,6 +918,7 @@ cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* act
     if activation is Identity:
         row.apply[MIXED] = <Kernel> apply_formula[lane, Mixed, activation]
         row.apply[SCALED] = <Kernel> apply_formula[lane, Scaled, activation]
+        row.apply[SCALED_GRADIENT] = <Kernel> apply_formula[lane, ScaledGradient, activation]
     else:
         row.apply[OPENED] = <Kernel> apply_formula[lane, Opened, activation]
         row.apply[ADDED_OPENED] = <Kernel> apply_formula[lane, AddedOpened, activation]
@@ -863,6 +983,48 @@ cdef void sum_four_rows(
             (g0[j] * x_hat_of(x0[j], k0, r0, c0) + g1[j] * x_hat_of(x1[j], k1, r1, c1))
             + (g2[j] * x_hat_of(x2[j], k2, r2, c2) + g3[j] * x_hat_of(x3[j], k3, r3, c3))
         )
+
+
+cdef void differentiate_four(
+    const lane* restrict x0, const lane* restrict x1,
+    const lane* restrict x2, const lane* restrict x3,
+    const lane* restrict g0, const lane* restrict g1,
+    const lane* restrict g2, const lane* restrict g3,
+    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
+    const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
+    const lane* scale, const lane* rest, const lane* restrict factor,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """The same, and the rows of dx as SCALED_GRADIENT makes them: in one walk, as most of either is
+    to come by x and dout."""
+    cdef Py_ssize_t j
+    cdef lane k0 = k[0], k1 = k[1], k2 = k[2], k3 = k[3]
+    cdef lane m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3]
+    cdef lane a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3]
+    cdef lane b0 = b[0], b1 = b[1], b2 = b[2], b3 = b[3]
+    cdef lane c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3]
+    cdef lane r0 = scale[0], r1 = scale[1], r2 = scale[2], r3 = scale[3]
+    cdef lane h0 = rest[0], h1 = rest[1], h2 = rest[2], h3 = rest[3]
+    cdef lane d0, d1, d2, d3, t0, t1, t2, t3, f
+    for j in range(width):
+        f = factor[j]
+        t0 = g0[j]
+        t1 = g1[j]
+        t2 = g2[j]
+        t3 = g3[j]
+        d0 = x0[j] - k0
+        d1 = x1[j] - k1
+        d2 = x2[j] - k2
+        d3 = x3[j] - k3
+        s[j] += <double> ((t0 + t1) + (t2 + t3))
+        ss[j] += <double> (
+            (t0 * (d0 * r0 + h0) + t1 * (d1 * r1 + h1))
+            + (t2 * (d2 * r2 + h2) + t3 * (d3 * r3 + h3))
+        )
+        y0[j] = ((t0 * f - m0) * b0 + d0 * a0) + c0
+        y1[j] = ((t1 * f - m1) * b1 + d1 * a1) + c1
+        y2[j] = ((t2 * f - m2) * b2 + d2 * a2) + c2
+        y3[j] = ((t3 * f - m3) * b3 + d3 * a3) + c3
 
 
 cdef void sum_one_row(

@@ -121,10 +121,22 @@ cdef inline void set_role(Plan* plan, int role, cnp.ndarray array) noexcept:
     plan.stride[role] = cnp.PyArray_STRIDES(array) if plan.used[role] else NULL
 
 
+cdef Py_ssize_t nearest(cnp.ndarray key, unsigned long long which) noexcept:
+    """How far apart the elements are along the nearest axis of a mask, be it of length 1."""
+    cdef Py_ssize_t least = INTPTR_MAX
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(key)):
+        if which >> d & 1:
+            least = min(least, distance(cnp.PyArray_STRIDES(key)[d]))
+    return least
+
+
 cdef void find_features(
-    cnp.ndarray key, unsigned long long which, cnp.npy_intp** stride, Features* features,
+    cnp.ndarray key, unsigned long long which, cnp.npy_intp** stride, bint merges,
+    Features* features,
 ) noexcept:
-    """Merge the axes of a mask, with those strides for each role (NULL: none)."""
+    """The axes of a mask, merged where that is one longer axis by the strides of each role (NULL:
+    none)."""
     cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(key)
     cdef int d, r, last = -1
     cdef bint merge
@@ -132,7 +144,7 @@ cdef void find_features(
     for d in range(cnp.PyArray_NDIM(key)):
         if not which >> d & 1 or (shape[d] == 1 and which != <unsigned long long> 1 << d):
             continue
-        merge = features.n > 0
+        merge = merges and features.n > 0
         for r in range(N_ROLES):
             merge = merge and (stride[r] == NULL or stride[r][last] == stride[r][d] * shape[d])
         if merge:
@@ -278,7 +290,8 @@ cdef void choose_layout(
     cdef Py_ssize_t n = plan.n_features, join, piece
     cdef Py_ssize_t length = axes.size[axes.n - 1] if axes.n > 0 else 1
     cdef bint runs = axes.n > 0 and (
-        n == 1 or distance(axes.key[axes.n - 1]) < distance(feature_key)
+        (n == 1 and not plan.by_row) or distance(axes.key[axes.n - 1]) < feature_key
+        or plan.feature_stride[S] != 0  # columns have no gamma of their own
     )
     cdef bint stacked = columns_touch(plan, axes, runs, True)
     cdef int r
@@ -386,11 +399,7 @@ cdef void make_plan(
     length = axes.size[axes.n - 1] if axes.n > 0 else 1
     for d in range(features.n):
         rows = rows // features.size[d]
-    choose_layout(
-        plan, &axes,
-        cnp.PyArray_STRIDES(key)[features.dim[features.n - 1]] if features.n > 0 else 0,
-        rows // length,
-    )
+    choose_layout(plan, &axes, nearest(key, which), rows // length)
     choose_accesses(plan)
     cut_rows(plan)
 

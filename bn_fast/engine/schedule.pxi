@@ -26,7 +26,7 @@ cdef inline Py_ssize_t sweep_bytes() noexcept nogil:
 
 cdef inline Py_ssize_t rows_bytes() noexcept nogil:
     """Rows between their two visits."""
-    return cache[1] // 8
+    return cache[1] // 2
 
 
 cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
@@ -282,7 +282,9 @@ cdef Py_ssize_t group_rows(
     const Plan* plan, const Access* access, Py_ssize_t width, Py_ssize_t step, bint gate_before,
 ) noexcept nogil:
     """Rows taken at a time: a whole block, or what fits the buffers in multiples of `step`."""
-    cdef bint direct = not (gate_before or plan.used[W] or (plan.used[S] and plan.used[G]))
+    cdef bint direct = not (
+        gate_before or plan.used[W] or (plan.used[S] and plan.used[G] and plan.layout != ROWS)
+    )
     cdef int r
     for r in range(W):
         direct = direct and access[r] == DIRECT

@@ -45,7 +45,7 @@ cdef enum:
     MULTIPLIER                # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
     MEAN_R                    # means of ddx
     MEAN_R_LOW
-    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean)
+    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean) inv_std
     ALONG_R                   # mean ddx x_hat
     ALONG_G                   # mean dout x_hat
     DDGAMMA
@@ -203,6 +203,13 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
+cdef inline double gamma_at(const Plan* plan, Py_ssize_t f, const Place* place) noexcept nogil:
+    """gamma where it varies within a statistic, of a value of feature f."""
+    return load_value(
+        FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value_at(plan, S, f, place)
+    )
+
+
 cdef Py_ssize_t sample_rows(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
     float[MAX_COLUMNS]* sample, const lane* lane_tag,
@@ -279,12 +286,22 @@ cdef void sample_shift(
     """
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
-    cdef Py_ssize_t step = sample_rows(
+    cdef lane[3][MAX_COLUMNS] scaled
+    cdef Py_ssize_t f, k, step = sample_rows(
         &job.reduce, role, first, n_features, row, sample, lane_tag
     )
     cdef bint around_zero = role == G
     cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
     cdef double* spread = job.value[SPREAD] + first
+    if role == G and job.reduce.used[S]:  # what is summed
+        for k in range(3):
+            for f in range(n_features):
+                scaled[k][f] = <lane> (
+                    (<const lane*> (row[k] + f * step))[0]
+                    * gamma_at(&job.reduce, first + f, &job.reduce.sample[k])
+                )
+            row[k] = <char*> scaled[k]
+        step = sizeof(lane)
     if step != sizeof(lane):
         sample_features(
             row[0], row[1], row[2], step, n_features, around_zero, shift, spread, lane_tag
@@ -428,7 +445,8 @@ cdef void drop_gated_shift(
 cdef enum:
     LOOKS = 8                 # values at which a doubtful shift of dout is looked at again
 
-cdef struct Looks:            # their addresses, of x, dout and the residual
+cdef struct Looks:            # where they are, and their addresses: of x, dout and the residual
+    Place place[LOOKS]
     char* value[3][LOOKS]
 
 
@@ -459,6 +477,8 @@ cdef double distance_from_mean(
         at[role] = (f - first) * plan.feature_stride[role]
     for k in range(LOOKS):
         g = load_value(plan.storage, look.value[G][k] + at[G])
+        if plan.used[S]:
+            g *= gamma_at(plan, f, &look.place[k])
         if plan.gate != NONE:
             x = load_value(plan.storage, look.value[X][k] + at[X])
             if plan.used[R]:
@@ -486,18 +506,19 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef double* mean = v[MEAN_G]
     cdef double* doubtful = v[SPREAD]
     cdef double distance, step, n_far = 0
-    cdef Place place
+    cdef Place* place
     mark_doubtful(shift + first, mean + first, doubtful + first, n_features)
     if fold_run(doubtful + first, n_features) == 0:
         return 0
-    place.segment = 0
     for k in range(LOOKS):
+        place = &look.place[k]
+        place.segment = 0
         place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
         place.joined = k % segment.n_joined
         place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
         for role in range(3):
             if plan.used[role]:
-                look.value[role][k] = value_at(plan, role, first, &place)
+                look.value[role][k] = value_at(plan, role, first, place)
     for f in range(first, first + n_features):
         if v[RETRY][f] != 0 or doubtful[f] == 0:
             continue
@@ -516,6 +537,19 @@ cdef inline double finish_sum(double high, double low) noexcept nogil:
     return high + low if fabs(high) < INFINITY else high
 
 
+cdef inline double head(double value) noexcept nogil:
+    """Its upper 26 digits: products of heads, and of what they leave, are exact."""
+    cdef double large = value * (2.0 ** 27 + 1)
+    return large - (large - value)
+
+
+cdef inline double product_error(double x, double y, double product) noexcept nogil:
+    """x y - product, which is x y rounded."""
+    cdef double x_head = head(x), y_head = head(y)
+    cdef double x_tail = x - x_head, y_tail = y - y_head
+    return ((x_head * y_head - product) + x_head * y_tail + x_tail * y_head) + x_tail * y_tail
+
+
 cdef inline double is_far(double delta, double s1, double s2) noexcept nogil:
     """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while delta^2 <= 9 var, where
     delta = S1/M = mean - shift; the median of three keeps that but for contrived data."""
@@ -531,20 +565,27 @@ cdef inline double settle_statistics(
     Py_ssize_t n, double m, double eps, double low, bint first_try,
 ) noexcept nogil:
     """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
-    mean = shift + S1/M,  M var = S2 - S1^2/M.  Returns how many need another try (marked).
+    mean = shift + S1/M,  M var = S2 - S1^2/M, whose low parts count: the two may be ten times as
+    large as what they leave.  Returns how many need another try (marked).
 
     The first try is in native lanes, whose factor is 1.  Divisions are what this loop costs.
     """
     cdef Py_ssize_t f
-    cdef double s1, s2, delta, delta_low, part, high, m2, spread, back, scaled_eps, finite, sank
-    cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
+    cdef double s1, s2, delta, delta_low, part, left, square, m2, high, spread, back, scaled_eps
+    cdef double finite, sank, count = 0, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
         finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         delta = s1 * per
-        m2 = s2 - delta * s1
+        part = head(delta)
+        left = ((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]  # S1 - M delta
+        square = delta * s1
+        m2 = (s2 - square) + (
+            (((s2_high[f] - s2) + s2_low[f]) - product_error(delta, s1, square))
+            - delta * (((s1_high[f] - s1) + s1_low[f]) + left)
+        )
         spread = m2 * per if m2 > 0 else 0.0
         sank = (
             (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
@@ -552,11 +593,7 @@ cdef inline double settle_statistics(
         )
         retry[f] = finite * is_far(delta, s1, s2) + again * (1 - finite + sank)
         count += retry[f]
-        # What that left of S1: delta m is subtracted in two products that are exact.
-        part = delta * (2.0 ** 27 + 1)
-        part = part - (part - delta)
-        delta_low = (((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]) * per
-        delta_low = (delta_low if fabs(delta) < 1e290 else 0.0) * back
+        delta_low = (left * per if fabs(delta) < 1e290 else 0.0) * back
         delta = delta * back
         high = shift[f] + delta
         delta_low = ((shift[f] - high) + delta) + delta_low
@@ -587,7 +624,6 @@ cdef double settle_squares_alone(
         v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < job.low else 0.0))
         count += v[RETRY][f]
         v[MEAN][f] = v[MEAN_LOW][f] = 0
-        spread = spread if finite > 0 else NAN
         v[VAR][f] = spread / scale / scale
         spread = spread + job.eps * scale * scale
         v[INV_STD][f] = scale / sqrt(spread) if spread != 0 else 0.0
@@ -620,8 +656,7 @@ cdef inline double settle_gradients(
         sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
         retry[f] = again * (1 - finite + sank)
         count += retry[f]
-        part = shift_g[f] * (2.0 ** 27 + 1)
-        part = part - (part - shift_g[f])
+        part = head(shift_g[f])
         t = m * shift_g[f]
         t_low = (part * m - t) + (shift_g[f] - part) * m
         t_low = t_low if fabs(t) < 1e290 else 0.0
@@ -630,8 +665,7 @@ cdef inline double settle_gradients(
         rounding = (part - (high - (high - part))) + (t - (high - part))
         dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f] * back)
         t = s1 * per
-        part = t * (2.0 ** 27 + 1)  # what that left, as in forward
-        part = part - (part - t)
+        part = head(t)  # what that left, as in forward
         t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per * back
         t = t * back
         mean_g[f] = shift_g[f] + t
@@ -787,24 +821,25 @@ cdef void set_second_constants(
     """
     cdef double** v = job.value
     cdef double low = job.low
-    cdef double r, a, w, b, d, t, rest, rest_g, rest_r
+    cdef double r, a, w, b, d, t, back, rest, rest_g, rest_r
     cdef Py_ssize_t k
     for k in range(f, f + n):
         r = v[INV_STD][k]
-        a = v[GAMMA][k] * r
+        back = sinking(v[GAMMA][k], r) if wide else 1.0
+        a = v[GAMMA][k] * (r / back)
         b = v[ALONG_R][k]
         d = v[ALONG_G][k]
-        w = v[DDGAMMA][k] - a * b
-        t = a * (v[PRODUCT_GR][k] - 3 * b * d) + v[DDGAMMA][k] * d
+        w = v[DDGAMMA][k] - a * (b * back)
+        t = v[GAMMA][k] * (v[PRODUCT_GR][k] - 3 * (r * b * d)) + v[DDGAMMA][k] * d
         v[SHIFT_X][k] = v[MEAN][k] if wide else <double> (<lane> v[MEAN][k])
         v[SHIFT_G][k] = v[MEAN_G][k] if wide else <double> (<lane> v[MEAN_G][k])
         v[SHIFT_R][k] = v[MEAN_R][k] if wide else <double> (<lane> v[MEAN_R][k])
         v[FACTOR_X][k] = v[FACTOR_X][k] if wide else 1
-        v[FACTOR_G][k] = 1
+        v[FACTOR_G][k] = back  # of ddx, too
         rest = v[FACTOR_X][k] * ((v[MEAN][k] - v[SHIFT_X][k]) + v[MEAN_LOW][k])
-        rest_g = (v[MEAN_G][k] - v[SHIFT_G][k]) + v[MEAN_G_LOW][k]
-        rest_r = (v[MEAN_R][k] - v[SHIFT_R][k]) + v[MEAN_R_LOW][k]
-        v[MIX_G][k] = r * w
+        rest_g = back * ((v[MEAN_G][k] - v[SHIFT_G][k]) + v[MEAN_G_LOW][k])
+        rest_r = back * ((v[MEAN_R][k] - v[SHIFT_R][k]) + v[MEAN_R_LOW][k])
+        v[MIX_G][k] = (r / back) * w
         v[MIX_R][k] = -a * d * r
         v[MIX_X][k] = -(r * t * (r / v[FACTOR_X][k]))
         v[MIX_BIAS][k] = -v[MIX_X][k] * rest - v[MIX_G][k] * rest_g - v[MIX_R][k] * rest_r
@@ -816,5 +851,5 @@ cdef void set_second_constants(
             + beyond(v[SHIFT_R][k], low) + beyond(r, low) + beyond(v[MIX_G][k], low)
             + beyond(v[MIX_R][k], low) + beyond(v[MIX_X][k], low)
             + above(v[MIX_BIAS][k], low) + beyond(a, low) + beyond(v[COEF_X][k], low)
-            + above(v[BIAS][k], low)
+            + above(v[BIAS][k], low) + is_lost(a, v[GAMMA][k], r)
         )

@@ -40,6 +40,7 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
     double* varying           # sums for gamma and beta since the last fold
+    bint adds                 # to these as it applies
 
 cdef struct Visit:            # to one chunk of a tile
     Job* job
@@ -80,6 +81,7 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
             memory += columns + job.buffer_elements * sizeof(double)
+    s.adds = False
     s.values = <double*> memory
     if job.own_values:
         memory += (
@@ -148,7 +150,7 @@ cdef void expand_constants(
         factor = -1
         if v.wide and columns[i] == SHIFT_X:
             factor = FACTOR_X
-        elif v.wide and columns[i] == SHIFT_G:
+        elif v.wide and (columns[i] == SHIFT_G or columns[i] == SHIFT_R):
             factor = FACTOR_G
         expand[lane](v, columns[i], factor, False, columns[i], lane_tag)
 
@@ -358,7 +360,9 @@ cdef void fill_gradient(
     """The block of x and dout, for their sums or for dx."""
     fill_block[lane](block, v, n_rows, lane_tag)
     block.ahead = ahead
-    block.formula = GRADIENT
+    block.formula = (
+        SCALED_GRADIENT if v.plan.used[S] and v.plan.layout == ROWS else GRADIENT
+    )
     block.shift[G] = <char*> columns_at[lane](v, SHIFT_G, lane_tag)
     block.coef[X] = <char*> columns_at[lane](v, COEF_X, lane_tag)
     block.coef[G] = <char*> columns_at[lane](v, COEF_G, lane_tag)
@@ -586,7 +590,7 @@ cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexc
     returns how far apart a row's are: 1, or 0 if it has but one."""
     cdef const Plan* plan = v.plan
     cdef Storage storage = FLOAT64 if plan.storage == FLOAT64 else FLOAT32
-    cdef Py_ssize_t i, step = v.segment.run_stride[role] if plan.layout == ROWS else 0
+    cdef Py_ssize_t i, step = v.segment.run_stride[S] if plan.layout == ROWS else 0
     cdef char** rows = v.s.row[role]
     cdef lane* buffer = <lane*> v.s.buffer[role]
     find_rows(v, role, v.n_rows, False, rows)
@@ -604,33 +608,30 @@ cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexc
 
 
 cdef inline void scale_row(
-    const lane* g, const lane* restrict scale, Py_ssize_t step, Py_ssize_t width, lane* scaled,
+    const lane* g, lane scale, Py_ssize_t width, lane* scaled,
 ) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        scaled[j] = g[j] * scale[j * step]
+        scaled[j] = g[j] * scale
 
 
 cdef void scale_rows(Visit* v, const lane* lane_tag) noexcept nogil:
-    """gamma dout in place of dout: inside a statistic's means stands the gradient of x_hat."""
-    cdef Py_ssize_t i, step = point_parameters[lane](v, S, lane_tag)
+    """gamma dout in place of dout, of rows with a gamma each: inside a statistic's means stands the
+    gradient of x_hat."""
+    cdef Py_ssize_t i
     cdef lane* scaled = <lane*> v.s.buffer[G]
-    cdef const lane* g
-    cdef const lane* scale
+    point_parameters[lane](v, S, lane_tag)
     for i in range(v.n_rows):
-        g = <lane*> v.s.row[G][i]
-        scale = <lane*> v.s.row[S][i]
-        if step:
-            scale_row[lane](g, scale, 1, v.width, scaled)
-        else:
-            scale_row[lane](g, scale, 0, v.width, scaled)
+        scale_row[lane](
+            <lane*> v.s.row[G][i], (<lane*> v.s.row[S][i])[0], v.width, scaled
+        )
         v.s.row[G][i] = <char*> scaled
         scaled += v.width
 
 
 # ---------------------------------------------------------------- chunks
 
-cdef inline const lane* factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
+cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
     """What columns are multiplied by as they are gathered.  A row of its own has its feature's."""
     if v.plan.layout != ROWS:
         return columns_at[lane](v, column, lane_tag)
@@ -642,18 +643,28 @@ cdef inline const lane* factors(Visit* v, int column, const lane* lane_tag) noex
     return <lane*> v.s.column[column]
 
 
+cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
+    """Whether gamma along a row can be read where it is, or there is but one."""
+    cdef Py_ssize_t stride = v.segment.run_stride[S]
+    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    return v.plan.layout != ROWS or stride == 0 or (stride == size and (not v.wide or size == 8))
+
+
+cdef inline bint is_alone(const Visit* v) noexcept nogil:
+    """Whether rows of their own are taken one by one: their factors differ, or gamma is gathered."""
+    cdef bint gathered = v.plan.used[S] and v.plan.feature_stride[S] != 0 and not is_adjacent(v)
+    return v.plan.layout == ROWS and (v.wide or gathered)
+
+
 cdef inline Py_ssize_t rows_at_hand(
     const Visit* v, Py_ssize_t width, Py_ssize_t step,
 ) noexcept nogil:
-    """Rows taken at a time; of their own but one where factors differ, or gamma is gathered."""
-    cdef const Plan* plan = v.plan
-    cdef Py_ssize_t stride = v.segment.run_stride[S]
-    if plan.layout == ROWS and (v.wide or (
-        plan.used[S] and plan.feature_stride[S] != 0 and stride != 0
-        and stride != (8 if plan.storage == FLOAT64 else 4)
-    )):
+    """Rows taken at a time; of their own whole trees of those that are summed for gamma."""
+    cdef Py_ssize_t n
+    if is_alone(v):
         return 1
-    return group_rows(plan, v.access, width, step, v.gate == BEFORE)
+    n = group_rows(v.plan, v.access, width, step, v.gate == BEFORE)
+    return max(<Py_ssize_t> 4, n // 4 * 4) if v.plan.layout == ROWS else n
 
 
 cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -670,10 +681,15 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             ahead = v.ahead
             if runs_ahead and (r == R or is_half(plan.storage)):
                 ahead = AHEAD_RUNS
-            factor = FACTOR_X if r == X else FACTOR_G if r == G else ONES
-            fetch_rows[lane](v, r, v.access[r], ahead, factors[lane](v, factor, lane_tag))
+            factor = FACTOR_X if r == X else FACTOR_G
+            if r == R and v.job.op.formula != MIXED:  # a residual; ddx is scaled as dout is
+                factor = ONES
+            fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
     if v.scales and plan.used[S] and plan.used[G]:
-        scale_rows[lane](v, lane_tag)
+        if plan.layout == ROWS:  # the kernels multiply
+            v.varies = point_parameters[lane](v, S, lane_tag)
+        else:
+            scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:
         open_rows[lane](
             v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, v.ahead, v.s.buffer[D], lane_tag
@@ -708,7 +724,7 @@ cdef void enter_chunk(
         if v.access[r] == GATHERED:
             gathers = gathers or r < Y
             column_offsets(plan, v.segment, r, n, v.s.offset[r])
-    if plan.used[S]:
+    if plan.used[S] and not is_adjacent(v):
         gathers = True
         column_offsets(plan, v.segment, S, n, v.s.offset[S])
     if plan.storage == FLOAT64:
@@ -907,6 +923,94 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     apply_block[lane](&block, lane_tag)
 
 
+# ---------------------------------------------------------------- gradients of gamma and beta
+#
+# Where these vary within a statistic, their gradients are sums over rows of all features, and the
+# order must not depend on tiles: four rows whose numbers begin with a multiple of four, or
+# TREE_COLUMNS columns likewise, are added in native lanes if all of them can, else in wide ones;
+# then one after the other, and after FOLD_ROWS or FOLD_COLUMNS to the unit's totals, with the
+# rounding errors kept.
+
+cdef void set_hat_columns(Visit* v, const lane* lane_tag) noexcept nogil:
+    cdef double** value = v.job.value
+    cdef lane* shift = <lane*> v.s.column[HAT_SHIFT]
+    cdef lane* scale = <lane*> v.s.column[HAT_SCALE]
+    cdef lane* rest = <lane*> v.s.column[HAT_REST]
+    cdef Py_ssize_t k, f
+    cdef double left
+    for k in range(v.n_features):
+        f = v.feature + k
+        left = (value[MEAN][f] - value[SHIFT_X][f]) + value[MEAN_LOW][f]
+        shift[k] = <lane> (value[SHIFT_X][f] * value[FACTOR_X][f])
+        scale[k] = <lane> (value[INV_STD][f] / value[FACTOR_X][f])
+        rest[k] = <lane> (-left * value[INV_STD][f] if left != 0 else 0.0)
+
+
+cdef void add_own_rows(
+    Visit* v, Py_ssize_t i, Py_ssize_t step, Py_ssize_t size, const lane* lane_tag,
+) noexcept nogil:
+    """dbeta and dgamma of the rows at hand from i on, which are features, into the thread's sums.
+    """
+    cdef const lane** x = <const lane**> v.s.row[X]
+    cdef const lane** g = <const lane**> v.s.row[G]
+    cdef const lane* shift = columns_at[lane](v, HAT_SHIFT, lane_tag)
+    cdef const lane* scale = columns_at[lane](v, HAT_SCALE, lane_tag)
+    cdef const lane* rest = columns_at[lane](v, HAT_REST, lane_tag)
+    cdef bint same = step == 1 and v.plan.feature_stride[S] == 0 and not v.wide
+    cdef double* s
+    cdef double* ss
+    while i < v.n_rows:
+        s = v.s.varying + (v.s.row[S][i] - v.plan.base[S]) // size
+        ss = s + v.job.varying.size
+        if same and i + 4 <= v.n_rows:
+            sum_four_rows[lane](x + i, g + i, v.width, shift + i, scale + i, rest + i, s, ss)
+            i += 4
+            continue
+        if step == 0:
+            sum_of_row[lane](x[i], g[i], v.width, shift + i, scale + i, rest + i, 0, s, ss)
+        elif step == 1:
+            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], 1, s, ss)
+        else:
+            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], step, s, ss)
+        i += 1
+
+
+cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
+    """dx of the rows at hand, which are features, and dbeta and dgamma."""
+    cdef Block block
+    cdef const lane** x
+    cdef const lane** g
+    cdef lane** y
+    cdef double* s
+    cdef Py_ssize_t i = 0, n = v.n_rows, size = sizeof(lane)
+    cdef int r
+    if v.varies and v.plan.feature_stride[S] == 0:
+        s = v.s.varying + (v.s.row[S][0] - v.plan.base[S]) // size
+        fill_gradient[lane](&block, v, n, 0, lane_tag)
+        while i + 4 <= n:
+            x = <const lane**> v.s.row[X] + i
+            g = <const lane**> v.s.row[G] + i
+            y = <lane**> v.s.row[Y] + i
+            differentiate_four[lane](
+                x[0], x[1], x[2], x[3], g[0], g[1], g[2], g[3], y[0], y[1], y[2], y[3], v.width,
+                <lane*> block.shift[X] + i, <lane*> block.shift[G] + i, <lane*> block.coef[X] + i,
+                <lane*> block.coef[G] + i, <lane*> block.bias + i,
+                columns_at[lane](v, HAT_SCALE, lane_tag) + i,
+                columns_at[lane](v, HAT_REST, lane_tag) + i, <lane*> v.s.row[S][0],
+                s, s + v.job.varying.size,
+            )
+            i += 4
+    add_own_rows[lane](v, i, v.varies, size, lane_tag)
+    if i == n:
+        return
+    v.first += i
+    fill_gradient[lane](&block, v, n - i, 0, lane_tag)
+    v.first -= i
+    for r in range(N_ROLES):
+        block.row[r] += i
+    apply_block[lane](&block, lane_tag)
+
+
 cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
     """The second visit to the columns at hand of the rows at hand."""
     cdef const Plan* plan = v.plan
@@ -926,6 +1030,8 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
         apply_mixed[lane](v, n, lane_tag)
     elif v.job.op.formula == AFFINE:
         apply_affine[lane](v, n, lane_tag)
+    elif v.s.adds and not v.wide:
+        differentiate_own_rows[lane](v, lane_tag)
     else:
         fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
         apply_block[lane](&block, lane_tag)
@@ -937,6 +1043,8 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
     """The same for all rows up to one; of rows of their own, piece by piece."""
     cdef const Plan* plan = v.plan
+    if v.s.adds:
+        set_hat_columns[lane](v, lane_tag)
     v.group = rows_at_hand(v, v.width, APPLY_ROWS)
     v.ahead = 0
     if (
@@ -1109,57 +1217,7 @@ cdef void finish_tile(
             v[WIDE][f] = 1
 
 
-# ---------------------------------------------------------------- gradients of gamma and beta
-#
-# Where these vary within a statistic, their gradients are sums over rows of all features, and the
-# order must not depend on tiles: four rows whose numbers begin with a multiple of four, or
-# TREE_COLUMNS columns likewise, are added in native lanes if all of them can, else in wide ones;
-# then one after the other, and after FOLD_ROWS or FOLD_COLUMNS to the unit's totals, with the
-# rounding errors kept.
-
-cdef void set_hat_columns(Visit* v, const lane* lane_tag) noexcept nogil:
-    cdef double** value = v.job.value
-    cdef lane* shift = <lane*> v.s.column[HAT_SHIFT]
-    cdef lane* scale = <lane*> v.s.column[HAT_SCALE]
-    cdef lane* rest = <lane*> v.s.column[HAT_REST]
-    cdef Py_ssize_t k, f
-    cdef double left
-    for k in range(v.n_features):
-        f = v.feature + k
-        left = (value[MEAN][f] - value[SHIFT_X][f]) + value[MEAN_LOW][f]
-        shift[k] = <lane> (value[SHIFT_X][f] * value[FACTOR_X][f])
-        scale[k] = <lane> (value[INV_STD][f] / value[FACTOR_X][f])
-        rest[k] = <lane> (-left * value[INV_STD][f] if left != 0 else 0.0)
-
-
-cdef void add_own_rows(
-    Visit* v, Py_ssize_t step, Py_ssize_t size, const lane* lane_tag,
-) noexcept nogil:
-    """dbeta and dgamma of the rows at hand, which are features, into the thread's sums."""
-    cdef const lane** x = <const lane**> v.s.row[X]
-    cdef const lane** g = <const lane**> v.s.row[G]
-    cdef const lane* shift = columns_at[lane](v, HAT_SHIFT, lane_tag)
-    cdef const lane* scale = columns_at[lane](v, HAT_SCALE, lane_tag)
-    cdef const lane* rest = columns_at[lane](v, HAT_REST, lane_tag)
-    cdef bint same = step == 1 and v.plan.feature_stride[S] == 0 and not v.wide
-    cdef double* s
-    cdef double* ss
-    cdef Py_ssize_t i = 0
-    while i < v.n_rows:
-        s = v.s.varying + (v.s.row[S][i] - v.plan.base[S]) // size
-        ss = s + v.job.varying.size
-        if same and i + 4 <= v.n_rows:
-            sum_four_rows[lane](x + i, g + i, v.width, shift + i, scale + i, rest + i, s, ss)
-            i += 4
-            continue
-        if step == 0:
-            sum_of_row[lane](x[i], g[i], v.width, shift + i, scale + i, rest + i, 0, s, ss)
-        elif step == 1:
-            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], 1, s, ss)
-        else:
-            sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], step, s, ss)
-        i += 1
-
+# ---------------------------------------------------------------- gradients of gamma and beta alone
 
 cdef void add_columns(Visit* v, Py_ssize_t size, const lane* lane_tag) noexcept nogil:
     """The same of the rows at hand, each of one value of every feature."""
@@ -1186,8 +1244,6 @@ cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
     for chunk in range(plan.n_chunks):
         enter_chunk[lane](v, chunk, &row_end, lane_tag)
         v.group = rows_at_hand(v, v.width, 4)
-        if plan.layout == ROWS and v.group > 1:
-            v.group = max(<Py_ssize_t> 4, v.group // 4 * 4)
         v.ahead = 0
         while v.row < row_end:
             v.n_rows = min(v.group, row_end - v.row)
@@ -1196,7 +1252,7 @@ cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
             fetch_inputs[lane](v, lane_tag)
             find_rows(v, S, v.n_rows, False, v.s.row[S])
             if plan.layout == ROWS:
-                add_own_rows[lane](v, v.segment.run_stride[S] // size, size, lane_tag)
+                add_own_rows[lane](v, 0, v.segment.run_stride[S] // size, size, lane_tag)
                 v.first += v.n_rows
                 if v.first < v.n_features:
                     continue
@@ -1210,30 +1266,41 @@ cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void sum_parameters(
     Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
-    """dbeta and dgamma of a tile, which has been finished and not yet been written over."""
-    cdef const double* wide = job.value[WIDE]
-    cdef Py_ssize_t size = job.varying.size, n_features = job.apply.n_features
-    cdef Py_ssize_t end = first % n_features + n, part, k = 0
-    cdef bint own = job.apply.layout == ROWS
-    cdef double* total = job.varying.totals + (first // job.varying.unit) * 4 * size
+    """dbeta and dgamma of a tile, which has been finished and not yet been written over; those of
+    rows in native lanes come with dx."""
+    cdef const double* wide = job.value[WIDE] + first
+    cdef bint own = job.apply.layout == ROWS, any_wide = fold_run(wide, n) != 0
+    cdef Py_ssize_t part = n, k = 0
     cdef Visit v
     v.job = job
     v.plan = &job.apply
     v.s = s
-    v.scales = v.varies = False
-    part = n
-    if fold_run(wide + first, n) != 0:
+    v.segment = &v.plan.segment[0]
+    v.scales = v.varies = v.wide = False
+    s.adds = own and job.applies and not any_wide and is_adjacent(&v)
+    if s.adds:
+        return
+    if any_wide:
         part = 4 if own else TREE_COLUMNS
     while k < n:
         v.feature = first + k
         v.n_features = min(part, n - k)
-        v.wide = fold_run(wide + v.feature, v.n_features) != 0
+        v.wide = fold_run(wide + k, v.n_features) != 0
         if v.wide:
             add_features[double](&v, NULL)
         else:
             add_features[lane](&v, lane_tag)
         k += part
-    if end % (FOLD_ROWS if own else FOLD_COLUMNS) == 0 or end == n_features:
+
+
+cdef void fold_parameters(Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s) noexcept nogil:
+    """A tile's sums for gamma and beta onto its unit's, where it ends a fold."""
+    cdef Py_ssize_t size = job.varying.size, end = first % job.apply.n_features + n
+    cdef double* total = job.varying.totals + first // job.varying.unit * 4 * size
+    s.adds = False
+    if end == job.apply.n_features or (
+        end % (FOLD_ROWS if job.apply.layout == ROWS else FOLD_COLUMNS) == 0
+    ):
         add_compensated(total, total + size, s.varying, size)
         add_compensated(total + 2 * size, total + 3 * size, s.varying + size, size)
         memset(s.varying, 0, 2 * size * sizeof(double))
@@ -1274,6 +1341,8 @@ cdef void sweep_tiles(
         if job.applies:
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_tile[lane](job, chunk, first, n, s, lane_tag)
+        if job.varying.unit:
+            fold_parameters(job, first, n, s)
 
 
 cdef void visit_chunks(

@@ -18,15 +18,16 @@ gamma, beta and x. All end in the same closed form::
 
 References
 ----------
-.. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+.. [1] Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
    Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167.
 .. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for Computing the Sample Variance:
    Analysis and Recommendations", The American Statistician 37(3), 1983.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ from numpy.lib.array_utils import normalize_axis_index
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.floating[Any]]
+BNParam = MutableMapping[str, Any]
 Gradients = tuple[Array, Array, Array]
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
@@ -109,7 +111,7 @@ def batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     axis: int = 1,
     out: Array | None = None,
@@ -118,51 +120,10 @@ def batchnorm_forward(
     residual: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
-    """Twin of `bn_fast.batchnorm_forward`: mean 0 and variance 1, then scaled and shifted.
+    """Twin of `bn_fast.batchnorm_forward`, which says what arguments, results and errors are.
 
-    Parameters
-    ----------
-    x : array_like, 2 or more dimensions
-        M values for each of ``C = x.shape[axis]`` features. float32 and float64 are computed as
-        such, integers and bool as float64; float16 and bfloat16 as float32, to which only the
-        result is rounded back.
-    gamma, beta : array_like, shape (C,)
-        Scale and shift, of any real dtype; rounded to the dtype of computation.
-    bn_param : dict, optional
-        ``mode``: 'train' or 'test', required; ``eps``: 1e-5; ``momentum``: 0.9, the weight of the
-        old running average; ``ddof``: 0, or 1 for an unbiased running variance;
-        ``running_mean``, ``running_var``: shape (C,), zeros. The running
-        averages are stored back as new arrays, changed in train mode only and not by an empty
-        batch. None: train mode, no running averages.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
-    out : ndarray, optional
-        Where to write the result, of its shape and dtype. It may overlap x in any way: the
-        cache then keeps a copy of what x was.
-    activation : None, 'relu' or 'leaky_relu'
-        What is applied to the result.
-    negative_slope : float, default 0.01
-        Slope of leaky_relu for values below 0.
-    residual : array_like, shape of x, optional
-        Added before the activation; rounded to the dtype of x.
-    weights : array_like, optional
-        Weight of each element in the statistics: bool, or real and at least 0; broadcasts to x
-        with length 1 along `axis`. Has no effect in test mode.
-
-    Returns
-    -------
-    out : ndarray, shape of x
-    cache : Cache
-        For the backward functions: ``(mean, inv_var, x, x_hat, gamma)``, and the options.
-
-    Raises
-    ------
-    TypeError
-        If an array is not of real numbers, or x or `out` not of the right dtype.
-    ValueError
-        If a shape or value is wrong.
-    KeyError
-        If `bn_param` has no 'mode'.
+    The cache is a plain tuple of five arrays, `Cache`, which keeps options as attributes. `out` may
+    overlap x in any way: the cache then keeps a copy of what x was.
 
     Notes
     -----
@@ -180,14 +141,13 @@ def batchnorm_forward(
     influence on the statistics, not even as NaN. W = 0 leaves the running averages alone, and
     x_hat = 0.
 
-    The variance is the biased one throughout, for ``running_var`` too unless ``ddof`` is 1: then
-    that is var * M/(M - 1), with weights var * W/(W - 1). In test mode mean and var are the running
-    averages. A feature of variance 0 gives beta, with eps = 0 as well: in train mode 1/sqrt(0) is
-    taken as 0. So does M = 1.
+    ``running_var`` averages var, or with ``ddof`` 1 var * M/(M - 1), with weights
+    var * W/(W - 1). In test mode mean and var are the running averages. A feature of variance 0
+    gives beta, with eps = 0 as well: in train mode 1/sqrt(0) is taken as 0. So does M = 1.
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -352,9 +312,7 @@ def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
     return array
 
 
-def _running_average(
-    param: MutableMapping[str, Any], key: str, n_features: int, dtype: np.dtype[Any]
-) -> Array:
+def _running_average(param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
     if value is None:
@@ -419,7 +377,6 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
     """
 
-    @wraps(train_mode)
     def backward(dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients:
         mean, inv_var, x, x_hat, gamma = cache
         stored = _float_array(x, "cache's x")
@@ -449,6 +406,9 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
             dx, dgamma, dbeta = train_mode(dout, prepared)
         return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
 
+    # Not functools.wraps, after which `help` would show the signature of the derivation.
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(backward, name, getattr(train_mode, name))
     return backward
 
 
@@ -668,32 +628,8 @@ def batchnorm_backward(
 ) -> tuple[Any, ...]:
     """Twin of `bn_fast.batchnorm_backward`: the closed form of the element-wise derivation.
 
-    Parameters
-    ----------
-    dout : array_like, shape of x
-        Gradient with respect to the output of `batchnorm_forward`.
-    cache : Cache or sequence of five arrays
-        From `batchnorm_forward`, also that of bn_fast, or ``(mean, inv_var, x, x_hat, gamma)`` as
-        NumPy code makes it for the train mode, the first two and gamma broadcasting against x.
-    out : ndarray, optional
-        Where to write dx, of its shape and dtype. It may overlap dout in any way, and x or x_hat
-        if the cache is not used again.
-    needs : sequence of str
-        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual'; None comes for others.
-
-    Returns
-    -------
-    dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for half types)
-    dresidual : ndarray, shape and dtype of x
-        Only if the forward call had a residual.
-
-    Raises
-    ------
-    TypeError
-        If dout, x or `out` is not of the right dtype.
-    ValueError
-        If the shapes do not fit.
+    Arguments, results and errors are those of that. The cache may be bn_fast's or any five arrays;
+    `out` may overlap dout in any way, and x or x_hat if the cache is not used again.
 
     See Also
     --------
@@ -709,7 +645,7 @@ def batchnorm_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -750,30 +686,7 @@ def batchnorm_double_backward(
     dout: ArrayLike,
     cache: Sequence[ArrayLike],
 ) -> Gradients:
-    """Twin of `bn_fast.batchnorm_double_backward`: gradients of the gradients.
-
-    Parameters
-    ----------
-    ddx : array_like, shape of x, or None
-        A loss's gradient with respect to the dx of `batchnorm_backward`. None: zeros.
-    ddgamma, ddbeta : array_like, shape (C,), or None
-        The same for its dgamma and dbeta.
-    dout : array_like, shape of x
-    cache : Cache or sequence of five arrays
-        What `batchnorm_backward` was given.
-
-    Returns
-    -------
-    dx : ndarray, shape and dtype of x
-    dgamma : ndarray, shape (C,), dtype of x (float32 for half types)
-    ddout : ndarray, shape and dtype of x
-
-    Raises
-    ------
-    TypeError
-        If an array is not of a dtype that `batchnorm_forward` takes.
-    ValueError
-        If the shapes do not fit.
+    """Twin of `bn_fast.batchnorm_double_backward`, which has the derivation; without options.
 
     Notes
     -----
@@ -785,14 +698,14 @@ def batchnorm_double_backward(
         dgamma = r*M*(E - B*D)
         ddout = gamma*r*(ddx - A) + w*x_hat + ddbeta
 
-    `bn_fast.batchnorm_double_backward` has the derivation. After a forward pass in test mode::
+    After a forward pass in test mode::
 
         dx = ddgamma*r*dout     dgamma = r*sum ddx*dout
         ddout = gamma*r*ddx + ddgamma*x_hat + ddbeta
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -847,7 +760,7 @@ def spatial_batchnorm_forward(
     x: ArrayLike,
     gamma: ArrayLike,
     beta: ArrayLike,
-    bn_param: MutableMapping[str, Any] | None = None,
+    bn_param: BNParam | None = None,
     *,
     out: Array | None = None,
     activation: str | None = None,
@@ -904,8 +817,8 @@ class Moments(NamedTuple):
     def std(self, ddof: float = 0) -> Array:
         return np.sqrt(self.var(ddof))
 
-    def merge(self, other: "Moments") -> "Moments":
-        """Chan, Golub and LeVeque's formulas [2]_ of the module's head."""
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both parts together, by Chan, Golub and LeVeque's formulas."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
@@ -1075,7 +988,7 @@ def oracle_forward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
     .. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for Computing the Sample
        Variance", The American Statistician 37(3), 1983: two passes, the second corrected.
 
@@ -1144,7 +1057,7 @@ def oracle_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -1219,7 +1132,7 @@ def oracle_double_backward(
 
     References
     ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    .. [1] Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------

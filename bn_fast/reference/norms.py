@@ -41,10 +41,12 @@ References
    https://arxiv.org/abs/1607.06450.
 .. [2] B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019,
    https://arxiv.org/abs/1910.07467.
-.. [3] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
+.. [3] Wu and He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494.
 .. [4] D. Ulyanov, A. Vedaldi and V. Lempitsky, "Instance Normalization: The Missing Ingredient for
    Fast Stylization", 2016, https://arxiv.org/abs/1607.08022.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
