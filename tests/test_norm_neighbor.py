@@ -98,8 +98,6 @@ def may_be(row):
         return False
     if (name, how, row.get("dtype"), row.get("eps")) == ("x", "subnormal", "float64", 0):
         return False  # 1/sqrt(var) is infinite
-    if how in ("inf", "-inf") and row.get("case", CASES[0]).norm == "rmsnorm":
-        return False
     affine = row.get("affine", "both")
     if row.get("case", CASES[0]).norm == "rmsnorm" and (name == "beta" or affine == "beta"):
         return False
@@ -187,12 +185,11 @@ def exact(p, k):
     kind = "rmsnorm" if p.case.norm == "rmsnorm" else "layernorm"
     out, _, inv_std, gradients = oracle.norm(kind, x, gamma[0], beta[0], dout, axis=-1, eps=p.eps)
     r, most = oracle.largest(inv_std), oracle.largest(gamma)
-    terms = oracle.largest(gamma * dout) * r
     step, lost = _step(p.x.dtype), 2.0**-1074 * r
     loose = not all(np.isfinite(a).all() for a in (x, dout, gamma, out, inv_std))
     return {
         "out": Exact(out, max(most, oracle.largest(beta)), lost * most, loose=loose),
-        "dx": Exact(gradients.dx, terms, step * (1 + most * r), loose=loose),
+        "dx": Exact(gradients.dx, gradients.dx_scale, step * (1 + most * r), loose=loose),
     }
 
 
@@ -248,7 +245,7 @@ def check_norm(row, seed=0):
     hostile = Problem(row, row["kind"], row["place"], seed)
     ordinary = Problem(row, None, row["place"], seed)
     check_laws(hostile, ordinary, row["out"], row["needs"])
-    if hostile.case.n_samples > 1 and row["layout"] in ("C", "sliced", "reversed", "features last"):
+    if hostile.case.n_samples > 1:
         check_sample_alone(hostile)
 
 

@@ -75,14 +75,16 @@ def check_norm_problem(problem, eps):
     like = np.broadcast_to(np.zeros((), dtype), x.shape)
     with np.errstate(over="ignore"):
         converted = dout.astype(dtype)
-    some_gamma = np.ones(case.parameter_shape) if gamma is None else gamma
+    some_gamma = np.ones(case.parameter_shape) if gamma is None else gamma.astype(dtype)
     some_beta = np.zeros(case.parameter_shape) if beta is None else beta
     expected, _, inv_std, gradients = oracle.norm(
         norm, x, some_gamma, some_beta, converted, axis, eps, num_groups
     )
-    # What the values of gamma*dout have in common is added up with the rest.
-    sizes = [oracle.largest(a) for a in (some_gamma, inv_std, converted)]
-    gradients = gradients._replace(dx_scale=float(np.prod(sizes)))
+    if (
+        gamma is not None
+    ):  # gamma*dout is rounded before what its values have in common is taken off
+        sizes = [oracle.largest(a) for a in (some_gamma, converted, inv_std)]
+        gradients = gradients._replace(dx_scale=gradients.dx_scale + float(np.prod(sizes)) / 4)
     names = ["dx", *["dgamma"] * (gamma is not None), *["dbeta"] * (beta is not None)]
     terms = np.abs(some_gamma).max() + np.abs(some_beta).max()
     check("out", results[0], expected, like, 6, terms)
