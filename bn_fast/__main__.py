@@ -65,7 +65,7 @@ LAYERS = [
     Kind((32, 64, 3136), 1, "group", 8),
     Kind((32, 64, 3136), 1, "instance"),
 ]
-LAYER_SECONDS = 1.0  # of timing for each, and at least MIN_ROUNDS rounds
+LAYER_SECONDS = 0.7  # of timing for each, and at least MIN_ROUNDS rounds
 MIN_ROUNDS = 3
 BLOCK_SECONDS = 0.002  # calls shorter than this are repeated, and the block is timed
 # OpenMP's workers spin for some milliseconds after a call, and would slow down whatever is timed
