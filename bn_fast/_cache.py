@@ -21,6 +21,11 @@ class Options(NamedTuple):
     residual_overwritten: bool
     sum_weights: float | None = None  # of a feature, as they were given
 
+    @property
+    def without_weight(self) -> bool:
+        """Whether there is nothing to take statistics of."""
+        return self.weights is not None and self.total == 0
+
 
 class _Five:
     """What unpacks as five arrays, and comes back from a pickle as it was."""

@@ -7,7 +7,7 @@ right kind with a wrong shape, size or value. Nothing here writes to anything.
 import math
 import operator
 from collections.abc import Container, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.exceptions import AxisError
@@ -157,9 +157,7 @@ def options(
     if activation is not None and activation not in core.activations:
         names = ", ".join(map(repr, core.activations))
         raise ValueError(f"activation must be None or one of {names}, got {activation!r}")
-    slope = _number(negative_slope, "negative_slope")
-    if not math.isfinite(slope):
-        raise ValueError(f"negative_slope must be finite, got {slope}")
+    slope = finite(negative_slope, "negative_slope")
     overwritten = False
     if residual is not None:
         residual = _input(residual, "residual")
@@ -212,17 +210,6 @@ def images(x: Any) -> Array:
     return array
 
 
-class Settings(NamedTuple):
-    """What bn_param says."""
-
-    train: bool
-    eps: float
-    momentum: float
-    ddof: int
-    running_mean: Array | None  # None: zeros
-    running_var: Array | None
-
-
 def _number(value: Any, name: str) -> float:
     # float() would take the last four, and drop what makes them no real number
     refused = (str, bytes, bool, np.bool_, np.complexfloating, np.timedelta64)
@@ -235,6 +222,13 @@ def _number(value: Any, name: str) -> float:
         raise ValueError(f"{name} must be in the range of float64, got a larger {kind}") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
+
+
+def finite(value: Any, name: str) -> float:
+    number = _number(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def epsilon(value: Any, name: str = "eps") -> float:
@@ -278,7 +272,11 @@ def known_keys(param: Any, name: str, known: Container[str]) -> None:
                 raise ValueError(f"{name} has a key {key!r}: {meant!r} must be meant")
 
 
-def settings(bn_param: Any, x: Array, axis: int) -> Settings:
+def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tuple[Any, ...]:
+    """What bn_param says: each value is checked, and read by the engine."""
+    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, axis)
+    if plain is not None:  # the straight road
+        return plain
     if not isinstance(bn_param, MutableMapping):
         raise TypeError(f"bn_param must be a dict or None, got {_kind(bn_param)}")
     known_keys(bn_param, "bn_param", KEYS)
@@ -288,22 +286,37 @@ def settings(bn_param: Any, x: Array, axis: int) -> Settings:
         raise KeyError("bn_param must have the key 'mode', 'train' or 'test'") from None
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
-    eps = epsilon(bn_param.get("eps", 1e-5), "bn_param['eps']")
-    momentum = _number(bn_param.get("momentum", 0.9), "bn_param['momentum']")
-    if not math.isfinite(momentum):
-        raise ValueError(f"bn_param['momentum'] must be finite, got {momentum}")
+    n_features = x.shape[axis]
+    checked: dict[str, Any] = {"mode": str(mode)}
+    if "eps" in bn_param:
+        checked["eps"] = epsilon(bn_param["eps"], "bn_param['eps']")
+    if "momentum" in bn_param:
+        checked["momentum"] = finite(bn_param["momentum"], "bn_param['momentum']")
     ddof = _number(bn_param.get("ddof", 0), "bn_param['ddof']")
     if ddof not in (0, 1):
         raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof:g}")
-    mean = bn_param.get("running_mean")
-    var = bn_param.get("running_var")
-    n_features = x.shape[axis]
-    if not core.are_plain_statistics(mean, var, n_features):
-        if mean is not None:
-            mean = _parameter(mean, "bn_param['running_mean']", n_features, axis)
-        if var is not None:
-            var = variance(var, "bn_param['running_var']", n_features, axis)
-    return Settings(mode == "train", eps, momentum, int(ddof), mean, var)
+    for name, check in zip(RUNNING, (_parameter, variance), strict=True):
+        if bn_param.get(name) is not None:
+            checked[name] = check(bn_param[name], f"bn_param[{name!r}]", n_features, axis)
+    correction = 1.0
+    if mode == "train" and ddof and x.size and not (options and options.without_weight):
+        count: float = x.size // n_features
+        if options is not None and options.sum_weights is not None:
+            count = options.sum_weights
+        correction = unbiasing(count, int(ddof))
+        if not correction:
+            raise ValueError(
+                "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
+                f" {count:g} values for each feature"
+            )
+    read: tuple[Any, ...] = core.settings_of(checked, x, axis, correction)
+    return read
+
+
+def unbiasing(count: float, ddof: int) -> float:
+    """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
+    not above 0."""
+    return 1 + ddof / (count - ddof) if count > ddof else 0.0
 
 
 def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:
@@ -409,10 +422,7 @@ def moments_of(
 
 
 def ddof(value: Any) -> float:
-    number = _number(value, "ddof")
-    if not math.isfinite(number):
-        raise ValueError(f"ddof must be finite, got {number}")
-    return number
+    return finite(value, "ddof")
 
 
 def _is_array(value: Any, dtypes: Container[Any], shape: tuple[int, ...]) -> bool:

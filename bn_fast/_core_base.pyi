@@ -1,43 +1,27 @@
-from typing import Any
+from collections.abc import Container
+from typing import Any, TypeVar
 
+from ._cache import Cache
 from ._types import Array
+
+A = TypeVar("A", bound=Array)
 
 activations: dict[str, int]
 boundaries: dict[str, int]
 
-def are_finite(values: Array) -> bool: ...
+def are_finite(mean: Array, var: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
+def averaged(average: A, batch: Array, old: float, new: float) -> A: ...
 def backward(
-    dout: Array,
-    x: Array,
-    gamma: Array,
-    stats: Array,
-    axis: int,
-    eps: float,
-    out: Array | None,
-    frozen: bool,
-    exact_mean: bool,
+    dout: object,
+    cache: Cache,
+    out: object,
+    needs: Container[str] | None,
     n_threads: int,
-    activation: int = 0,
-    negative_slope: float = 0.0,
-    beta: Array | None = None,
-    residual: Array | None = None,
-    weights: Array | None = None,
-    total: float = 0.0,
-    needs_dx: bool = True,
-    needs_sums: bool = True,
-    needs_dresidual: bool = False,
-) -> tuple[Array | None, ...]: ...
+    small: int = -1,
+) -> Any: ...  # a tuple; or None
 def backward_dx(
-    dout: Array,
-    x: Array,
-    gamma: Array,
-    stats: Array,
-    sums: Array,
-    total: float,
-    axis: int,
-    out: Array | None,
-    n_threads: int,
+    dout: Array, cache: Cache, sums: Array, total: float, out: Array | None, n_threads: int
 ) -> Array: ...
 def backward_sums(
     dout: Array, x: Array, stats: Array, axis: int, n_threads: int, normalized: bool = False
@@ -47,13 +31,7 @@ def double_backward(
     ddgamma: Array,
     ddbeta: Array,
     dout: Array,
-    x: Array,
-    gamma: Array,
-    stats: Array,
-    axis: int,
-    eps: float,
-    frozen: bool,
-    exact_mean: bool,
+    cache: Cache,
     n_threads: int,
 ) -> tuple[Array, Array, Array]: ...
 def forward(
@@ -61,16 +39,11 @@ def forward(
     gamma: Array,
     beta: Array,
     axis: int,
-    eps: float,
     out: Array | None,
-    stats: Array | None,
+    settings: tuple[Any, ...] | None,
+    options: tuple[Any, ...] | None,
     n_threads: int,
-    activation: int = 0,
-    negative_slope: float = 0.0,
-    residual: Array | None = None,
-    weights: Array | None = None,
-    total: float = 0.0,
-) -> tuple[Array, Array]: ...
+) -> tuple[Array, Array, float, bool]: ...
 def given_statistics(mean: Array, var: Array, eps: float) -> Array: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...
@@ -104,19 +77,15 @@ def norm_forward(
     has_mean: bool,
     n_threads: int,
 ) -> tuple[Array, Array]: ...
-def plain_backward(
-    dout: object,
+def normalize(
     x: Array,
     gamma: Array,
-    stats: Array,
+    beta: Array,
     axis: int,
-    eps: float,
-    out: object,
-    frozen: bool,
-    exact_mean: bool,
-    options: tuple[object, ...] | None,
-    size: int,
-) -> tuple[Array, ...] | None: ...
+    stats: Array,
+    out: Array | None,
+    n_threads: int,
+) -> Array: ...
 def plain_forward(
     x: object,
     gamma: object,
@@ -127,8 +96,7 @@ def plain_forward(
     activation: object,
     negative_slope: object,
     residual: object,
-    size: int,
-) -> tuple[Array, Array, Array, Array, float, bool, tuple[Any, ...] | None] | None: ...
-def running_average(old: Array | None, x: Array, axis: int) -> Array: ...
+    small: int,
+) -> tuple[Array, Array, tuple[Any, ...] | None, tuple[Array, Array, float, bool]] | None: ...
 def set_caches(l1: int, l2: int, l3: int) -> tuple[int, int, int]: ...
-def update_average(average: Array, batch: Array, old: float, new: float) -> None: ...
+def settings_of(bn_param: object, x: Array, axis: int, correction: float = 0.0) -> Any: ...

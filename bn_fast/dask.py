@@ -5,6 +5,9 @@ is, so that dask needs to know nothing of `Moments`. They are merged in the orde
 which fixes the bits whichever worker was first.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ except ImportError as error:
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks, pieces
+from . import _cache, _checks, pieces
 from ._core import core
 from ._moments import Moments, merge_packed, pack, statistics
 from ._types import Array, parameter_dtype
@@ -61,7 +64,8 @@ def moments(x: Any, *, axis: int = 1) -> Any:
     Returns
     -------
     dask.delayed.Delayed
-        Whose ``compute()`` gives `bn_fast.Moments`; `normalize` takes both.
+        Whose ``compute()`` gives `bn_fast.Moments`; `normalize` takes both. (Name it last in a
+        ``dask.compute`` with arrays: dask 2026.8 gives the arrays first, whatever their order.)
 
     Raises
     ------
@@ -392,7 +396,7 @@ def _of_block(function: Callable[..., Array], *arrays: Array, axis: int, **setti
     """What a function finds, with as many axes as `_fold` takes."""
     found = function(*arrays, axis=axis, **settings)
     shape = [1] * arrays[0].ndim
-    shape[axis] = -1
+    shape[axis] = found.shape[1]
     return found.reshape(len(found), *shape)
 
 
@@ -409,8 +413,9 @@ def _fold(
     last: bool = False,
 ) -> Array:
     """Merge what lies along all axes but those of values and features."""
-    values = np.moveaxis(each, feature_axis, 1)
-    merged = merge(list(np.moveaxis(values.reshape(*values.shape[:2], -1), 2, 0)))
+    n_values, n_features, *blocks = np.moveaxis(each, feature_axis, 1).shape
+    parts = np.moveaxis(each, (0, feature_axis), (-2, -1))
+    merged = merge(list(parts.reshape(math.prod(blocks), n_values, n_features)))
     shape = [1] * each.ndim
     shape[0], shape[feature_axis] = merged.shape
     return merged if last else merged.reshape(shape)
@@ -467,9 +472,8 @@ def _dx(
     n = x.shape[axis]
     gamma = np.ones(n) if gamma is None else _checks._parameter(gamma, "gamma", n, axis)
     sums = np.ascontiguousarray(sums)
-    dx: Array = core.backward_dx(
-        dout, x, gamma, statistics(whole, eps), sums, whole.count, axis, None, n_threads_for(x)
-    )
+    cache = _cache.Cache(x, gamma, statistics(whole, eps), axis, eps, exact_mean=False)
+    dx: Array = core.backward_dx(dout, cache, sums, whole.count, None, n_threads_for(x))
     return dx
 
 

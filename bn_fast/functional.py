@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from . import _checks
 from ._cache import Cache, Options
-from ._checks import GRADIENTS
+from ._checks import GRADIENTS, RUNNING
 from ._core import core
 from ._threads import get_num_threads
 from ._types import Array, BNParam
@@ -184,104 +183,45 @@ def batchnorm_forward(
         x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, _SERIAL_SIZE
     )
     if plain:  # the straight road
-        x, gamma, y, stats, eps, frozen, kept = plain
-        options = None if kept is None else Options(*kept)
+        x, gamma, asked, (y, stats, eps, frozen) = plain
+        options = None if asked is None else Options(*asked)
     else:
         x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
-        options = None
+        options = settings = None
         if activation is not None or residual is not None or weights is not None:
             options = _checks.options(
                 x, beta, axis, out, activation, negative_slope, residual, weights
             )
-        y, stats, eps, frozen = _checked_forward(x, gamma, beta, axis, bn_param, out, options)
+        if bn_param is not None:
+            settings = _checks.settings(bn_param, x, axis, options)
+        with _stored(bn_param, settings):
+            y, stats, eps, frozen = core.forward(
+                x, gamma, beta, axis, out, settings, options, n_threads_for(x)
+            )
     overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
     return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
 
 
-def unbiasing(count: float, ddof: int) -> float:
-    """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
-    not above 0."""
-    return 1 + ddof / (count - ddof) if count > ddof else 0.0
-
-
-def _correction(x: Array, axis: int, param: _checks.Settings, options: Options | None) -> float:
-    """What the running average multiplies a batch's variance by."""
-    count: float = x.size // x.shape[axis]
-    if options is not None and options.sum_weights is not None:
-        count = options.sum_weights
-    correction = unbiasing(count, param.ddof)
-    if not correction:
-        raise ValueError(
-            "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
-            f" {count:g} values for each feature"
-        )
-    return correction
-
-
-def _checked_forward(
-    x: Array,
-    gamma: Array,
-    beta: Array,
-    axis: int,
-    bn_param: BNParam | None,
-    out: Array | None,
-    options: Options | None,
-) -> tuple[Array, Array, float, bool]:
-    """out, stats, eps and whether the statistics were given or none."""
-    more: tuple[Any, ...] = () if options is None else _for_core(options)
-    no_weight = options is not None and options.weights is not None and options.total == 0
-    param = None if bn_param is None else _checks.settings(bn_param, x, axis)
-    eps = 1e-5 if param is None else param.eps
-    train = param is None or param.train
-    correction = 1.0
-    if param is not None and train and x.size and not no_weight:
-        correction = _correction(x, axis, param, options)
-    stats = None
-    if param is not None:
-        # Made before anything is written to out: there may be no memory, and out may lie over them.
-        running_mean = core.running_average(param.running_mean, x, axis)
-        running_var = core.running_average(param.running_var, x, axis)
-        if not train:
-            stats = core.given_statistics(running_mean, running_var, eps)
-    if train and no_weight:  # no statistics: inv_std = 0, so that x_hat = 0
-        stats = np.zeros((4, x.shape[axis]))
-        stats[3] = np.nan
-    averages = {} if param is None else {"running_mean": running_mean, "running_var": running_var}
-    with _stored(bn_param, averages):
-        y, stats = core.forward(x, gamma, beta, axis, eps, out, stats, n_threads_for(x), *more)
-        if param is not None and train and x.size and not no_weight:
-            core.update_average(running_mean, stats[0], param.momentum, 1 - param.momentum)
-            new = (1 - param.momentum) * correction
-            core.update_average(running_var, stats[3], param.momentum, new)
-    return y, stats, eps, not train or no_weight
-
-
 @contextmanager
-def _stored(param: BNParam | None, values: dict[str, Any]) -> Iterator[None]:
-    """Store values in a mapping before something is done that cannot be taken back: it may refuse.
-    Where one or the other fails the mapping is as before."""
-    if param is None:
+def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator[None]:
+    """Store the averages before something is done that cannot be taken back: a mapping may refuse.
+    Where one or the other fails it is as before."""
+    if param is None or settings is None:
         yield
         return
-    before = {name: param[name] for name in values if name in param}
+    before = {name: param[name] for name in RUNNING if name in param}
     try:
-        for name, value in values.items():
-            param[name] = value
+        for name, average in zip(RUNNING, settings[3:5], strict=True):
+            param[name] = average
         yield
     except BaseException:
         with suppress(Exception):
-            for name in values:
+            for name in RUNNING:
                 if name in before:
                     param[name] = before[name]
                 else:
                     param.pop(name, None)
         raise
-
-
-def _for_core(options: Options) -> tuple[Any, ...]:
-    """The options as the last arguments of core.forward."""
-    activation = core.activations[options.activation] if options.activation else 0
-    return activation, options.negative_slope, options.residual, options.weights, options.total
 
 
 def batchnorm_backward(
@@ -383,57 +323,12 @@ def batchnorm_backward(
     """
     gradients: tuple[Any, ...] | None = None
     if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:
-        kept = cache
-        gradients = core.plain_backward(  # the straight road
-            dout,
-            kept.x,
-            kept.gamma,
-            kept.stats,
-            kept.axis,
-            kept.eps,
-            out,
-            kept.frozen,
-            kept.exact_mean,
-            kept.options,
-            _SERIAL_SIZE,
-        )
+        gradients = core.backward(dout, cache, out, None, 1, _SERIAL_SIZE)  # the straight road
     if gradients is None:
         wanted = _checks.needs(needs, out)
         dout, kept, out = _checks.backward_arrays(dout, cache, out)
-        gradients = _checked_backward(dout, kept, out, wanted)
-    if out is not None and core.is_same(out, kept.x):
-        kept.overwritten = "batchnorm_backward"
+        gradients = core.backward(dout, kept, out, wanted, n_threads_for(kept.x))
     return gradients
-
-
-def _checked_backward(
-    dout: Array, kept: Cache, out: Array | None, wanted: Container[str]
-) -> tuple[Array | None, ...]:
-    more: dict[str, Any] = {}
-    n = 3
-    if kept.options is not None:
-        activation, slope, residual, weights, total = _for_core(kept.options)
-        more = {"activation": activation, "negative_slope": slope, "beta": kept.options.beta}
-        more |= {"residual": residual, "weights": weights, "total": total}
-        n += residual is not None
-    more["needs_dx"] = "dx" in wanted
-    more["needs_sums"] = "dgamma" in wanted or "dbeta" in wanted
-    more["needs_dresidual"] = n == 4 and "dresidual" in wanted
-    gradients = core.backward(
-        dout,
-        kept.x,
-        kept.gamma,
-        kept.stats,
-        kept.axis,
-        kept.eps,
-        out,
-        kept.frozen,
-        kept.exact_mean,
-        n_threads_for(kept.x),
-        **more,
-    )
-    named = zip_longest(GRADIENTS[:n], gradients)
-    return tuple(gradient if name in wanted else None for name, gradient in named)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -536,21 +431,7 @@ def batchnorm_double_backward(
     ddx, ddgamma, ddbeta, dout, kept = _checks.second_order_arrays(
         ddx, ddgamma, ddbeta, dout, cache
     )
-    n_threads = n_threads_for(kept.x)
-    return core.double_backward(
-        ddx,
-        ddgamma,
-        ddbeta,
-        dout,
-        kept.x,
-        kept.gamma,
-        kept.stats,
-        kept.axis,
-        kept.eps,
-        kept.frozen,
-        kept.exact_mean,
-        n_threads,
-    )
+    return core.double_backward(ddx, ddgamma, ddbeta, dout, kept, n_threads_for(kept.x))
 
 
 def spatial_batchnorm_forward(

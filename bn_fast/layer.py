@@ -22,7 +22,7 @@ from ._cache import Cache
 from ._core import core
 from ._layer_checks import MOST_BATCHES, Setting
 from ._types import Array, MaybeArray
-from .functional import batchnorm_backward, batchnorm_forward, n_threads_for, unbiasing
+from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
 
 __all__ = ["BatchNorm"]
 
@@ -423,8 +423,9 @@ class BatchNorm:
         # Not through batchnorm_forward: all is checked, and its bn_param costs 3 us of 6.
         axis = self._axis % x.ndim
         gamma = self._gamma.copy()
-        out, stats = core.forward(
-            x, gamma, self._beta, axis, self._eps, out, None, n_threads_for(x)
+        settings = True, self._eps, 0.0, None, None, 1.0  # no averages: _update has its own
+        out, stats, _, _ = core.forward(
+            x, gamma, self._beta, axis, out, settings, None, n_threads_for(x)
         )
         cache = Cache(x, gamma, stats, axis, self._eps, False, True)
         count = x.size // self._num_features
@@ -454,12 +455,12 @@ class BatchNorm:
     ) -> None:
         """Average a training batch into the running statistics."""
         what = ""
-        correction = unbiasing(count, self._ddof)
+        correction = _checks.unbiasing(count, self._ddof)
         if n_values < 2:  # one value has no variance: its 0 would pull running_var down
             what = f"the batch has {n_values} values for each feature, and a variance needs 2"
         elif not correction:
             what = f"the batch's weights sum to {count:g}, and an unbiased variance needs more"
-        elif not (core.are_finite(mean) and core.are_finite(var)):
+        elif not core.are_finite(mean, var):
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:
@@ -480,9 +481,8 @@ class BatchNorm:
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
         if not correction:
             correction = np.nan
-        running_mean, running_var = self._running_mean.copy(), self._running_var.copy()
-        core.update_average(running_mean, mean, old, new)
-        core.update_average(running_var, var, old, new * correction)
+        running_mean = core.averaged(self._running_mean, mean, old, new)
+        running_var = core.averaged(self._running_var, var, old, new * correction)
         self._running_mean, self._running_var = running_mean, running_var
         self._num_batches = n + 1 if n < MOST_BATCHES else n
 
@@ -806,7 +806,7 @@ def _backward(dout: ArrayLike, cache: Any, out: Array | None) -> tuple[Array, Ar
 def _stacklevel_outside() -> int:
     """The `stacklevel` at which the caller's warning is about the code that called bn_fast."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "bn_fast":
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "bn_fast":
         level, frame = level + 1, frame.f_back
     return level
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
+from ._cache import Cache
 from ._core import core
 from ._moments import merge_packed, pack, statistics
 from ._types import Array, parameter_dtype
@@ -156,16 +157,8 @@ class SyncBatchNorm(BatchNorm):
         out = np.empty_like(x) if out is None else out  # no memory: before the others count on it
         whole = merge_packed(self._gather(pack(moments(x, axis=axis))))
         gamma = self._gamma.copy()
-        out, stats = core.forward(
-            x,
-            gamma,
-            self._beta,
-            axis,
-            self.eps,
-            out,
-            statistics(whole, self.eps),
-            n_threads_for(x),
-        )
+        stats = statistics(whole, self.eps)
+        core.normalize(x, gamma, self._beta, axis, stats, out, n_threads_for(x))
         count = int(whole.count)
         return out, _Batch(x, gamma, stats, whole.count), count, count, stats[0], stats[3]
 
@@ -182,6 +175,7 @@ class SyncBatchNorm(BatchNorm):
         for row in gathered:  # in rank order; MPI's own sum may add in another
             sums = sums + row
         sums = sums.reshape(2, -1)
-        dx = core.backward_dx(dout, x, gamma, stats, sums, total, axis, out, n_threads_for(x))
+        batch = Cache(x, gamma, stats, axis, self.eps, exact_mean=False)
+        dx = core.backward_dx(dout, batch, sums, total, out, n_threads_for(x))
         dgamma, dbeta = sums.astype(parameter_dtype(x.dtype))
         return dx, dgamma, dbeta

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
+from ._cache import Cache
 from ._core import core
 from ._moments import Moments, from_statistics, mean_low, statistics
 from ._types import Array
@@ -227,7 +228,7 @@ def normalize_by(
 ) -> Array:
     """Normalize by statistics as a cache keeps them: mean, its low part, inv_std, var."""
     gamma, beta, out = _checks.frozen_parameters(x, gamma, beta, axis, out)
-    return core.forward(x, gamma, beta, axis, 0.0, out, stats, n_threads_for(x))[0]
+    return core.normalize(x, gamma, beta, axis, stats, out, n_threads_for(x))
 
 
 def _given(
@@ -385,4 +386,5 @@ def backward_apply(
     out = _checks.output(out, dout, x, gamma)
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)
-    return core.backward_dx(dout, x, gamma, stats, sums, total, axis, out, n_threads_for(x))
+    cache = Cache(x, gamma, stats, axis, -1.0, exact_mean=False)
+    return core.backward_dx(dout, cache, sums, total, out, n_threads_for(x))

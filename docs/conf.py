@@ -5,11 +5,11 @@ from unittest.mock import MagicMock
 
 # The doors are described without the libraries that they lead to. (autodoc's own mock has no answer
 # to decorators that make objects, and hides constructors.)
-for name in (
-    "autograd", "autograd.extend", "mpi4py", "sklearn", "sklearn.base", "sklearn.utils",
-    "sklearn.utils.validation", "torch", "torch._compile", "torch.autograd",
-    "torch.autograd.function",
-):  # fmt: skip
+LIBRARIES = """
+    autograd autograd.extend dask dask.array dask.delayed mpi4py sklearn sklearn.base sklearn.utils
+    sklearn.utils.validation torch torch._compile torch.autograd torch.autograd.function
+"""
+for name in LIBRARIES.split():
     sys.modules[name] = MagicMock()
 sys.modules["torch"].autograd.Function = object
 for name in ("BaseEstimator", "OneToOneFeatureMixin", "TransformerMixin"):

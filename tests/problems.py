@@ -119,7 +119,7 @@ def far_shapes(at):
     return [
         (streamed // 130 + 1, 130),
         (streamed // 21 + 1, 21),
-        (at["PREFETCH_OUTPUT"] // 4 // 21000 + 1, 21, 1000),
+        (at["PREFETCH_OUTPUT_BYTES"] // 4 // 21000 + 1, 21, 1000),
         (at["PREFETCH_BYTES"] // 4 // (40 * 49) + 1, 40, 7, 7),
     ]
 
@@ -389,29 +389,28 @@ def pairs(axes, valid=lambda row: True, times=1):
     dice = random.Random(0)
     names = sorted(axes, key=lambda name: -len(axes[name]))
     share = {name: Counter(axes[name]) for name in names}
-    met = Counter()
+    met = {(name, v): Counter() for name in names for v in share[name]}
 
-    def with_others(row, name):
-        """What is counted of a row: its pairs that have this axis in them."""
-        return [frozenset([(name, row[name]), (a, v)]) for a, v in row.items() if a != name]
-
-    def worth(row, name):
-        counts = [met[pair] for pair in with_others(row, name)]
-        return sum(n / share[name][row[name]] if n >= times else -100 for n in counts)
+    def worth(own, others):
+        """How little a value of an axis has met those of the others."""
+        seen, of = met[own], share[own[0]][own[1]]
+        return sum(seen[v] / of if seen[v] >= times else -100 for v in others)
 
     def fill(row):
         for name in names:
             if name not in row:
-                tried = [row | {name: v} for v in share[name] if valid(row | {name: v})]
+                others = list(row.items())
+                tried = [(name, v) for v in share[name] if valid(row | {name: v})]
                 dice.shuffle(tried)
-                row = min(tried, key=lambda row: worth(row, name))
-        for i, name in enumerate(names):
-            met.update(with_others({a: row[a] for a in names[: i + 1]}, name))
+                own = min(tried, key=lambda own: worth(own, others))
+                row = row | dict([own])
+        for pair in itertools.permutations(row.items(), 2):
+            met[pair[0]][pair[1]] += 1
         return {name: row[name] for name in axes}
 
     rows = []
     for a, b in itertools.combinations(names, 2):
         both = [{a: v, b: w} for v, w in itertools.product(share[a], share[b])] * times
         dice.shuffle(both)
-        rows += [fill(row) for row in both if valid(row) and met[frozenset(row.items())] < times]
+        rows += [fill(row) for row in both if valid(row) and met[a, row[a]][b, row[b]] < times]
     return rows

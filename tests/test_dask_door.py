@@ -1,6 +1,7 @@
 """bn_fast.dask against one process with the whole array, and its bits against any schedule."""
 
 import os
+import pickle
 import signal
 from functools import reduce
 
@@ -26,7 +27,7 @@ from . import oracle
 CUTS = [
     ((40, 30), 1, (7, 5)),
     ((40, 30), 1, (-1, -1)),
-    ((40, 30), 1, ((0, 39, 0, 1), (1, 29))),
+    ((40, 30), 1, ((0, 39, 0, 1), (1, 0, 29))),
     ((100, 6), 1, (3, 4)),
     ((40, 30), 0, (4, 9)),
     ((12, 10, 7, 6), 1, (5, 3, 4, 5)),
@@ -125,26 +126,24 @@ def test_the_bits_are_those_of_the_blocks_in_their_order():
     assert_same_bits([dbeta.compute()], [reduce(np.add, sums)])
 
 
+def send(block):
+    return pickle.loads(pickle.dumps(block))
+
+
 @pytest.mark.parametrize(("shape", "axis", "chunks"), CUTS)
 def test_no_schedule_changes_a_bit(shape, axis, chunks):
     """Neither threads, nor dask's settings, nor how the blocks lie in memory, which it changes by
     sending them."""
     x, dout, gamma, beta = problem(shape, axis)
-    expected = None
     for layout in ("C", "Fortran", "sliced", "permuted"):
         blocks = [da.from_array(LAYOUTS[layout](a), chunks=chunks) for a in (x, dout)]
-        sent = [b.map_blocks(np.ascontiguousarray, dtype=b.dtype) for b in blocks]
-        if layout == "Fortran":  # which is sent as it is
-            sent = [b.map_blocks(np.copy, dtype=b.dtype, order="K") for b in blocks]
+        sent = [b.map_blocks(send, dtype=b.dtype, meta=b._meta) for b in blocks]
         results = [dask.compute(*both_ways(*b, gamma, beta, axis)) for b in (blocks, sent)]
         for settings in ({"scheduler": "threads", "num_workers": 3}, {"split_every": 2}):
             with dask.config.set(settings):
                 results.append(dask.compute(*both_ways(*blocks, gamma, beta, axis)))
         for result in results:
             assert_same_bits(result, results[0])
-        if expected is not None and layout != "Fortran":
-            assert_same_bits(results[0], expected)
-        expected = results[0] if layout == "C" else expected
 
 
 def test_nothing_is_computed_before_it_is_asked_for_and_x_once():

@@ -65,3 +65,47 @@ def test_the_size_of_the_caches_changes_no_bit(shape, axis, dtype, activation):
                     assert_same_bits(results(), expected)
         finally:
             core.set_caches(*old)
+
+
+NORMS = [  # shape, axes of a statistic, axes of the parameters
+    ((70, 300), (1,), (1,)), ((1000, 96), (1,), (1,)), ((3000, 8), (1,), (1,)),
+    ((33, 1300), (0,), (0,)), ((40, 3000), (1,), (1,)), ((6, 64, 7, 7), (1,), (1,)),
+    ((5, 2, 6, 3, 70), (3, 4), (2, 3)), ((6, 8, 4, 9, 11), (2, 3, 4), (1, 2)),
+    ((6, 11, 9, 3), (1, 2), (3,)), ((6, 11, 9, 4, 5), (1, 2, 4), (3, 4)),
+    ((6, 900, 3), (1,), (2,)), ((6, 9, 4, 5, 11), (3, 4), (1,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_mean", [True, False])
+@pytest.mark.parametrize("scale", [1, 1e30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize(("shape", "over", "along"), NORMS, ids=str)
+def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
+    shape, over, along, dtype, scale, has_mean
+):
+    """scale: of one statistic's values, which need wide lanes then."""
+    if dtype is np.float16 and scale > 1:
+        pytest.skip("out of its range")
+    x, dout = normal(shape, dtype), normal(shape, dtype, 1)
+    first = tuple(slice(None) if d in over else 0 for d in range(len(shape)))
+    x[first] *= scale
+    dout[first] *= scale
+    n = int(np.prod([shape[d] for d in along]))
+    kind = np.float64 if dtype is np.float64 else np.float32
+    gamma, beta = normal(n, kind, 2), normal(n, kind, 3)
+
+    def results(n_threads):
+        axes = over, along, 1e-5, None, has_mean
+        out, stats = core.norm_forward(x, gamma, beta, *axes, n_threads)
+        gradients = core.norm_backward(dout, x, gamma, stats, *axes, True, n_threads, True, True)
+        return [out, stats, *gradients]
+
+    expected = results(1)
+    for caches in (None, *CACHES):
+        old = core.set_caches(*caches) if caches else None
+        try:
+            for n_threads in (1, 2, 3, 7):
+                assert_same_bits(results(n_threads), expected)
+        finally:
+            if old:
+                core.set_caches(*old)

@@ -105,14 +105,16 @@ def test_rows_that_mislead(dtype, scale):
         check_gradients(batchnorm_backward(dout, cache), expected, x)
 
 
-@pytest.mark.parametrize("shape", [(1000, 130), (3000, 20), (3000, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(1000, 130), (3000, 200), (10000, 100)], ids=str)
 def test_rows_that_mislead_a_little(shape):
     """All three lie three deviations from the mean, which is not far enough to look again: of the
     sum of squares nine parts of ten are taken off, and every digit of them counts."""
     x, dout = normal(shape, np.float64), normal(shape, np.float64, 1)
     x[[0, (shape[0] - 1) // 2, -1]] = 2.9
     gamma, beta = np.ones(shape[1]), np.zeros(shape[1])
-    out, cache = batchnorm_forward(x, gamma, beta)
+    param = {"mode": "train", "momentum": 0}
+    out, cache = batchnorm_forward(x, gamma, beta, param)
+    check("var", param["running_var"], oracle.normalized(x)[2], x, 3)
     check("out", out, oracle.forward(x, gamma, beta), x)
     check_gradients(batchnorm_backward(dout, cache), oracle.backward(dout, x, gamma), x)
 
@@ -264,18 +266,20 @@ def test_outliers_where_the_shift_of_dout_is_guessed(dtype, m, big, inner, place
     check_gradients(got, expected, x)
 
 
+@pytest.mark.parametrize("by_residual", [False, True])
 @pytest.mark.parametrize(("dtype", "big"), [(np.float32, 1e9), (np.float64, 1e17)])
-def test_a_second_look_at_dout_sees_what_comes_through(dtype, big):
+def test_a_second_look_at_dout_sees_what_comes_through(dtype, big, by_residual):
     """The three values mislead, and where the gate is shut there are more like them."""
     shape = (20_001, 130)
-    x = np.sign(normal(shape, dtype))
-    x[[0, 10_000, 20_000]] = 1
-    dout = np.where(x > 0, dtype(1), dtype(big))
+    sign = np.sign(normal(shape, dtype))
+    sign[[0, 10_000, 20_000]] = 1
+    x, residual = (normal(shape, dtype, 1), 10 * sign) if by_residual else (sign, None)
+    dout = np.where(sign > 0, dtype(1), dtype(big))
     dout[[0, 10_000, 20_000]] = big
     gamma, beta = np.ones(130), np.zeros(130)
-    _, cache = batchnorm_forward(x, gamma, beta, activation="relu")
+    _, cache = batchnorm_forward(x, gamma, beta, activation="relu", residual=residual)
     got = batchnorm_backward(dout, cache)
-    check_gradients(got, oracle.backward(dout * (x > 0), x, gamma, gated=True), x)
+    check_gradients(got[:3], oracle.backward(dout * (sign > 0), x, gamma, gated=True), x)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
@@ -284,11 +288,12 @@ def test_a_second_look_at_dout_sees_what_comes_through(dtype, big):
     ("dtype", "scale"),
     [(np.float32, 1e36), (np.float32, 2e38), (np.float64, 1e300), (np.float64, 1e308)],
 )
-@pytest.mark.parametrize("offset", [0, 1])
-def test_dout_near_the_end_of_the_range(dtype, scale, shape, offset, activation):
+@pytest.mark.parametrize(("offset", "spread"), [(0, 1e-3), (1, 1e-3), (0.5, 2)])
+def test_dout_near_the_end_of_the_range(dtype, scale, shape, offset, spread, activation):
     """dx is as exact as ever; a sum that leaves the range is infinite."""
     x = 1e3 * normal(shape, dtype)
-    dout = dtype(scale) * np.clip(dtype(offset) + normal(shape, dtype, 1) / 1000, -1.5, 1.5)
+    dout = offset + dtype(spread) * normal(shape, dtype, 1)
+    dout = dtype(scale) * np.clip(dout, -1.5, 1.5, dtype=dtype)
     gamma, beta = 1 + normal(shape[1], dtype, 2) / 8, np.full(shape[1], 20.0)
     _, cache = batchnorm_forward(x, gamma, beta, activation=activation)
     dx, dgamma, dbeta = batchnorm_backward(dout, cache)
@@ -437,9 +442,14 @@ def test_sums_keep_twice_the_digits(shape):
 
     The three stand in neighboring blocks of 128 rows, out of sight of the guess of the mean.
     """
-    dout = np.zeros(shape)
+    dout, x = np.zeros(shape), np.full(shape, -1.0)
     for k, value in enumerate([2.0**53, 1, -(2.0**53)]):
         dout[128 * k + 65 :: 384, 1, ...] = value
-    _, cache = batchnorm_forward(normal(shape, np.float64), np.ones(shape[1]), np.zeros(shape[1]))
-    dbeta = batchnorm_backward(dout, cache)[2]
-    assert dbeta[1] == dout[65 + 128 :: 384, 1, ...].sum()
+    x[1::2] = 1  # and eps = 3: x_hat = +- 1/2
+    _, cache = batchnorm_forward(
+        x, np.ones(shape[1]), np.zeros(shape[1]), {"mode": "train", "eps": 3}
+    )
+    _, dgamma, dbeta = batchnorm_backward(dout, cache)
+    total = dout[65 + 128 :: 384, 1, ...].sum()
+    assert dbeta[1] == total
+    assert dgamma[1] == total / 2

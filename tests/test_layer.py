@@ -317,6 +317,10 @@ def test_a_warning_is_about_the_code_that_called(call):
     with pytest.warns(RuntimeWarning, match="left as they were") as found:
         call(BatchNorm(3), batch(1))
     assert found[0].filename == __file__
+    names = {"call": call, "layer": BatchNorm(3), "x": batch(1)}  # of no module
+    with pytest.warns(RuntimeWarning, match="left as they were") as found:
+        exec(compile("call(layer, x)", "here", "exec"), names)
+    assert found[0].filename == "here"
 
 
 # -- bad batches

@@ -292,7 +292,7 @@ def test_statistics_of_another_shape_never_reach_the_kernels():
     stats = np.ones((4, 3))
     for wrong in (stats[:, :2], stats[:3], stats.T, stats[:, ::-1], stats.astype(np.float32)):
         with pytest.raises(ValueError, match=r"stats must be float64, contiguous and of shape"):
-            core.forward(X, V, V, 1, 0.0, None, wrong, 1)
+            core.normalize(X, V, V, 1, wrong, None, 1)
 
 
 def test_not_finite_values_spread_in_their_feature():

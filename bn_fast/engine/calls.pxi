@@ -234,7 +234,7 @@ def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
     return is_same_buffer(a, b)
 
 
-cpdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
+cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
     """A new array for an average beside x, with the old values (None: zeros): float32 only where
     both old and the parameters of x are."""
     cdef cnp.npy_intp length = cnp.PyArray_DIMS(x)[axis]
@@ -269,30 +269,30 @@ cdef void new_job(
 
 
 cdef void average_in(
-    cnp.ndarray average, const char* batch, Py_ssize_t stride, double old, double new,
+    cnp.ndarray average, const double* batch, double old, double new,
 ) noexcept:
-    cdef Py_ssize_t f
-    cdef double value
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(average)[0]
     cdef float* narrow = <float*> cnp.PyArray_DATA(average)
     cdef double* values = <double*> cnp.PyArray_DATA(average)
-    for f in range(cnp.PyArray_DIMS(average)[0]):
-        value = (<const double*> (batch + f * stride))[0]
-        if cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT32:
-            narrow[f] = <float> (old * narrow[f] + new * value)
-        else:
-            values[f] = old * values[f] + new * value
+    if cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT32:
+        for f in range(n):
+            narrow[f] = <float> (old * narrow[f] + new * batch[f])
+    else:
+        for f in range(n):
+            values[f] = old * values[f] + new * batch[f]
 
 
-def update_average(
+def averaged(
     cnp.ndarray average not None, cnp.ndarray batch not None, double old, double new,
 ):
-    """average = old * average + new * batch, in double; average is contiguous, batch float64."""
-    average_in(
-        average, <char*> cnp.PyArray_DATA(batch), cnp.PyArray_STRIDES(batch)[0], old, new
-    )
+    """old * average + new * batch, in double, as a new array; batch is float64."""
+    cdef cnp.ndarray result = cnp.PyArray_NewCopy(average, cnp.NPY_CORDER)
+    batch = cnp.PyArray_GETCONTIGUOUS(batch)
+    average_in(result, <const double*> cnp.PyArray_DATA(batch), old, new)
+    return result
 
 
-def are_finite(cnp.ndarray values not None):
+cdef bint is_finite(cnp.ndarray values) noexcept:
     """Of float64, one dimension."""
     cdef Py_ssize_t f, stride = cnp.PyArray_STRIDES(values)[0]
     cdef const char* data = <const char*> cnp.PyArray_DATA(values)
@@ -300,6 +300,10 @@ def are_finite(cnp.ndarray values not None):
         if not isfinite((<const double*> (data + f * stride))[0]):
             return False
     return True
+
+
+def are_finite(cnp.ndarray mean not None, cnp.ndarray var not None):
+    return is_finite(mean) and is_finite(var)
 
 
 cdef cnp.ndarray new_statistics(Py_ssize_t n):
@@ -322,6 +326,16 @@ cpdef cnp.ndarray given_statistics(cnp.ndarray mean, cnp.ndarray var, double eps
     return stats
 
 
+cdef cnp.ndarray without_weight(Py_ssize_t n):
+    """stats where there are none: inv_std = 0, so that x_hat = 0."""
+    cdef cnp.ndarray stats = new_statistics(n)
+    cdef double* value = <double*> cnp.PyArray_DATA(stats)
+    cdef Py_ssize_t f
+    for f in range(4 * n):
+        value[f] = 0 if f < 3 * n else NAN
+    return stats
+
+
 cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
     """Whether C may read them as `forward` does."""
     return (
@@ -331,110 +345,127 @@ cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
     )
 
 
-cpdef tuple forward(
-    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, double eps, cnp.ndarray out,
-    cnp.ndarray stats, int n_threads, int activation=0, double negative_slope=0,
-    cnp.ndarray residual=None, cnp.ndarray weights=None, double total=0,
-):
-    """Normalize x along every axis but one.
-
-    stats: mean, the mean's low part, inv_std and var, float64 (4, n_features), contiguous; None for
-    those of the batch, which alone need eps.  activation: a value of `activations`.  residual and
-    weights have the shape and dtype of x, and total is the sum of the weights of a feature.
-    Returns out (new if None) and stats.
-    """
-    cdef Job job
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
-    cdef bint frozen = stats is not None
-    if frozen and not are_statistics(stats, n):
-        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
-    if out is None:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    if not frozen:
-        stats = new_statistics(n)
-    new_job(&job, FROZEN if frozen else FORWARD, x, stats, axis, n_threads)
-    bring(&job, R, residual)
-    bring(&job, Y, out)
-    bring(&job, W, weights)
-    set_parameter(&job.gamma_given, gamma)
-    set_parameter(&job.beta_given, beta)
-    job.reduces = not frozen
-    job.applies = True
-    job.activation = activation
+cdef int bring_options(Job* job, options) except -1:
+    """What the call was asked for besides: Options (_cache.py) or such a tuple, or None."""
+    if options is None:
+        return 0
+    activation, negative_slope, beta, residual, weights, total, _, _ = <tuple> options
+    job.activation = IDENTITY if activation is None else activations[activation]
     job.negative_slope = negative_slope
     job.total = total
+    set_parameter(&job.beta_given, beta)
+    bring(job, R, residual)
+    bring(job, W, weights)
+    return 0
+
+
+cdef cnp.ndarray run_forward(
+    Job* job, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray out, options,
+):
+    """Apply what the job says of statistics; returns out (new if None)."""
+    if out is None:
+        out = PyArray_NewLikeArray(array_of(job, X), cnp.NPY_KEEPORDER, NULL, 0)
+    bring_options(job, options)
+    bring(job, Y, out)
+    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.beta_given, beta)
+    job.applies = True
+    execute(job)
+    return out
+
+
+cdef void take_statistics(Job* job, double eps) noexcept:
+    """Of x itself."""
+    cdef Py_ssize_t f
+    cdef cnp.ndarray x = array_of(job, X)
+    job.reduces = True
     job.eps = eps
-    if job.reduces and cnp.PyArray_SIZE(x) == 0:
-        for f in range(4 * n):
+    if cnp.PyArray_SIZE(x) == 0:
+        for f in range(4 * job.n_features):
             job.value[MEAN][f] = NAN
-    execute(&job)
-    return out, stats
+
+
+def normalize(
+    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, int axis, cnp.ndarray stats,
+    cnp.ndarray out, int n_threads,
+):
+    """Normalize x with statistics that are given, as forward returns them; returns out."""
+    cdef Job job
+    if not are_statistics(stats, cnp.PyArray_DIMS(x)[axis]):
+        raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
+    new_job(&job, FROZEN, x, stats, axis, n_threads)
+    return run_forward(&job, gamma, beta, out, None)
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
-    cdef Py_ssize_t f
-    for f in range(cnp.PyArray_DIMS(target)[0]):
-        if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
-            (<float*> cnp.PyArray_DATA(target))[f] = <float> values[f]
-        else:
-            (<double*> cnp.PyArray_DATA(target))[f] = values[f]
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(target)[0]
+    cdef float* narrow = <float*> cnp.PyArray_DATA(target)
+    if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
+        for f in range(n):
+            narrow[f] = <float> values[f]
+    else:
+        memcpy(cnp.PyArray_DATA(target), values, n * sizeof(double))
 
 
-cpdef tuple backward(
-    cnp.ndarray dout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray stats, int axis, double eps,
-    cnp.ndarray out, bint frozen, bint exact_mean, int n_threads, int activation=0,
-    double negative_slope=0, cnp.ndarray beta=None, cnp.ndarray residual=None,
-    cnp.ndarray weights=None, double total=0, bint needs_dx=True, bint needs_sums=True,
-    bint needs_dresidual=False,
-):
-    """Gradients dx (in out, new if None), dgamma, dbeta from dout and the forward's x and stats;
-    and dresidual where it is needed.
+def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
+    """Gradients dx (in out, new if None), dgamma, dbeta, and dresidual where there was a residual:
+    what `needs` names (None: all), and None for the others.
 
-    eps: negative where it is not known.  frozen: the statistics were given, so dx = gamma inv_std
-    dout.  exact_mean: they are x's own.  beta and what follows: as in forward; beta and residual
-    are read only for an activation.  What is not needed is not computed, dgamma and dbeta then
-    mean nothing.
+    cache: a Cache (_cache.py), told if its x is overwritten.  small: see plain_forward; negative
+    where all has been checked.
     """
     cdef Job job
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
-    cdef cnp.npy_intp length = n
+    cdef Py_ssize_t n
+    cdef cnp.npy_intp length
     cdef cnp.ndarray dgamma, dbeta, dresidual = None
     cdef double* sums
-    if needs_dresidual:
+    cdef bint needs_dx, needs_sums, frozen = cache.frozen
+    x, gamma, stats, options = cache.x, cache.gamma, cache.stats, cache.options
+    axis, eps = cache.axis, cache.eps
+    if small >= 0 and not (
+        is_plain_cache(x, gamma, stats, axis, eps) and cnp.PyArray_SIZE(x) < small
+        and is_plain_gradient(dout, x, gamma, out) and are_plain_options(options, x, axis, out)
+    ):
+        return None
+    residual = None if options is None else (<tuple> options)[3]
+    needs_dx = needs is None or "dx" in needs
+    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs
+    if residual is not None and (needs is None or "dresidual" in needs):
         dresidual = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if out is None and needs_dx:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     # Whatever may fail for want of memory comes before anything is written to out.
+    length = n = cnp.PyArray_DIMS(x)[<int> axis]
     dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
     dbeta = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
     sums = <double*> calloc(2 * n + 1, sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
-    new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
-    bring(&job, G, dout)
-    bring(&job, R, residual)
-    bring(&job, Y, out)
-    bring(&job, D, dresidual)
-    bring(&job, W, weights)
-    set_parameter(&job.gamma_given, gamma)
-    set_parameter(&job.beta_given, beta)
-    job.reduces = needs_sums or needs_dresidual or (needs_dx and not frozen)
-    job.applies = needs_dx
-    job.activation = activation
-    job.negative_slope = negative_slope
-    # With weights dout has no shift, and M = 2 no form of its own.
-    job.exact_mean = exact_mean and weights is None
-    job.eps = eps if weights is None else -1
-    job.total = total
-    job.value[DGAMMA] = sums
-    job.value[DBETA] = sums + n
     try:
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
+        bring_options(&job, options)
+        bring(&job, G, dout)
+        bring(&job, Y, out)
+        bring(&job, D, dresidual)
+        set_parameter(&job.gamma_given, gamma)
+        job.reduces = needs_sums or dresidual is not None or (needs_dx and not frozen)
+        job.applies = needs_dx
+        # With weights dout has no shift, and M = 2 no form of its own.
+        job.exact_mean = cache.exact_mean and job.array[W] == NULL
+        job.eps = eps if job.array[W] == NULL else -1
+        job.value[DGAMMA] = sums
+        job.value[DBETA] = sums + n
         execute(&job)
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
     finally:
         free(sums)
-    return (out, dgamma, dbeta) if dresidual is None else (out, dgamma, dbeta, dresidual)
+    if out is not None and is_same_buffer(out, x):
+        cache.overwritten = "batchnorm_backward"
+    if needs is not None:
+        dgamma = dgamma if "dgamma" in needs else None
+        dbeta = dbeta if "dbeta" in needs else None
+    return (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
 
 
 # ---------------------------------------------------------------- one visit alone
@@ -486,17 +517,17 @@ def backward_sums(
 
 
 def backward_dx(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
-    cnp.ndarray stats not None, cnp.ndarray sums not None, double total, int axis,
-    cnp.ndarray out, int n_threads,
+    cnp.ndarray dout not None, cache, cnp.ndarray sums not None, double total, cnp.ndarray out,
+    int n_threads,
 ):
     """dx (in out, new if None) = gamma inv_std (dout - dbeta / total - x_hat dgamma / total), where
-    sums, float64 (2, n_features), are dgamma and dbeta over all parts, and total counts them."""
+    sums, float64 (2, n_features), are dgamma and dbeta over all parts, and total counts them; the
+    rest is a Cache's."""
     cdef Job job
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
+    cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
     if out is None:
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    new_job(&job, BACKWARD, x, stats, axis, n_threads)
+    new_job(&job, BACKWARD, x, stats, cache.axis, n_threads)
     bring(&job, G, dout)
     bring(&job, Y, out)
     set_parameter(&job.gamma_given, gamma)
@@ -504,7 +535,7 @@ def backward_dx(
     job.exact_mean = False
     job.total = total
     job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
-    job.value[DBETA] = job.value[DGAMMA] + n
+    job.value[DBETA] = job.value[DGAMMA] + cnp.PyArray_DIMS(sums)[1]
     execute(&job)
     return out
 
@@ -540,13 +571,15 @@ cdef int sum_pair(Job* job, cnp.ndarray other, double* mean, double* along) exce
 
 
 cdef int sum_pairs(
-    double* v, cnp.ndarray ddx, cnp.ndarray dout, cnp.ndarray x, cnp.ndarray stats, int axis,
-    bint frozen, bint exact_mean, int n_threads,
+    double* v, cnp.ndarray ddx, cnp.ndarray dout, cache, int n_threads,
 ) except -1:
     """The five sums, into rows of n values from v on: the means of ddx and dout, two rows each,
     their mean product times inv_std, and those of ddx and dout with x_hat; then dgamma and another
     row."""
     cdef Job job
+    cdef cnp.ndarray x = cache.x, stats = cache.stats
+    cdef int axis = cache.axis
+    cdef bint frozen = cache.frozen, exact_mean = cache.exact_mean
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
     cdef double m = <double> (cnp.PyArray_SIZE(x) // n)
     cdef double* inv_std = <double*> cnp.PyArray_DATA(stats) + 2 * n
@@ -576,15 +609,17 @@ cdef int sum_pairs(
 
 def double_backward(
     cnp.ndarray ddx, cnp.ndarray ddgamma not None, cnp.ndarray ddbeta not None,
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma not None,
-    cnp.ndarray stats not None, int axis, double eps, bint frozen, bint exact_mean, int n_threads,
+    cnp.ndarray dout not None, cache, int n_threads,
 ):
     """Gradients dx, dgamma, ddout of backward, from those of its three results.
 
-    ddx, dout, x: of one dtype and shape; ddx None: zeros.  ddgamma and ddbeta: float64, contiguous.
-    The rest as in backward.
+    ddx, dout: of the dtype and shape of the cache's x; ddx None: zeros.  ddgamma and ddbeta:
+    float64, contiguous.
     """
     cdef Job job
+    cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
+    cdef int axis = cache.axis
+    cdef bint frozen = cache.frozen
     cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
     cdef cnp.npy_intp shape[2]
     cdef double* v
@@ -608,8 +643,8 @@ def double_backward(
         set_parameter(&job.gamma_given, ddgamma)
         job.reduces = not frozen
         job.applies = True
-        job.exact_mean = exact_mean
-        job.eps = eps
+        job.exact_mean = cache.exact_mean
+        job.eps = cache.eps
         job.value[DGAMMA] = v + 7 * n
         job.value[DBETA] = v + 8 * n
         execute(&job)
@@ -621,7 +656,7 @@ def double_backward(
         job.applies = True
         execute(&job)
         return dx, dgamma, ddout
-    sum_pairs(v, ddx, dout, x, stats, axis, frozen, exact_mean, n_threads)
+    sum_pairs(v, ddx, dout, cache, n_threads)
     store_parameter(v + 7 * n, dgamma)
     new_job(&job, SECOND, x, stats, axis, n_threads)
     bring(&job, R, ddx)
@@ -637,227 +672,6 @@ def double_backward(
     job.value[DDBETA] = <double*> cnp.PyArray_DATA(ddbeta)
     execute(&job)
     return dx, dgamma, ddout
-
-
-# ---------------------------------------------------------------- norms
-#
-# A norm says which of x's axes a statistic is over, and along which gamma and beta lie.  Are these
-# among the former, they vary within a statistic.
-
-cdef double one = 1, zero = 0
-
-
-cdef void set_constant(Parameter* given, const double* value) noexcept:
-    given.data = <const char*> value
-    given.stride = 0
-    given.period = INTPTR_MAX
-    given.single = False
-
-
-cdef unsigned long long mask_of(tuple axes) except? 0:
-    cdef unsigned long long mask = 0
-    for axis in axes:
-        mask |= <unsigned long long> 1 << <int> axis
-    return mask
-
-
-cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long along) noexcept:
-    """Whether parameters vary within a statistic."""
-    cdef int d
-    for d in range(cnp.PyArray_NDIM(x)):
-        if over >> d & along >> d & 1 and cnp.PyArray_DIMS(x)[d] > 1:
-            return True
-    return False
-
-
-cdef cnp.ndarray native_parameter(cnp.ndarray values, cnp.ndarray x, Py_ssize_t n, double default):
-    """values in the type of x's lanes, contiguous; None: n times the default."""
-    cdef cnp.ndarray native
-    cdef cnp.npy_intp length = n
-    cdef int kind = parameter_type(x)
-    cdef Py_ssize_t f
-    if values is not None and cnp.PyArray_TYPE(values) == kind and (
-        cnp.PyArray_ISCARRAY_RO(values)
-    ):
-        return values
-    native = cnp.PyArray_EMPTY(1, &length, kind, 0)
-    if values is not None:
-        cnp.PyArray_CopyInto(native, values)
-        return native
-    for f in range(n):
-        if kind == cnp.NPY_FLOAT32:
-            (<float*> cnp.PyArray_DATA(native))[f] = <float> default
-        else:
-            (<double*> cnp.PyArray_DATA(native))[f] = default
-    return native
-
-
-cdef cnp.npy_intp place_parameters(Job* job, cnp.ndarray x, unsigned long long along) noexcept:
-    """Strides of contiguous parameters along x's axes; returns how many these are."""
-    cdef int d
-    cdef cnp.npy_intp size = 8 if parameter_type(x) == cnp.NPY_FLOAT64 else 4, stride = size
-    for d in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
-        job.varying.stride[d] = 0
-        if along >> d & 1:
-            job.varying.stride[d] = stride
-            stride *= cnp.PyArray_DIMS(x)[d]
-    return stride // size
-
-
-cdef Py_ssize_t n_statistics(cnp.ndarray x, unsigned long long over) noexcept:
-    cdef Py_ssize_t n = 1
-    cdef int d
-    for d in range(cnp.PyArray_NDIM(x)):
-        if not over >> d & 1:
-            n *= cnp.PyArray_DIMS(x)[d]
-    return n
-
-
-def norm_forward(
-    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, tuple over, tuple along,
-    double eps, cnp.ndarray out, bint has_mean, int n_threads,
-):
-    """Normalize x over some of its axes, then scale and shift along some.
-
-    gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
-    Returns out and the statistics, float64 (4, n) as `forward` has them.
-    """
-    cdef Job job
-    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
-    cdef Py_ssize_t n = n_statistics(x, axes), size
-    cdef cnp.ndarray stats = new_statistics(n)
-    cdef cnp.ndarray scale, shift
-    if out is None:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    if cnp.PyArray_SIZE(x) == 0:
-        memset(cnp.PyArray_DATA(stats), 0, 4 * n * sizeof(double))
-        return out, stats
-    new_job(&job, FORWARD if has_mean else RMS_FORWARD, x, stats, 0, n_threads)
-    job.features = ~axes
-    job.by_row = True
-    bring(&job, Y, out)
-    set_constant(&job.gamma_given, &one)
-    set_constant(&job.beta_given, &zero)
-    if are_within(x, axes, parameters):  # without them too: the same rows, and so the same bits
-        size = place_parameters(&job, x, parameters)
-        scale = native_parameter(gamma, x, size, 1)
-        shift = native_parameter(beta, x, size, 0)
-        job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
-        job.varying.beta = <char*> cnp.PyArray_DATA(shift)
-    else:
-        if gamma is not None:
-            set_parameter(&job.gamma_given, gamma)
-        if beta is not None:
-            set_parameter(&job.beta_given, beta)
-    job.reduces = job.applies = True
-    job.eps = eps
-    execute(&job)
-    return out, stats
-
-
-cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_parts,
-                          Py_ssize_t step, Py_ssize_t n, cnp.ndarray x):
-    """The sums of n values over parts that lie `step` apart, with their low parts or NULL."""
-    cdef cnp.npy_intp length = n
-    cdef cnp.ndarray values = cnp.PyArray_ZEROS(1, &length, parameter_type(x), 0)
-    cdef double* sums = <double*> calloc(2 * n + 1, sizeof(double))
-    cdef Py_ssize_t part, k
-    if sums == NULL:
-        raise MemoryError("bn_fast: no memory for the sums of this call")
-    for part in range(n_parts):
-        add_compensated(sums, sums + n, high + part * step, n)
-        if low != NULL:
-            fold_halves(sums + n, low + part * step, n)
-    for k in range(n):
-        sums[k] = finish_sum(sums[k], sums[n + k])
-    store_parameter(sums, values)
-    free(sums)
-    return values
-
-
-cdef cnp.ndarray with_mean_of(
-    cnp.ndarray x, cnp.ndarray stats, unsigned long long over, int n_threads,
-):
-    """stats with the mean of x in place of one that has been rounded."""
-    cdef Job job
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
-    cdef cnp.ndarray own = new_statistics(n)
-    new_job(&job, FORWARD, x, own, 0, n_threads)
-    job.features = ~over
-    job.by_row = job.reduces = True
-    job.eps = 0
-    execute(&job)
-    memcpy(
-        <double*> cnp.PyArray_DATA(own) + 2 * n, <double*> cnp.PyArray_DATA(stats) + 2 * n,
-        2 * n * sizeof(double),
-    )
-    return own
-
-
-def norm_backward(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma,
-    cnp.ndarray stats not None, tuple over, tuple along, double eps, cnp.ndarray out,
-    bint has_mean, bint exact_mean, int n_threads, bint needs_dx, bint needs_sums,
-):
-    """Gradients dx (in out, new if None), dgamma and dbeta, of norm_forward; None for those that
-    are not needed.  eps: negative where it is not known."""
-    cdef Job job
-    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1], size, units = 0
-    cdef bint within = are_within(x, axes, parameters)
-    cdef cnp.ndarray scale, dgamma = None, dbeta = None
-    cdef double* sums
-    if out is None and needs_dx:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
-        stats = with_mean_of(x, stats, axes, n_threads)
-    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, 0, n_threads)
-    size = place_parameters(&job, x, parameters)
-    if cnp.PyArray_SIZE(x) == 0:
-        if needs_sums:
-            dgamma = added_up(NULL, NULL, 0, 0, size, x)
-            dbeta = added_up(NULL, NULL, 0, 0, size, x)
-        return out, dgamma, dbeta
-    job.features = ~axes
-    job.by_row = True
-    bring(&job, G, dout)
-    bring(&job, Y, out)
-    set_constant(&job.gamma_given, &one)
-    if within:
-        scale = native_parameter(gamma, x, size, 1)
-        job.varying.gamma = job.varying.beta = <char*> cnp.PyArray_DATA(scale)
-        job.varying.size = size
-        if needs_sums:
-            units = min(<Py_ssize_t> MAX_UNITS, (n + FOLD_ROWS - 1) // FOLD_ROWS)
-            job.varying.unit = 1
-    elif gamma is not None:
-        set_parameter(&job.gamma_given, gamma)
-    job.reduces = needs_dx or (needs_sums and not within)
-    job.applies = needs_dx
-    job.exact_mean = has_mean
-    job.eps = eps
-    sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
-    if sums == NULL:
-        raise MemoryError("bn_fast: no memory for the sums of this call")
-    job.value[DBETA] = sums
-    job.value[DGAMMA] = sums + n
-    job.varying.totals = sums + 2 * n
-    try:
-        if job.reduces or units:
-            job.reduces = True
-            execute(&job)
-        if needs_sums and within:
-            sums += 2 * n
-            units = (n + job.varying.unit - 1) // job.varying.unit
-            dbeta = added_up(sums, sums + size, units, 4 * size, size, x)
-            dgamma = added_up(sums + 2 * size, sums + 3 * size, units, 4 * size, size, x)
-            sums -= 2 * n
-        elif needs_sums:
-            dbeta = added_up(sums, NULL, n // size, size, size, x)
-            dgamma = added_up(sums + n, NULL, n // size, size, size, x)
-    finally:
-        free(sums)
-    return out, dgamma, dbeta
 
 
 # ---------------------------------------------------------------- the straight road
@@ -892,16 +706,18 @@ cdef bint is_plain_twin(object array, cnp.ndarray like) noexcept:
     return True
 
 
-cdef bint is_plain_output(object out, cnp.ndarray like, cnp.ndarray other) noexcept:
-    """None, or a contiguous array to write to, away from the inputs or exactly the first."""
-    if out is None:
-        return True
-    return (
+cdef inline bint are_apart(object out, object array) noexcept:
+    """Whether nothing of the array is written to; either may be None."""
+    return out is None or array is None or not overlap(out, array)
+
+
+cdef bint is_plain_output(object out, cnp.ndarray like) noexcept:
+    """None, or a contiguous array to write to, away from the first input or exactly it."""
+    return out is None or (
         is_plain_twin(out, like)
         and cnp.PyArray_ISWRITEABLE(out)
         and (cnp.PyArray_IS_C_CONTIGUOUS(out) or cnp.PyArray_IS_F_CONTIGUOUS(out))
-        and (not overlap(out, like) or is_same_buffer(out, like))
-        and (other is None or not overlap(out, other))
+        and (are_apart(out, like) or is_same_buffer(out, like))
     )
 
 
@@ -913,26 +729,30 @@ cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
     )
 
 
+cdef inline bint is_plain_input(object x, object axis) noexcept:
+    return (
+        is_plain_array(x) and cnp.PyArray_NDIM(x) >= 2
+        and type(axis) is int and 0 <= axis < cnp.PyArray_NDIM(x)
+    )
+
+
 cpdef bint is_plain(x, gamma, beta, axis, out) noexcept:
     """Whether a forward call's arguments need no conversion and no check."""
     cdef Py_ssize_t n
-    if not is_plain_array(x) or cnp.PyArray_NDIM(x) < 2:
-        return False
-    if type(axis) is not int or not 0 <= axis < cnp.PyArray_NDIM(x):
+    if not is_plain_input(x, axis):
         return False
     n = cnp.PyArray_DIMS(x)[<int> axis]
     return (
-        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
-        and is_plain_output(out, x, None)
-        and (out is None or not (overlap(out, gamma) or overlap(out, beta)))
+        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n) and is_plain_output(out, x)
+        and are_apart(out, gamma) and are_apart(out, beta)
     )
 
 
 cpdef bint is_plain_gradient(dout, cnp.ndarray x, cnp.ndarray gamma, out) noexcept:
     """The same for a backward call, whose x and gamma have been checked before."""
     return (
-        is_plain_twin(dout, x) and is_plain_output(out, dout, x)
-        and (out is None or not overlap(out, gamma))
+        is_plain_twin(dout, x) and is_plain_output(out, dout)
+        and are_apart(out, x) and are_apart(out, gamma)
     )
 
 
@@ -966,21 +786,14 @@ cdef bint is_plain_number(object value, double lowest, double* number) noexcept:
     return lowest <= number[0] and fabs(number[0]) < INFINITY
 
 
-cdef bint is_plain_activation(object name, int* code) noexcept:
-    """Whether it is None or one of `activations`, which has the code."""
-    code[0] = IDENTITY
-    if name is None:
-        return True
-    if type(name) is not str or name not in activations:
-        return False
-    code[0] = activations[name]
-    return True
+cdef bint is_plain_activation(object name) noexcept:
+    return name is None or (type(name) is str and name in activations)
 
 
 cdef bint is_plain_residual(object residual, cnp.ndarray x, object out) noexcept:
     return residual is None or (
         is_plain_twin(residual, x)
-        and (out is None or not overlap(out, residual) or is_same_buffer(out, residual))
+        and (are_apart(out, residual) or is_same_buffer(out, residual))
     )
 
 
@@ -988,123 +801,121 @@ cdef object default_eps = 1e-5
 cdef object default_momentum = 0.9
 
 
-def plain_forward(
-    x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, Py_ssize_t size,
-):
-    """A call of batchnorm_forward that takes a straight road, of fewer than `size` elements.
-
-    Returns x, gamma, out, stats, eps, whether the statistics were given, and the fields of Options
-    or None; or None alone, and nothing is done, where an argument needs a closer look.
-    """
-    cdef double eps = 1e-5, momentum = 0.9, slope
-    cdef bint train = True
-    cdef int code, n_known
-    cdef cnp.ndarray y, stats, mean = None, var = None
-    cdef const char* batch
-    cdef Py_ssize_t row
-    cdef tuple kept = None
-    if not (
-        is_plain(x, gamma, beta, axis, out) and 0 < cnp.PyArray_SIZE(x) < size
-        and is_plain_activation(activation, &code)
-        and is_plain_number(negative_slope, -INFINITY, &slope)
-        and is_plain_residual(residual, x, out)
-    ):
-        return None
-    if activation is not None or residual is not None:
-        spoilt = code != IDENTITY and out is not None and residual is not None and (
-            is_same_buffer(out, residual)
-        )
-        kept = activation, negative_slope, beta, residual, None, 0.0, spoilt
-    if bn_param is None:
-        y, stats = forward(
-            x, gamma, beta, axis, eps, out, None, 1, code, slope, residual, None, 0
-        )
-        return x, gamma, y, stats, default_eps, False, kept
+cpdef tuple settings_of(bn_param, cnp.ndarray x, int axis, double correction=0):
+    """What bn_param says: whether to train, eps, momentum, the running averages, in new arrays that
+    the call may write to, and what multiplies the variance that the average takes in: `correction`
+    where all has been checked.  None where a key or a value needs a closer look."""
+    cdef double number
     if type(bn_param) is not dict:
         return None
     mode = (<dict> bn_param).get("mode")
-    if type(mode) is not str:
-        return None
-    train = mode == "train"
-    given_eps = (<dict> bn_param).get("eps", default_eps)
-    given_momentum = (<dict> bn_param).get("momentum", default_momentum)
-    old_mean = (<dict> bn_param).get("running_mean")
-    old_var = (<dict> bn_param).get("running_var")
+    eps = (<dict> bn_param).get("eps", default_eps)
+    momentum = (<dict> bn_param).get("momentum", default_momentum)
+    mean = (<dict> bn_param).get("running_mean")
+    var = (<dict> bn_param).get("running_var")
     n_known = (
-        1 + (given_eps is not default_eps) + (given_momentum is not default_momentum)
-        + (old_mean is not None) + (old_var is not None)
+        1 + (eps is not default_eps) + (momentum is not default_momentum)
+        + (mean is not None) + (var is not None)
     )
-    if not (
+    if not correction and not (
         n_known == len(<dict> bn_param)  # no key is unknown, nor stands for a default
-        and (train or mode == "test") and is_plain_number(given_eps, 0, &eps)
-        and is_plain_number(given_momentum, -INFINITY, &momentum)
-        and are_plain_statistics(old_mean, old_var, cnp.PyArray_DIMS(x)[<int> axis])
+        and type(mode) is str and (mode == "train" or mode == "test")
+        and is_plain_number(eps, 0, &number) and is_plain_number(momentum, -INFINITY, &number)
+        and are_plain_statistics(mean, var, cnp.PyArray_DIMS(x)[axis])
     ):
         return None
-    # Made before anything is written to out: there may be no memory, and out may lie over them.
-    mean = running_average(old_mean, x, axis)
-    var = running_average(old_var, x, axis)
-    y, stats = forward(
-        x, gamma, beta, axis, eps, out, None if train else given_statistics(mean, var, eps), 1,
-        code, slope, residual, None, 0,
+    return (
+        mode == "train", eps, momentum, running_average(mean, x, axis),
+        running_average(var, x, axis), correction or 1.0,
     )
+
+
+cpdef tuple forward(
+    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, cnp.ndarray out,
+    tuple settings, options, int n_threads,
+):
+    """Normalize x along every axis but one, as settings (see settings_of; None: the defaults) and
+    options say; the averages, if there are any, take in the batch.  Returns out, stats, eps, and
+    whether stats are not x's own."""
+    cdef Job job
+    cdef cnp.ndarray stats, mean = None, var = None
+    cdef bint train = True
+    cdef double old, correction = 1
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
+    eps = default_eps
+    if settings is not None:
+        train, eps, momentum, mean, var, correction = settings
+    if not train:
+        stats = given_statistics(mean, var, eps)
+    elif options is not None and (<tuple> options)[4] is not None and (<tuple> options)[5] == 0:
+        stats = without_weight(n)
+        train = False
+    else:
+        stats = new_statistics(n)
+    new_job(&job, FORWARD if train else FROZEN, x, stats, axis, n_threads)
     if train:
-        batch = <char*> cnp.PyArray_DATA(stats)
-        row = cnp.PyArray_STRIDES(stats)[0]
-        average_in(mean, batch, sizeof(double), momentum, 1 - momentum)
-        average_in(var, batch + 3 * row, sizeof(double), momentum, 1 - momentum)
-    bn_param["running_mean"] = mean
-    bn_param["running_var"] = var
-    return x, gamma, y, stats, given_eps, not train, kept
+        take_statistics(&job, eps)
+    out = run_forward(&job, gamma, beta, out, options)
+    if train and mean is not None and cnp.PyArray_SIZE(x):
+        old = momentum
+        average_in(mean, job.value[MEAN], old, 1 - old)
+        average_in(var, job.value[VAR], old, (1 - old) * correction)
+    return out, stats, eps, not train
+
+
+def plain_forward(
+    x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, Py_ssize_t small,
+):
+    """A call of batchnorm_forward that takes a straight road, of fewer than `small` elements.
+
+    Returns x, gamma, options (a tuple or None) and what forward returns; or None, and nothing is
+    done, where an argument needs a closer look.
+    """
+    cdef double slope
+    cdef tuple settings = None, options = None
+    if not (
+        is_plain(x, gamma, beta, axis, out) and 0 < cnp.PyArray_SIZE(x) < small
+        and is_plain_activation(activation) and is_plain_number(negative_slope, -INFINITY, &slope)
+        and is_plain_residual(residual, x, out)
+    ):
+        return None
+    if bn_param is not None:
+        settings = settings_of(bn_param, x, axis)
+        if settings is None:
+            return None
+    if activation is not None or residual is not None:
+        spoilt = activation is not None and out is not None and residual is not None and (
+            is_same_buffer(out, residual)
+        )
+        options = activation, negative_slope, beta, residual, None, 0.0, spoilt, None
+    found = forward(x, gamma, beta, axis, out, settings, options, 1)
+    if settings is not None:
+        bn_param["running_mean"], bn_param["running_var"] = settings[3], settings[4]
+    return x, gamma, options, found
 
 
 cdef bint is_plain_cache(object x, object gamma, object stats, object axis, object eps) noexcept:
     """Whether what a forward call left is what backward reads: it can be changed by hand."""
     cdef Py_ssize_t n
     cdef double number
-    if not is_plain_array(x) or type(axis) is not int:
-        return False
-    if not is_plain_number(eps, -INFINITY, &number):
-        return False
-    if not 0 <= axis < cnp.PyArray_NDIM(x) or cnp.PyArray_NDIM(x) < 2:
+    if not is_plain_input(x, axis) or not is_plain_number(eps, -INFINITY, &number):
         return False
     n = cnp.PyArray_DIMS(x)[<int> axis]
     return (
-        is_plain_parameter(gamma, n) and is_plain_array(stats)
-        and cnp.PyArray_TYPE(stats) == cnp.NPY_FLOAT64 and cnp.PyArray_IS_C_CONTIGUOUS(stats)
-        and cnp.PyArray_NDIM(stats) == 2
-        and cnp.PyArray_DIMS(stats)[0] == 4 and cnp.PyArray_DIMS(stats)[1] == n
+        is_plain_parameter(gamma, n) and cnp.PyArray_CheckExact(stats) and are_statistics(stats, n)
     )
 
 
-def plain_backward(
-    dout, x, gamma, stats, axis, eps, out, bint frozen, bint exact_mean, options, Py_ssize_t size,
-):
-    """The same for batchnorm_backward, with what the forward call left; returns all gradients."""
-    cdef int code = IDENTITY
-    cdef double slope = 0
-    activation = beta = residual = weights = None
-    spoilt = False
-    if not is_plain_cache(x, gamma, stats, axis, eps):
-        return None
-    if options is not None:
-        if not isinstance(options, tuple) or len(options) != 7:
-            return None
-        activation, given_slope, beta, residual, weights, _, spoilt = options
-        if (
-            type(given_slope) is not float or not is_plain_residual(residual, x, None)
-            or not is_plain_parameter(beta, cnp.PyArray_DIMS(x)[<int> axis])
-        ):
-            return None
-        slope = given_slope
-    if (
-        not is_plain_gradient(dout, x, gamma, out) or cnp.PyArray_SIZE(x) >= size
-        or not is_plain_activation(activation, &code) or weights is not None or spoilt
-        or (out is not None and beta is not None and overlap(out, beta))
-        or (out is not None and residual is not None and overlap(out, residual))
-    ):
-        return None
-    return backward(
-        dout, x, gamma, stats, axis, eps, out, frozen, exact_mean, 1, code, slope, beta,
-        residual, None, 0, True, True, residual is not None,
+cdef bint are_plain_options(object options, cnp.ndarray x, int axis, object out) noexcept:
+    """The same of what it was asked for, and whether out is apart from it."""
+    if options is None:
+        return True
+    if not isinstance(options, tuple) or len(options) != 8:
+        return False
+    activation, negative_slope, beta, residual, weights, _, spoilt, _ = <tuple> options
+    return (
+        is_plain_activation(activation) and type(negative_slope) is float
+        and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[axis])
+        and is_plain_residual(residual, x, None) and weights is None and spoilt is False
+        and are_apart(out, beta) and are_apart(out, residual)
     )

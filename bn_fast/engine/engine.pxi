@@ -5,7 +5,7 @@ from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, sqrt
 from libc.stdlib cimport calloc, free, malloc
 from libc.stdint cimport INTPTR_MAX
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
@@ -25,5 +25,11 @@ include "layout.pxi"
 include "schedule.pxi"
 include "settle.pxi"
 include "ops.pxi"
+include "rows.pxi"
+include "filters.pxi"
+include "reduce.pxi"
+include "parameters.pxi"
+include "apply.pxi"
 include "sweep.pxi"
 include "calls.pxi"
+include "norms.pxi"

@@ -327,7 +327,7 @@ boundaries = {
     "PAGE_BYTES": PAGE_BYTES,
     "STREAM_BYTES": stream_bytes(),
     "PREFETCH_BYTES": prefetch_bytes(),
-    "PREFETCH_OUTPUT": prefetch_output_bytes(),
+    "PREFETCH_OUTPUT_BYTES": prefetch_output_bytes(),
     "SHARE_FEATURES": SHARE_FEATURES,
     "HELD_SIZE": HELD_SIZE,
     "ROW_LENGTH": ROW_LENGTH,

@@ -102,6 +102,8 @@ cdef struct Job:
 
 
 cdef inline int n_own_values(const Job* job) noexcept nogil:
+    if not job.given[MEAN]:  # nobody wants the statistics
+        return VAR + 1
     return N_OWN if job.given[DDGAMMA] else N_GATED if job.reduce.gate != NONE else N_PLAIN
 
 
@@ -203,11 +205,9 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
-cdef inline double gamma_at(const Plan* plan, Py_ssize_t f, const Place* place) noexcept nogil:
-    """gamma where it varies within a statistic, of a value of feature f."""
-    return load_value(
-        FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value_at(plan, S, f, place)
-    )
+cdef inline double load_gamma(const Plan* plan, const char* value) noexcept nogil:
+    """gamma where it varies within a statistic."""
+    return load_value(FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value)
 
 
 cdef Py_ssize_t sample_rows(
@@ -287,6 +287,7 @@ cdef void sample_shift(
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
     cdef lane[3][MAX_COLUMNS] scaled
+    cdef const char* gamma
     cdef Py_ssize_t f, k, step = sample_rows(
         &job.reduce, role, first, n_features, row, sample, lane_tag
     )
@@ -295,10 +296,10 @@ cdef void sample_shift(
     cdef double* spread = job.value[SPREAD] + first
     if role == G and job.reduce.used[S]:  # what is summed
         for k in range(3):
+            gamma = value_at(&job.reduce, S, first, &job.reduce.sample[k])
             for f in range(n_features):
-                scaled[k][f] = <lane> (
-                    (<const lane*> (row[k] + f * step))[0]
-                    * gamma_at(&job.reduce, first + f, &job.reduce.sample[k])
+                scaled[k][f] = (<const lane*> (row[k] + f * step))[0] * <lane> load_gamma(
+                    &job.reduce, gamma + f * job.reduce.feature_stride[S]
                 )
             row[k] = <char*> scaled[k]
         step = sizeof(lane)
@@ -478,7 +479,7 @@ cdef double distance_from_mean(
     for k in range(LOOKS):
         g = load_value(plan.storage, look.value[G][k] + at[G])
         if plan.used[S]:
-            g *= gamma_at(plan, f, &look.place[k])
+            g *= load_gamma(plan, value_at(plan, S, f, &look.place[k]))
         if plan.gate != NONE:
             x = load_value(plan.storage, look.value[X][k] + at[X])
             if plan.used[R]:
@@ -644,8 +645,8 @@ cdef inline double settle_gradients(
     S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
     where the sums do not.  Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, t_low, part, rest, high, rounding, finite, dead, sank, back, count = 0
-    cdef double per = 1 / m, again = 1 if first_try else 0
+    cdef double s1, s2, t, t_low, part, rest, shift, high, rounding, finite, dead, sank, back
+    cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
@@ -656,20 +657,20 @@ cdef inline double settle_gradients(
         sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
         retry[f] = again * (1 - finite + sank)
         count += retry[f]
-        part = head(shift_g[f])
-        t = m * shift_g[f]
-        t_low = (part * m - t) + (shift_g[f] - part) * m
+        shift = shift_g[f] * (1.0 if first_try else factor_g[f])
+        part = head(shift)
+        t = m * shift
+        t_low = (part * m - t) + (shift - part) * m
         t_low = t_low if fabs(t) < 1e290 else 0.0
-        part = s1_high[f] * back
-        high = part + t
-        rounding = (part - (high - (high - part))) + (t - (high - part))
-        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f] * back)
+        high = s1_high[f] + t
+        rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
+        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f]) * back
         t = s1 * per
         part = head(t)  # what that left, as in forward
-        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per * back
-        t = t * back
-        mean_g[f] = shift_g[f] + t
-        mean_g_low[f] = ((shift_g[f] - mean_g[f]) + t) + (t_low if fabs(t) < 1e290 else 0.0)
+        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per
+        high = shift + t
+        mean_g[f] = high * back
+        mean_g_low[f] = (((shift - high) + t) + (t_low if fabs(t) < 1e290 else 0.0)) * back
         t = (
             (multiplier[f] if first_try else multiplier[f] / factor[f]) * s2
             - (multiplier[f] * rest * s1 if rest != 0 else 0.0)

@@ -190,6 +190,88 @@ cdef void scatter_row(
             (<unsigned short*> (row + offset[j + k]))[0] = bits[k]
 
 
+# ---------------------------------------------------------------- rows across memory
+#
+# Four or eight values of each feature side by side, one feature after another, as rows of one value
+# of each: what the compiler knows to be such a group it takes apart with shuffles.
+
+cdef inline void part_four(
+    const lane* restrict values, Py_ssize_t n,
+    lane* restrict a, lane* restrict b, lane* restrict c, lane* restrict d,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(n):
+        a[f] = values[4 * f]
+        b[f] = values[4 * f + 1]
+        c[f] = values[4 * f + 2]
+        d[f] = values[4 * f + 3]
+
+
+cdef inline void part_eight(
+    const lane* restrict values, Py_ssize_t n,
+    lane* restrict a, lane* restrict b, lane* restrict c, lane* restrict d,
+    lane* restrict e, lane* restrict g, lane* restrict h, lane* restrict k,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(n):
+        a[f] = values[8 * f]
+        b[f] = values[8 * f + 1]
+        c[f] = values[8 * f + 2]
+        d[f] = values[8 * f + 3]
+        e[f] = values[8 * f + 4]
+        g[f] = values[8 * f + 5]
+        h[f] = values[8 * f + 6]
+        k[f] = values[8 * f + 7]
+
+
+cdef inline void join_four(
+    const lane* restrict a, const lane* restrict b, const lane* restrict c, const lane* restrict d,
+    Py_ssize_t n, lane* restrict values,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(n):
+        values[4 * f] = a[f]
+        values[4 * f + 1] = b[f]
+        values[4 * f + 2] = c[f]
+        values[4 * f + 3] = d[f]
+
+
+cdef inline void join_eight(
+    const lane* restrict a, const lane* restrict b, const lane* restrict c, const lane* restrict d,
+    const lane* restrict e, const lane* restrict g, const lane* restrict h, const lane* restrict k,
+    Py_ssize_t n, lane* restrict values,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(n):
+        values[8 * f] = a[f]
+        values[8 * f + 1] = b[f]
+        values[8 * f + 2] = c[f]
+        values[8 * f + 3] = d[f]
+        values[8 * f + 4] = e[f]
+        values[8 * f + 5] = g[f]
+        values[8 * f + 6] = h[f]
+        values[8 * f + 7] = k[f]
+
+
+cdef void part_rows(const lane* values, Py_ssize_t width, int n_rows, lane* rows) noexcept nogil:
+    cdef lane* r = rows
+    if n_rows == 4:
+        part_four(values, width, r, r + width, r + 2 * width, r + 3 * width)
+    else:
+        part_eight(
+            values, width, r, r + width, r + 2 * width, r + 3 * width, r + 4 * width,
+            r + 5 * width, r + 6 * width, r + 7 * width,
+        )
+
+
+cdef void join_rows(char** rows, Py_ssize_t width, int n_rows, lane* values) noexcept nogil:
+    cdef const lane** r = <const lane**> rows
+    if n_rows == 4:
+        join_four(r[0], r[1], r[2], r[3], width, values)
+    else:
+        join_eight(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], width, values)
+
+
 # ---------------------------------------------------------------- columns side by side
 
 cdef inline void load_adjacent(

@@ -1,0 +1,227 @@
+# reduce: the first visit to a chunk of a tile, block by block of its rows.
+
+
+# ---------------------------------------------------------------- chunks
+
+cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
+    """What columns are multiplied by as they are gathered.  A row of its own has its feature's."""
+    if v.plan.layout != ROWS:
+        return columns_at[lane](v, column, lane_tag)
+    if v.wide and column != ONES:
+        set_all[lane](
+            <lane*> v.s.column[column], v.width,
+            <lane> v.job.value[column][v.feature + v.first],
+        )
+    return <lane*> v.s.column[column]
+
+
+cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
+    """Whether gamma along a row can be read where it is, or there is but one."""
+    cdef Py_ssize_t stride = v.segment.run_stride[S]
+    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    return v.plan.layout != ROWS or stride == 0 or (stride == size and (not v.wide or size == 8))
+
+
+cdef inline bint is_alone(const Visit* v) noexcept nogil:
+    """Whether rows of their own are taken singly: their factors differ, or gamma is gathered."""
+    cdef bint gathered = v.plan.used[S] and v.plan.feature_stride[S] != 0 and not is_adjacent(v)
+    return v.plan.layout == ROWS and (v.wide or gathered)
+
+
+cdef inline Py_ssize_t rows_at_hand(
+    const Visit* v, Py_ssize_t width, Py_ssize_t step,
+) noexcept nogil:
+    """Rows taken at a time; of their own whole trees of those that are summed for gamma."""
+    cdef Py_ssize_t n
+    if is_alone(v):
+        return 1
+    n = group_rows(v.plan, v.access, width, step, v.gate == BEFORE)
+    return max(<Py_ssize_t> 4, n // 4 * 4) if v.plan.layout == ROWS else n
+
+
+cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
+    """Point the rows at those of the inputs, as the gate has made them."""
+    cdef const Plan* plan = v.plan
+    cdef bint slowly = v.gate == BEFORE and (v.wide or v.any_wide)
+    cdef bint runs_ahead = plan.layout == LONG_RUN and v.job.schedule.prefetch and not v.wide
+    cdef Py_ssize_t i, ahead
+    cdef int r, factor
+    if slowly:
+        open_slowly[lane](v, lane_tag)
+    for r in range(Y):
+        if plan.used[r] and not (slowly and r != X):
+            ahead = v.ahead
+            if runs_ahead and (r == R or is_half(plan.storage)):
+                ahead = AHEAD_RUNS
+            factor = FACTOR_X if r == X else FACTOR_G
+            if r == R and v.job.op.formula != MIXED:  # a residual; ddx is scaled as dout is
+                factor = ONES
+            fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
+    if v.scales and plan.used[S] and plan.used[G]:
+        if plan.layout == ROWS:  # the kernels multiply
+            v.varies = point_parameters[lane](v, S, lane_tag)
+        else:
+            scale_rows[lane](v, lane_tag)
+    if v.gate == BEFORE and not slowly:
+        open_rows[lane](
+            v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, v.ahead, v.s.buffer[D], lane_tag
+        )
+        for i in range(v.n_rows):
+            v.s.row[G][i] = v.s.row[D][i]
+
+
+cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
+    """Rows that a kernel may prefetch: none where its own are those in a buffer."""
+    cdef bint buffered = (
+        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
+    )
+    return 0 if buffered else v.ahead
+
+
+cdef void enter_chunk(
+    Visit* v, Py_ssize_t chunk, Py_ssize_t* row_end, const lane* lane_tag,
+) noexcept nogil:
+    """Find the chunk's rows, and how to come to their columns; set the columns of gate and factors.
+    """
+    cdef const Plan* plan = v.plan
+    cdef bint gathers = plan.gate != NONE
+    cdef Py_ssize_t n = 1 if plan.layout == ROWS else v.n_features  # of a row
+    cdef int index, r
+    chunk_range(plan, chunk, &index, &v.row, row_end)
+    v.segment = &plan.segment[index]
+    v.first = 0
+    v.width = v.segment.n_joined * n * v.segment.n_run
+    for r in range(N_ROLES):
+        v.access[r] = access_to(plan, v.segment, r, v.n_features, v.wide)
+        if v.access[r] == GATHERED:
+            gathers = gathers or r < Y
+            set_offsets(v, r, n)
+    if plan.used[S] and not is_adjacent(v):
+        gathers = True
+        set_offsets(v, S, n)
+    if plan.storage == FLOAT64:
+        set_gate[double](v, NULL)
+    else:
+        set_gate[float](v, NULL)
+    if gathers:
+        set_factors[lane](v, lane_tag)
+
+
+cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
+    """Add the columns at hand of the rows at hand to the sums."""
+    cdef const Plan* plan = v.plan
+    cdef Py_ssize_t n
+    cdef Access access
+    cdef Block block
+    fetch_inputs[lane](v, lane_tag)
+    if plan.used[D] and not v.wide:
+        access = plan.access[D]
+        if access != GATHERED and v.job.schedule.stream_gradient and not is_half(plan.storage):
+            access = STREAMED
+        store_rows[lane](v, D, access, v.s.row[G], lane_tag)
+    if plan.used[W]:
+        weigh_rows[lane](v, lane_tag)
+    n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
+    pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
+    fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+    reduce_block[lane](&block, plan.used[G] or plan.used[W], lane_tag)
+
+
+cdef void reduce_block_of_rows(
+    Visit* v, Py_ssize_t row_end, Py_ssize_t piece, const lane* lane_tag,
+) noexcept nogil:
+    """The sums of rows up to one, on their features; in columns, `piece` at a time."""
+    cdef const Segment* segment = v.segment
+    cdef Py_ssize_t width = v.width
+    cdef Py_ssize_t n_columns = segment.n_joined * v.n_features * segment.n_lanes
+    memset(v.s.column[SUM_1], 0, n_columns * sizeof(double))
+    memset(v.s.column[SUM_2], 0, n_columns * sizeof(double))
+    while v.row < row_end:
+        v.n_rows = min(v.group, row_end - v.row)
+        v.first = 0
+        while v.first < width:
+            v.width = min(piece, width - v.first)
+            reduce_rows[lane](v, lane_tag)
+            v.first += piece
+        v.row += v.n_rows
+    v.first = 0
+    v.width = width
+    fold_columns(
+        <double*> v.s.column[SUM_1], segment.n_joined, v.n_features, segment.n_lanes
+    )
+    fold_columns(
+        <double*> v.s.column[SUM_2], segment.n_joined, v.n_features, segment.n_lanes
+    )
+
+
+cdef void reduce_own_rows(
+    Visit* v, Py_ssize_t row_end, double* total, const lane* lane_tag,
+) noexcept nogil:
+    """The sums of features whose rows are their own, piece by piece of these."""
+    cdef Py_ssize_t n = v.n_features, stride = v.job.stride
+    cdef double* sum_1 = <double*> v.s.column[SUM_1]
+    cdef double* sum_2 = <double*> v.s.column[SUM_2]
+    cdef Py_ssize_t row = v.row
+    while v.row < row_end:
+        v.first = 0
+        while v.first < n:
+            v.n_rows = min(v.group, n - v.first)
+            reduce_rows[lane](v, lane_tag)
+            v.first += v.n_rows
+        v.first = 0
+        if v.row == row:
+            memcpy(total, sum_1, n * sizeof(double))
+            memcpy(total + 2 * stride, sum_2, n * sizeof(double))
+            memset(total + stride, 0, n * sizeof(double))
+            memset(total + 3 * stride, 0, n * sizeof(double))
+        else:
+            add_compensated(total, total + stride, sum_1, n)
+            add_compensated(total + 2 * stride, total + 3 * stride, sum_2, n)
+        v.row += 1
+
+
+cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:
+    """The two sums of one chunk for the visit's features, into the job's."""
+    cdef Job* job = v.job
+    cdef const Plan* plan = v.plan
+    cdef Py_ssize_t row_end, piece, n = v.n_features, stride = job.stride
+    cdef double* total = job.sums + chunk * 4 * stride + v.feature
+    cdef double* sum_1 = <double*> v.s.column[SUM_1]
+    cdef double* sum_2 = <double*> v.s.column[SUM_2]
+    cdef bint first_block = True
+    enter_chunk[lane](v, chunk, &row_end, lane_tag)
+    piece = v.width
+    if plan.layout != LONG_RUN and plan.layout != ROWS and (
+        v.access[X] != DIRECT or v.access[G] != DIRECT or v.gate == BEFORE or plan.used[W]
+        or plan.used[S]
+    ):
+        piece = min(piece, <Py_ssize_t> GATHER_COLUMNS)
+    v.group = rows_at_hand(v, piece, TREE_ROWS)
+    v.ahead = 0
+    if (
+        job.schedule.prefetch and not v.wide and plan.layout != LONG_RUN and plan.layout != ROWS
+    ):
+        # A half type's are widened in pieces of some columns, so that more rows are on their way:
+        # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
+        v.ahead = (
+            AHEAD_ROWS if is_half(plan.storage)
+            else rows_ahead(v.width * size_of(plan.storage))
+        )
+    expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
+    if plan.used[W]:
+        set_weights[lane](v, lane_tag)
+    if plan.layout == ROWS:
+        reduce_own_rows[lane](v, row_end, total, lane_tag)
+    while v.row < row_end:
+        reduce_block_of_rows[lane](
+            v, min(v.row + plan.block_rows, row_end), piece, lane_tag
+        )
+        if first_block:  # stored: there is nothing yet to add it to
+            first_block = False
+            memcpy(total, sum_1, n * sizeof(double))
+            memcpy(total + 2 * stride, sum_2, n * sizeof(double))
+            memset(total + stride, 0, n * sizeof(double))
+            memset(total + 3 * stride, 0, n * sizeof(double))
+        else:
+            add_compensated(total, total + stride, sum_1, n)
+            add_compensated(total + 2 * stride, total + 3 * stride, sum_2, n)
