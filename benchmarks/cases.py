@@ -11,17 +11,20 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """One x: its kind in the table, shape, feature axis and dtype."""
+    """One x: its kind in the table, shape, feature axis and dtype; another norm than batch norm."""
 
     kind: str
     shape: tuple[int, ...]
     axis: int
     dtype: np.dtype
+    norm: str = "batch"
+    num_groups: int | None = None
 
     @property
     def name(self) -> str:
-        axis = "" if self.axis == 1 else f"-axis{self.axis}"
-        return "x".join(map(str, self.shape)) + axis + f"-{self.dtype}"
+        norm = "" if self.norm == "batch" else f"{self.norm}-"
+        axis = "" if self.axis == 1 or norm else f"-axis{self.axis}"
+        return norm + "x".join(map(str, self.shape)) + axis + f"-{self.dtype}"
 
     @property
     def array_bytes(self) -> int:
@@ -76,10 +79,44 @@ SHAPES = [
     ("features last", (64, 112, 112, 64), 3),
 ]
 
+# Layer and RMS norm, over the last axis: transformers, at training and at each token they say;
+# very many short rows; the smallest call.
+ROWS = [
+    (8192, 1024),
+    (65536, 128),
+    (512, 768),
+    (32, 197, 768),
+    (4096, 4096),
+    (65536, 8),
+    (400000, 4),
+    (1, 288),
+    (1, 4096),
+    (32, 64),
+]
+# Group and instance norm, shape and groups: networks for pictures, and the smallest call.
+IMAGES = [
+    ((32, 64, 56, 56), 8),
+    ((32, 256, 14, 14), 32),
+    ((16, 512, 7, 7), 32),
+    ((2, 320, 64, 64), 32),
+    ((4, 64, 8), 8),
+]
+
+DTYPES = [np.dtype("float32"), np.dtype("float64")]
 CASES = [
-    Case(kind, shape, axis, np.dtype(dtype))
-    for kind, shape, axis in SHAPES
-    for dtype in ("float32", "float64")
+    *(Case(kind, shape, axis, dtype) for kind, shape, axis in SHAPES for dtype in DTYPES),
+    *(
+        Case(f"{norm} norm", shape, len(shape) - 1, dtype, norm)
+        for norm in ("layer", "rms")
+        for shape in ROWS
+        for dtype in DTYPES
+    ),
+    *(
+        Case(f"{norm} norm", shape, 1, dtype, norm, groups if norm == "group" else None)
+        for norm in ("group", "instance")
+        for shape, groups in IMAGES
+        for dtype in DTYPES
+    ),
 ]
 
 # A second's work in all, with each walk and both dtypes: run by CI, so that nothing here rots.
@@ -91,6 +128,11 @@ SMOKE = [
     "16x512x7x7-float32",
     "128x33x7x7-float64",
     "64x7x7x512-axis3-float32",
+    "layer-512x768-float32",
+    "layer-1x288-float64",
+    "rms-32x64-float32",
+    "group-16x512x7x7-float32",
+    "instance-4x64x8-float32",
 ]
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import DIRECTIONS, select
 from implementations import IMPLEMENTATIONS, n_cpus
-from problem import Problem
+from problem import make_problem
 from results import milliseconds, ratio
 from variants import VARIANTS
 
@@ -40,6 +40,8 @@ def pytest_generate_tests(metafunc):
     except ValueError as error:
         raise pytest.UsageError(f"--cases: {error}") from None
 
+    if "implementation" not in metafunc.fixturenames:  # batch norm's options
+        cases = [case for case in cases if case.norm == "batch"]
     names = [case.name for case in cases]
     metafunc.parametrize("problem", cases, ids=names, indirect=True, scope="module")
     if "implementation" in metafunc.fixturenames:
@@ -60,7 +62,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def problem(request):
-    return Problem(request.param)
+    return make_problem(request.param)
 
 
 def pytest_sessionstart(session):

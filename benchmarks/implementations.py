@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import floor
+import norms
 import numpy as np
-from problem import EPS, Calls, Problem, named
+from problem import EPS, Calls, NormProblem, Problem, named
 from variants import PLAIN, Given, bn_fast_new, bn_fast_out, through_numpy
 
 
@@ -34,6 +35,13 @@ def through_memory(work: floor.Work) -> Callable[[Problem], Calls]:
         return Calls(*calls, results=dict)
 
     return prepare
+
+
+def either(
+    batch: Callable[[Problem], Calls], other: Callable[[Any], Calls]
+) -> Callable[[Problem], Calls]:
+    """Batch norm's way, or that of the other norms."""
+    return lambda p: (other if isinstance(p, NormProblem) else batch)(p)
 
 
 def as_plain(prepare: Callable[[Given], Calls]) -> Callable[[Problem], Calls]:
@@ -154,11 +162,19 @@ def prepare_numba(p: Problem) -> Calls:
 IMPLEMENTATIONS = [
     Implementation("copy", through_memory(floor.one_pass), "numpy", is_peer=False),
     Implementation("floor", through_memory(floor.two_passes), "numpy", is_peer=False),
-    Implementation("reference", as_plain(through_numpy), "numpy", is_peer=False),
-    Implementation("bn_fast", as_plain(bn_fast_new), "bn_fast", is_peer=False),
-    Implementation("bn_fast out=", as_plain(bn_fast_out), "bn_fast", is_peer=False),
-    Implementation("torch", prepare_torch, "torch"),
-    Implementation("torch.compile", prepare_torch_compile, "torch"),
-    Implementation("jax", prepare_jax, "jax"),
-    Implementation("numba", prepare_numba, "numba"),
+    Implementation(
+        "reference", either(as_plain(through_numpy), norms.through_numpy), "numpy", is_peer=False
+    ),
+    Implementation(
+        "bn_fast", either(as_plain(bn_fast_new), norms.bn_fast_new), "bn_fast", is_peer=False
+    ),
+    Implementation(
+        "bn_fast out=", either(as_plain(bn_fast_out), norms.bn_fast_out), "bn_fast", is_peer=False
+    ),
+    Implementation("torch", either(prepare_torch, norms.prepare_torch), "torch"),
+    Implementation(
+        "torch.compile", either(prepare_torch_compile, norms.prepare_torch_compile), "torch"
+    ),
+    Implementation("jax", either(prepare_jax, norms.prepare_jax), "jax"),
+    Implementation("numba", either(prepare_numba, norms.prepare_numba), "numba"),
 ]

@@ -153,3 +153,65 @@ def backward_along(dout, x, gamma, mean, inv_std):
             for k in range(length):
                 target[k] = (drun[k] - b - (run[k] - m) * g) * a
     return dx, dgamma, dbeta
+
+
+@njit(parallel=True, fastmath=True)
+def forward_rows(x, gamma, beta, eps, has_mean):
+    """Statistics of rows: x (rows, k, l); gamma and beta (s, k), of which row i has i % s."""
+    n, c, length = x.shape
+    out = np.empty_like(x)
+    mean = np.zeros(n, x.dtype)
+    inv_std = np.empty(n, x.dtype)
+    zero = x.dtype.type(0)
+    for i in prange(n):
+        row, target, a, b = x[i], out[i], gamma[i % len(gamma)], beta[i % len(beta)]
+        shift = row[0, 0] if has_mean else zero
+        total, total_of_squares = 0.0, 0.0
+        for j in range(c):
+            s, q = zero, zero
+            for k in range(length):
+                d = row[j, k] - shift
+                s += d
+                q += d * d
+            total += s
+            total_of_squares += q
+        rest = total / (c * length) if has_mean else 0.0
+        var = total_of_squares / (c * length) - rest * rest
+        m = x.dtype.type(shift + rest)
+        r = x.dtype.type(1 / np.sqrt(var + eps))
+        mean[i], inv_std[i] = m, r
+        for j in range(c):
+            for k in range(length):
+                target[j, k] = (row[j, k] - m) * (r * a[j]) + b[j]
+    return out, mean, inv_std
+
+
+@njit(parallel=True, fastmath=True)
+def backward_rows(dout, x, gamma, mean, inv_std, has_mean):
+    n, c, length = x.shape
+    n_sets = len(gamma)
+    n_parts = min(n, 4 * get_num_threads())
+    dx = np.empty_like(x)
+    dgammas = np.zeros((n_parts, n_sets, c))
+    dbetas = np.zeros((n_parts, n_sets, c))
+    zero = x.dtype.type(0)
+    for part in prange(n_parts):
+        for i in range(part * n // n_parts, (part + 1) * n // n_parts):
+            row, drow, target, a = x[i], dout[i], dx[i], gamma[i % n_sets]
+            m, r = mean[i], inv_std[i]
+            total, total_of_products = 0.0, 0.0
+            for j in range(c):
+                s, p = zero, zero
+                for k in range(length):
+                    s += drow[j, k]
+                    p += drow[j, k] * (row[j, k] - m)
+                dbetas[part, i % n_sets, j] += s
+                dgammas[part, i % n_sets, j] += p * r
+                total += s * a[j]
+                total_of_products += p * a[j]
+            rest = x.dtype.type(total / (c * length) if has_mean else 0.0)
+            g = x.dtype.type(total_of_products * r * r / (c * length))
+            for j in range(c):
+                for k in range(length):
+                    target[j, k] = (drow[j, k] * a[j] - rest - (row[j, k] - m) * g) * r
+    return dx, dgammas.sum(axis=0).astype(x.dtype), dbetas.sum(axis=0).astype(x.dtype)

@@ -1,4 +1,5 @@
-"""Draw the figures of pytest-benchmark's JSON: time / floor of each case and implementation."""
+"""Draw the figures of pytest-benchmark's JSON: time / floor of each case and implementation; of the
+norms other than batch norm, time / copy."""
 
 import argparse
 import sys
@@ -36,21 +37,27 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--dtype", help="float32 or float64; default: the first in the file")
+    parser.add_argument("--norms", action="store_true", help="those other than batch norm")
     options = parser.parse_args()
     record = load(options.json)
-    dtype = options.dtype or record.cases[0]["dtype"]
-    cases = [case for case in record.cases if case["dtype"] == dtype]
+    chosen = record.norms if options.norms else record.cases
+    if not chosen:
+        parser.error(f"no case of {'other norms' if options.norms else 'batch norm'} in the file")
+    dtype = options.dtype or chosen[0]["dtype"]
+    cases = [case for case in chosen if case["dtype"] == dtype]
     if not cases:
         parser.error(f"no case of dtype {dtype} in {options.json}")
-    draw(cases, record.machine, dtype).savefig(options.picture, dpi=150)
+    draw(cases, record.machine, dtype, options.norms).savefig(options.picture, dpi=150)
 
 
-def draw(cases, machine, dtype):
+def draw(cases, machine, dtype, norms):
+    measure = "copy" if norms else "floor"
     cases = sorted(cases, key=lambda case: case["bytes"], reverse=True)
     names = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
     names = [name for name in STYLES if name in names] + [
         name for name in names if name not in STYLES and name != "floor"
     ]
+    names = [name for name in names if name != measure]
     height = 1.7 + 0.27 * len(cases)
     figure, axes = plt.subplots(
         1, 2, figsize=(11, height), sharex=True, sharey=True, layout="constrained"
@@ -58,7 +65,7 @@ def draw(cases, machine, dtype):
     rows = range(len(cases))
     for direction, ax in zip(("forward", "backward"), axes):
         for name in reversed(names):  # ours last, on top
-            ratios = [over(case, name, "floor", direction) for case in cases]
+            ratios = [over(case, name, measure, direction) for case in cases]
             ax.scatter(
                 [ratio or float("nan") for ratio in ratios],
                 rows,
@@ -79,24 +86,26 @@ def draw(cases, machine, dtype):
         for side in ("top", "right", "left"):
             ax.spines[side].set_visible(False)
         ax.margins(y=0.6 / len(cases))
-    axes[0].set_xlabel("forward: time ÷ time to read x twice and write as much")
-    axes[1].set_xlabel("backward: time ÷ time to read x and dout twice and write dx")
+    times = "once" if norms else "twice"
+    axes[0].set_xlabel(f"forward: time ÷ time to read x {times} and write as much")
+    axes[1].set_xlabel(f"backward: time ÷ time to read x and dout {times} and write dx")
     axes[0].set_yticks(rows, [label(case) for case in cases], fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], labels[::-1], loc="outside lower center", ncols=len(names), frameon=False
     )
-    figure.suptitle(
-        f"Batch norm, {dtype}, training mode: time ÷ floor (1 = as fast as two passes over memory)"
-        f"\n{machine}",
-        fontsize=11,
-    )
+    title = f"Batch norm, {dtype}, training mode: time ÷ floor (1 = two passes over memory)"
+    if norms:
+        title = f"Layer, RMS, group and instance norm, {dtype}: time ÷ copy"
+    figure.suptitle(f"{title}\n{machine}", fontsize=11)
     return figure
 
 
 def label(case) -> str:
     shape = ", ".join(map(str, case["shape"]))
     axis = "" if case["axis"] == 1 else f" axis {case['axis']}"
+    if case["norm"] != "batch":
+        axis = f" {case['norm']}"
     megabytes = case["bytes"] / 1e6
     size = f"{megabytes:.3g} MB" if megabytes >= 0.1 else f"{megabytes * 1000:.3g} kB"
     return f"({shape}){axis}   {size}"

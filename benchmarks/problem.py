@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from cases import Case
 
+from bn_fast import reference
+from bn_fast._cache import Axes
 from bn_fast.reference import oracle_backward, oracle_forward
 from bn_fast.reference.batch import GRADIENTS
 
@@ -43,7 +45,7 @@ class Problem:
 
     def __init__(self, case: Case):
         rng = np.random.default_rng(0)
-        n_features = case.shape[case.axis]
+        n_features = case.shape[case.axis]  # or those that gamma and beta run along
         self.case = case
         self.axis = case.axis
         self.x = rng.standard_normal(case.shape, case.dtype)
@@ -96,3 +98,37 @@ class Problem:
             )
             errors[name] = error
         return errors
+
+
+class NormProblem(Problem):
+    """The same for a norm whose statistics lie within a sample."""
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.norm, self.num_groups = case.norm, case.num_groups
+        self.options = {} if case.num_groups is None else {"num_groups": case.num_groups}
+        self.options["axis"] = case.axis
+        self.parameters = (self.gamma,) if case.norm == "rms" else (self.gamma, self.beta)
+
+    def _through_numpy(self, dtype: type) -> tuple[np.ndarray, Any]:
+        forward = getattr(reference, f"{self.norm}norm_forward")
+        return forward(self.x.astype(dtype, copy=False), *self.parameters, **self.options)
+
+    @cached_property
+    def axes(self) -> Axes:
+        return self._through_numpy(self.x.dtype.type)[1].axes
+
+    def choose(self, a: np.ndarray) -> np.ndarray:
+        """All: a parameter's gradient is a sum over all rows."""
+        return a
+
+    @cached_property
+    def right(self) -> Results:
+        """Those of the reference in float64, whose sums are exact to float64's roundings."""
+        out, cache = self._through_numpy(np.float64)
+        backward = getattr(reference, f"{self.norm}norm_backward")
+        return named(out, *backward(self.dout.astype(np.float64, copy=False), cache))
+
+
+def make_problem(case: Case) -> Problem:
+    return Problem(case) if case.norm == "batch" else NormProblem(case)

@@ -20,8 +20,9 @@ LARGE_BYTES = 8_000_000  # of one array; smaller ones stay in a cache
 class Record(NamedTuple):
     machine: str  # its name, the threads and the date
     peers: list[str]
-    cases: list[Case]
+    cases: list[Case]  # of batch norm
     options: list[Case]
+    norms: list[Case]  # of the other norms
 
 
 def load(path: Path) -> Record:
@@ -37,11 +38,13 @@ def load(path: Path) -> Record:
     machine = given["machine_info"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     cpu = machine["cpu"].get("brand_raw", machine["machine"])
+    plain = [case for case in cases.values() if not case["option"]]
     return Record(
         f"{cpu}, {threads}, {given['datetime'][:10]}",
         list(peers),
-        [case for case in cases.values() if not case["option"]],
+        [case for case in plain if case["norm"] == "batch"],
         [case for case in cases.values() if case["option"]],
+        [case for case in plain if case["norm"] != "batch"],
     )
 
 
@@ -71,7 +74,7 @@ def gain(case: Case, name: str, peers: list[str]) -> float | None:
     return best[1] / time if best and time else None
 
 
-def summary(cases: list[Case], peers: list[str]) -> list[str]:
+def summary(cases: list[Case], peers: list[str], measure: str = "floor") -> list[str]:
     """Geometric means and worst cases, a line each."""
     lines = []
     for name in OURS:
@@ -84,8 +87,8 @@ def summary(cases: list[Case], peers: list[str]) -> list[str]:
     for what, fits in sizes.items():
         chosen = [case for case in cases if fits(case["bytes"])]
         for direction in DIRECTIONS:
-            ratios = {case["case"]: over(case, OURS[1], "floor", direction) for case in chosen}
-            lines += _line(f"{OURS[1]} / floor, {direction}, {what}", ratios, max)
+            ratios = {case["case"]: over(case, OURS[1], measure, direction) for case in chosen}
+            lines += _line(f"{OURS[1]} / {measure}, {direction}, {what}", ratios, max)
     return lines
 
 

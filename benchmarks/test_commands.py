@@ -61,13 +61,20 @@ def test_plot(timed, tmp_path, dtype):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_train_digits(tmp_path):
+@pytest.mark.parametrize("norm", ["batch", "layer", "group", "instance", "rms"])
+def test_train_digits(tmp_path, norm):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    shown = run(HERE / "train_digits.py", cwd=tmp_path)
+    shown = run(HERE / "train_digits.py", "--norm", norm, cwd=tmp_path)
     assert "FAILED" not in shown
     assert (tmp_path / "train_digits.png").exists()
+
+
+def test_transformer_block(tmp_path):
+    shown = run(HERE / "transformer_block.py", "--tokens", 32, 1, "--rounds", 2, cwd=tmp_path)
+    assert shown.count("ok") == 4
+    assert "FAILED" not in shown
 
 
 def test_doors(tmp_path):

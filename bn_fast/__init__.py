@@ -1,4 +1,4 @@
-"""Batch normalization for NumPy arrays on the CPU: compiled, threaded, exact."""
+"""Batch, layer, RMS, group and instance norm for NumPy arrays: compiled, threaded, exact."""
 
 from importlib import import_module
 from types import ModuleType
@@ -15,6 +15,22 @@ from .functional import (
     spatial_batchnorm_forward,
 )
 from .layer import BatchNorm
+from .norms import (
+    group_norm,
+    groupnorm_backward,
+    groupnorm_forward,
+    instance_norm,
+    instancenorm_backward,
+    instancenorm_forward,
+    layer_norm,
+    layernorm_backward,
+    layernorm_forward,
+    rms_norm,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    spatial_groupnorm_backward,
+    spatial_groupnorm_forward,
+)
 from .pieces import Moments, backward_apply, backward_reduce, moments, normalize
 
 if TYPE_CHECKING:
@@ -32,12 +48,26 @@ __all__ = [
     "batchnorm_forward",
     "build_info",
     "get_num_threads",
+    "group_norm",
+    "groupnorm_backward",
+    "groupnorm_forward",
+    "instance_norm",
+    "instancenorm_backward",
+    "instancenorm_forward",
+    "layer_norm",
+    "layernorm_backward",
+    "layernorm_forward",
     "moments",
     "normalize",
+    "rms_norm",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
     "set_num_threads",
     "show_config",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",
+    "spatial_groupnorm_backward",
+    "spatial_groupnorm_forward",
 ]
 
 

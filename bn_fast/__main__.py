@@ -6,6 +6,7 @@ minute. The exit status is 1 if a check fails.
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from timeit import Timer
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,18 +33,39 @@ EPS = 1e-5  # the default of bn_param["eps"]
 # 32nd: in float32 an error of 1.5e-5 is allowed them.
 LIMIT, OF_SUMS = 4.0, 32.0
 
-# (shape, axis) of the layers that are timed, all float32: dense layers, a point cloud, the stages
-# of a residual network, the first of them with its features last as well.
+
+class Kind(NamedTuple):
+    """What a layer is: the shape of x, its feature axis (of rows the last one), and which norm."""
+
+    shape: tuple[int, ...]
+    axis: int = 1
+    norm: str = "batch"
+    num_groups: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.norm != "batch":
+            groups = "" if self.num_groups is None else f" {self.num_groups}"
+            return f"{self.norm}{groups} {self.shape}"
+        return str(self.shape) + (f" axis {self.axis}" if self.axis != 1 else "")
+
+
+# The layers that are timed, all float32: dense layers, a point cloud, the stages of a residual
+# network, the first of them with its features last as well; then each of the other norms.
 LAYERS = [
-    ((256, 512), 1),
-    ((1024, 4096), 1),
-    ((65536, 128), 1),
-    ((32, 64, 56, 56), 1),
-    ((32, 56, 56, 64), 3),
-    ((32, 256, 14, 14), 1),
-    ((16, 512, 7, 7), 1),
+    Kind((256, 512)),
+    Kind((1024, 4096)),
+    Kind((65536, 128)),
+    Kind((32, 64, 56, 56)),
+    Kind((32, 56, 56, 64), 3),
+    Kind((32, 256, 14, 14)),
+    Kind((16, 512, 7, 7)),
+    Kind((8192, 1024), -1, "layer"),
+    Kind((8192, 1024), -1, "rms"),
+    Kind((32, 64, 3136), 1, "group", 8),
+    Kind((32, 64, 3136), 1, "instance"),
 ]
-LAYER_SECONDS = 1.0  # of timing for each, and at least MIN_ROUNDS rounds
+LAYER_SECONDS = 0.7  # of timing for each, and at least MIN_ROUNDS rounds
 MIN_ROUNDS = 3
 BLOCK_SECONDS = 0.002  # calls shorter than this are repeated, and the block is timed
 # OpenMP's workers spin for some milliseconds after a call, and would slow down whatever is timed
@@ -106,25 +128,45 @@ def print_row(row: str) -> None:
 class Layer:
     """The arguments of one layer, the same at every run."""
 
-    def __init__(self, x: Array, axis: int = 1) -> None:
+    def __init__(
+        self, x: Array, axis: int = 1, norm: str = "batch", num_groups: int | None = None
+    ) -> None:
         rng = np.random.default_rng(1)
-        self.x, self.axis = x, axis
+        self.x, self.axis, self.norm, self.num_groups = x, axis, norm, num_groups
         self.gamma = np.asarray(rng.uniform(0.5, 2, x.shape[axis]), x.dtype)
         self.beta = np.asarray(rng.standard_normal(x.shape[axis]), x.dtype)
         self.dout = np.asarray(rng.standard_normal(x.shape), x.dtype)
 
+    @property
+    def parameters(self) -> list[Array]:
+        return [self.gamma] if self.norm == "rms" else [self.gamma, self.beta]
+
     def calls(self, module: Any, bn_param: dict[str, Any] | None = None) -> list[Call]:
         """Forward and backward of bn_fast or of its reference."""
+        forward_op, backward_op = (
+            getattr(module, f"{self.norm}norm_{way}") for way in ("forward", "backward")
+        )
+        options: dict[str, Any] = {"axis": self.axis}
+        if self.norm == "batch":
+            options["bn_param"] = bn_param
+        if self.num_groups is not None:
+            options["num_groups"] = self.num_groups
 
         def forward() -> Any:
-            return module.batchnorm_forward(self.x, self.gamma, self.beta, bn_param, axis=self.axis)
+            return forward_op(self.x, *self.parameters, **options)
 
         _, cache = forward()
-        return [forward, lambda: module.batchnorm_backward(self.dout, cache)]
+        return [forward, lambda: backward_op(self.dout, cache)]
 
-    def results(self, bn_param: dict[str, Any] | None = None) -> list[Array]:
-        """What bn_fast makes of it: out, dx, dgamma and dbeta."""
-        forward, backward = self.calls(bn_fast, bn_param)
+    def wide(self) -> "Layer":
+        """The same in float64."""
+        layer = copy.copy(self)
+        layer.x, layer.dout = self.x.astype(np.float64), self.dout.astype(np.float64)
+        return layer
+
+    def results(self, bn_param: dict[str, Any] | None = None, module: Any = bn_fast) -> list[Array]:
+        """What bn_fast makes of it: out, dx, dgamma and, where there is a beta, dbeta."""
+        forward, backward = self.calls(module, bn_param)
         return [forward()[0], *backward()]
 
 
@@ -161,6 +203,13 @@ def against_oracle(x: Array, mean: Array | None = None, var: Array | None = None
     return largest_error(layer.results(None if mean is None else test), (out, *gradients))
 
 
+def against_reference(norm: str, x: Array, num_groups: int | None = None) -> float:
+    """Another norm against the reference in float64, which keeps its digits at an offset too."""
+    axis = -1 if norm in ("layer", "rms") else 1
+    layer = Layer(x, axis, norm, num_groups)
+    return largest_error(layer.results(), layer.wide().results(module=reference))
+
+
 def constant_feature() -> float:
     x = normal(4096, 33)
     x[:, 7] = 0.1
@@ -189,6 +238,10 @@ CHECKS: list[tuple[str, Callable[[], float]]] = [
     ("every other column, backwards", lambda: against_oracle(normal(999, 66)[::-1, ::-2])),
     ("float32, mean of 1e6 deviations", lambda: against_oracle(normal(4096, 33) + 1e6)),
     ("test mode", lambda: against_oracle(normal(4096, 33), normal(33), normal(33) ** 2)),
+    ("layer norm, mean of 1e4", lambda: against_reference("layer", normal(90, 288) + 1e4)),
+    ("rms norm", lambda: against_reference("rms", normal(90, 288))),
+    ("group norm", lambda: against_reference("group", normal(8, 24, 15, 13), 4)),
+    ("instance norm", lambda: against_reference("instance", normal(8, 24, 15, 13))),
     ("a constant feature is exactly beta", constant_feature),
     ("1, 2 or 3 threads: the same bits", thread_counts),
 ]
@@ -235,10 +288,10 @@ def time_layers() -> Iterator[dict[str, Any]]:
         print(f"NOTE: the load average is {busy:.1f}: threaded calls wait for other programs.")
     head = "".join(f" {title:>19}" for title in others.values())
     print(f"{'layer':<24} {'':<8} {'bn_fast':>10}{head} {'of copy':>8} {'error':>6}")
-    for number, (shape, axis) in enumerate(LAYERS, 1):
-        name = str(shape) + (f" axis {axis}" if axis != 1 else "")
+    for number, kind in enumerate(LAYERS, 1):
+        name = kind.name
         progress(f"layer {number} of {len(LAYERS)}: {name}")
-        layer = Layer(normal(*shape), axis)
+        layer = Layer(normal(*kind.shape), *kind[1:])
         errors = layer_errors(layer)
         calls = {"bn_fast": layer.calls(bn_fast), "NumPy": layer.calls(reference)}
         if torch:
@@ -251,8 +304,7 @@ def time_layers() -> Iterator[dict[str, Any]]:
             ours = seconds["bn_fast"]
             row = verdict(errors[i]) | {
                 "layer": name,
-                "shape": shape,
-                "axis": axis,
+                **kind._asdict(),
                 "direction": direction,
                 "seconds": seconds,
                 "copy_share": n_arrays / 2 * copy_time / ours,
@@ -273,9 +325,7 @@ def milliseconds(seconds: float) -> str:
 
 def layer_errors(layer: Layer) -> list[float]:
     """Against the reference in float64: the oracle would take longer than all the timing."""
-    x, dout = layer.x.astype(np.float64), layer.dout.astype(np.float64)
-    out, cache = reference.batchnorm_forward(x, layer.gamma, layer.beta, axis=layer.axis)
-    right, got = [out, *reference.batchnorm_backward(dout, cache)], layer.results()
+    right, got = layer.wide().results(module=reference), layer.results()
     return [largest_error(got[:1], right[:1]), largest_error(got[1:], right[1:])]
 
 
@@ -289,6 +339,8 @@ def find_torch() -> Any:
 
 def torch_calls(torch: Any, layer: Layer) -> list[Call]:
     """PyTorch's own batch norm without the bookkeeping of autograd, on the same memory."""
+    if layer.norm != "batch":
+        return torch_norm_calls(torch, layer)
     x, dout = (torch.from_numpy(np.moveaxis(a, layer.axis, 1)) for a in (layer.x, layer.dout))
     gamma, beta = torch.from_numpy(layer.gamma), torch.from_numpy(layer.beta)
 
@@ -303,6 +355,21 @@ def torch_calls(torch: Any, layer: Layer) -> list[Call]:
         )
 
     return [forward, backward]
+
+
+def torch_norm_calls(torch: Any, layer: Layer) -> list[Call]:
+    """Its other norms, with that bookkeeping: not all are operators of their own."""
+    x, dout, *parameters = map(torch.from_numpy, (layer.x, layer.dout, *layer.parameters))
+    leaves = [a.requires_grad_() for a in (x, *parameters)]
+    named = dict(zip(("weight", "bias"), parameters))
+    between = {"layer": (x.shape[-1:],), "rms": (x.shape[-1:],), "group": (layer.num_groups,)}
+    function = getattr(torch.nn.functional, f"{layer.norm}_norm")
+
+    def forward() -> Any:
+        return function(x, *between.get(layer.norm, ()), **named, eps=EPS)
+
+    y = forward()
+    return [forward, lambda: torch.autograd.grad(y, leaves, dout, retain_graph=True)]
 
 
 def copy_calls(x: Array, pool: ThreadPoolExecutor, n_threads: int) -> list[Call]:

@@ -191,11 +191,11 @@ class Axes(NamedTuple):
 
     @property
     def stats_shape(self) -> tuple[int, ...]:
-        return tuple(1 if d in self.over else n for d, n in enumerate(self.shape))
+        return tuple([1 if d in self.over else n for d, n in enumerate(self.shape)])
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        return tuple(n if d in self.along else 1 for d, n in enumerate(self.shape))
+        return tuple([n if d in self.along else 1 for d, n in enumerate(self.shape)])
 
     @property
     def n_values(self) -> int:

@@ -29,6 +29,8 @@ def _kind(value: Any) -> str:
 
 def _real_array(value: Any, name: str) -> NDArray[Any]:
     """Any real array-like as an aligned, native ndarray of bool, integers or floats."""
+    if type(value) is np.ndarray and value.dtype in DTYPES and value.flags.aligned:
+        return value  # nothing needs to be asked
     expected = f"{name} must be an array of real numbers"
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{expected}, got a masked array, whose mask would be ignored")
@@ -112,6 +114,8 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         reach += (length - 1) * stride
     output: Array = np.asarray(out)
     for name, array in inputs.items():
+        if not np.may_share_memory(output, array):
+            continue
         may_be_out = name in ("x", "dout", "residual")
         if not (may_be_out and is_same(output, array)) and np.shares_memory(output, array):
             place = f"{name} itself or apart from it" if may_be_out else f"apart from {name}"

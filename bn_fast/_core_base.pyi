@@ -51,6 +51,32 @@ def is_plain_gradient(dout: object, x: Array, gamma: Array, out: object) -> bool
 def moments(
     x: Array, axis: int, n_threads: int, weights: Array | None = None, total: float = 0.0
 ) -> Array: ...
+def norm_backward(
+    dout: Array,
+    x: Array,
+    gamma: Array | None,
+    stats: Array,
+    over: tuple[int, ...],
+    along: tuple[int, ...],
+    eps: float,
+    out: Array | None,
+    has_mean: bool,
+    exact_mean: bool,
+    n_threads: int,
+    needs_dx: bool,
+    needs_sums: bool,
+) -> tuple[Array | None, Array | None, Array | None]: ...
+def norm_forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    over: tuple[int, ...],
+    along: tuple[int, ...],
+    eps: float,
+    out: Array | None,
+    has_mean: bool,
+    n_threads: int,
+) -> tuple[Array, Array]: ...
 def normalize(
     x: Array,
     gamma: Array,

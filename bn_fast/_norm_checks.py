@@ -7,8 +7,9 @@ needs to be asked again. Nothing here writes to anything.
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from . import _checks
 from ._cache import Axes, NormCache
 from ._checks import _as_parameter, _axis, _input, _is_array, _kind, _output, _real_array, _unfit
 from ._types import DTYPES, Array, is_bfloat16
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 GRADIENTS = "dx", "dgamma", "dbeta"
 RMS_GRADIENTS = "dx", "dgamma"
@@ -44,11 +48,22 @@ class NormCall(NamedTuple):
         return self.out is not None and _checks.is_same(self.out, self.x)
 
 
-def refuse_options(function: str, names: Iterable[str]) -> None:
-    """Say of options that batch norm has, or another library, what to do instead."""
-    for name in names:
-        if name in _REFUSED:
-            raise TypeError(f"{function} takes no {name}: {_REFUSED[name]}")
+def refusing(function: Callable[P, R]) -> Callable[P, R]:
+    """A forward function that says of options which batch norm has, or another library, what to do
+    instead."""
+
+    @wraps(function)
+    def forward(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            for name in kwargs:
+                if name in _REFUSED:
+                    message = f"{function.__name__} takes no {name}: {_REFUSED[name]}"
+                    raise TypeError(message) from None
+            raise
+
+    return forward
 
 
 def epsilon(param: Any, name: str, eps: Any) -> float:
@@ -77,13 +92,13 @@ def rows(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> Norm
     if x.ndim < 1:
         raise ValueError("x must have 1 or more dimensions, got a single number")
     over = _axes(axis, x.ndim)
-    shape = tuple(x.shape[d] for d in over)
-    where = f"axis {over[0]}" if len(over) == 1 else f"axes {over}"
+    shapes = (tuple([x.shape[d] for d in over]),)
 
-    def parameter(value: Any, name: str) -> Array | None:
-        return _parameter(value, name, (shape,), f"that of {where} of x", x, _onnx_axis)
+    def what() -> str:
+        return f"that of {f'axis {over[0]}' if len(over) == 1 else f'axes {over}'} of x"
 
-    gamma, beta = parameter(gamma, "gamma"), parameter(beta, "beta")
+    gamma = _parameter(gamma, "gamma", shapes, what, x, _onnx_axis)
+    beta = _parameter(beta, "beta", shapes, what, x, _onnx_axis)
     axes = _axes_of_rows(x.shape, over)
     return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
 
@@ -122,7 +137,7 @@ def groups(
         )
 
     shapes = ((n,), (1, n, 1, 1)) if images else ((n,),)
-    what = f"one value for each channel along axis {channels} of x"
+    what = partial(_each_channel, channels)
     gamma = _parameter(gamma, "gamma", shapes, what, x, hint)
     beta = _parameter(beta, "beta", shapes, what, x, hint)
     axes = _axes_of_groups(x.shape, channels, n_groups)
@@ -132,13 +147,15 @@ def groups(
 def channels(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> NormCall:
     """Instance norm: one statistic for each sample and channel."""
     x, channel = _channels(x, axis)
-    what = f"one value for each channel along axis {channel} of x"
-    gamma, beta = (
-        _parameter(value, name, ((x.shape[channel],),), what, x)
-        for name, value in (("gamma", gamma), ("beta", beta))
-    )
+    shapes, what = ((x.shape[channel],),), partial(_each_channel, channel)
+    gamma = _parameter(gamma, "gamma", shapes, what, x)
+    beta = _parameter(beta, "beta", shapes, what, x)
     axes = _axes_of_channels(x.shape, channel)
     return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
+
+
+def _each_channel(channels: int) -> str:
+    return f"one value for each channel along axis {channels} of x"
 
 
 def _axes_of_rows(shape: tuple[int, ...], over: tuple[int, ...]) -> Axes:
@@ -206,7 +223,7 @@ def _parameter(
     value: Any,
     name: str,
     shapes: tuple[tuple[int, ...], ...],
-    what: str,
+    what: Callable[[], str],
     x: Array,
     hint: Callable[[tuple[int, ...], Array], str] = lambda shape, x: "",
 ) -> Array | None:
@@ -220,11 +237,13 @@ def _parameter(
             todo = "multiply the result by" if name == "gamma" else "add to the result"
             advice = f"; what differs between samples, {todo} after a call with {name}=None"
         expected = " or ".join(map(str, shapes))
-        raise ValueError(f"{name} must have shape {expected}, {what}, got {array.shape}{advice}")
+        raise ValueError(f"{name} must have shape {expected}, {what()}, got {array.shape}{advice}")
     return _as_parameter(array)
 
 
 def _apart(out: Any, inputs: dict[str, Array], *parameters: Array | None) -> Array | None:
+    if out is None:
+        return None
     named = zip(("gamma", "beta"), parameters, strict=False)
     return _output(out, inputs | {name: a for name, a in named if a is not None})
 
@@ -257,28 +276,22 @@ def backward(
 
 def _check_cache(cache: NormCache) -> None:
     """Refuse a cache that does not fit itself, as one that was changed by hand."""
-
-    def require(holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise _unfit(cache, name, expected)
-
-    x, axes, gamma, stats = cache.x, cache.axes, cache.gamma, cache.stats
+    x, axes, gamma, stats, shape = cache.x, cache.axes, cache.gamma, cache.stats, cache.beta_shape
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
-    require(floats and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats")
-    require(isinstance(axes, Axes) and _axes_fit(cache), "axes", f"those of an x {x.shape}")
+    if not (floats and _is_array(x, (x.dtype,), x.shape)):
+        raise _unfit(cache, "x", "an array of floats")
+    if not (isinstance(axes, Axes) and _axes_fit(cache)):
+        raise _unfit(cache, "axes", f"those of an x {x.shape}")
     n, n_stats = math.prod(axes.parameter_shape), math.prod(axes.stats_shape)
-    fits = gamma is None or (
-        isinstance(gamma, np.ndarray)
-        and _is_array(gamma, (np.float32, np.float64), gamma.shape)
-        and gamma.size == n
-    )
-    require(fits, "gamma", f"None or {n} numbers of float32 or float64")
-    shape = cache.beta_shape
-    fits = shape is None or (isinstance(shape, tuple) and math.prod(shape) == n)
-    require(fits, "beta_shape", f"None or that of {n} numbers")
-    whole = _is_array(stats, (np.float64,), (4, n_stats)) and stats.flags.c_contiguous
-    require(whole, "stats", f"(4, {n_stats}) of float64, C-contiguous")
-    require(isinstance(cache.eps, float) and math.isfinite(cache.eps), "eps", "a finite number")
+    floats = isinstance(gamma, np.ndarray) and _is_array(gamma, DTYPES[1:], gamma.shape)
+    if gamma is not None and not (floats and gamma.size == n):
+        raise _unfit(cache, "gamma", f"None or {n} numbers of float32 or float64")
+    if shape is not None and not (isinstance(shape, tuple) and math.prod(shape) == n):
+        raise _unfit(cache, "beta_shape", f"None or that of {n} numbers")
+    if not (_is_array(stats, DTYPES[2:], (4, n_stats)) and stats.flags.c_contiguous):
+        raise _unfit(cache, "stats", f"(4, {n_stats}) of float64, C-contiguous")
+    if not (isinstance(cache.eps, float) and math.isfinite(cache.eps)):
+        raise _unfit(cache, "eps", "a finite number")
 
 
 def _axes_fit(cache: NormCache) -> bool:

@@ -1,4 +1,4 @@
-"""Batch normalization as a primitive of HIPS autograd, which differentiates NumPy code."""
+"""The norms as primitives of HIPS autograd, which differentiates NumPy code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ except ImportError as error:
 
 from numpy.typing import ArrayLike
 
-from ._cache import Cache
+from . import norms
+from ._cache import Cache, NormCache
 from ._checks import GRADIENTS
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def batch_norm(
@@ -169,3 +170,160 @@ def _second_vjp(
 
 
 defvjp_argnums(_backward, _second_vjp)
+
+
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+) -> Array:
+    """Layer normalization that autograd can differentiate with respect to x, gamma and beta, once.
+
+    Parameters, result and errors are those of `bn_fast.layer_norm`.
+
+    Raises
+    ------
+    NotImplementedError
+        By autograd, for derivatives of second order and of forward mode.
+
+    See Also
+    --------
+    bn_fast.layernorm_forward, bn_fast.layernorm_backward : what is called, with the formulas
+
+    Examples
+    --------
+    >>> import autograd.numpy as np
+    >>> from autograd import grad
+    >>> from bn_fast.autograd import layer_norm
+    >>> grad(lambda x: layer_norm(x)[0, 0])(np.array([[1.0, 2.0, 6.0]])).round(4)
+    array([[ 0.1763, -0.2204,  0.0441]])
+    """
+    y: Array = _norm(x, gamma, beta, "layernorm", {"axis": axis, "eps": eps}, [])
+    return y
+
+
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+) -> Array:
+    """Root mean square normalization that autograd can differentiate, once.
+
+    Parameters, result and errors are those of `bn_fast.rms_norm`; all else as in `layer_norm`.
+
+    Examples
+    --------
+    >>> import autograd.numpy as np
+    >>> from autograd import grad
+    >>> from bn_fast.autograd import rms_norm
+    >>> grad(lambda x: rms_norm(x, eps=0)[0, 0])(np.array([[1.0, 7.0]])).round(4)
+    array([[ 0.196, -0.028]])
+    """
+    y: Array = _norm(x, gamma, None, "rmsnorm", {"axis": axis, "eps": eps}, [])
+    return y
+
+
+def group_norm(
+    x: ArrayLike,
+    num_groups: int,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+) -> Array:
+    """Group normalization that autograd can differentiate with respect to x, gamma and beta, once.
+
+    Parameters, result and errors are those of `bn_fast.group_norm`; all else as in `layer_norm`.
+
+    Examples
+    --------
+    >>> import autograd.numpy as np
+    >>> from autograd import grad
+    >>> from bn_fast.autograd import group_norm
+    >>> grad(lambda x: group_norm(x, 2)[0, 0])(np.array([[1.0, 2.0, 6.0, 5.0, 5.0, 5.0]])).round(4)
+    array([[ 0.1763, -0.2204,  0.0441,  0.    ,  0.    ,  0.    ]])
+    """
+    options = {"num_groups": num_groups, "axis": axis, "eps": eps}
+    y: Array = _norm(x, gamma, beta, "groupnorm", options, [])
+    return y
+
+
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+) -> Array:
+    """Instance normalization that autograd can differentiate, once.
+
+    Parameters, result and errors are those of `bn_fast.instance_norm`; all else as in `layer_norm`.
+
+    Examples
+    --------
+    >>> import autograd.numpy as np
+    >>> from autograd import grad
+    >>> from bn_fast.autograd import instance_norm
+    >>> grad(lambda x: instance_norm(x)[0, 0, 0])(np.array([[[1.0, 2.0, 6.0]]])).round(4)
+    array([[[ 0.1763, -0.2204,  0.0441]]])
+    """
+    y: Array = _norm(x, gamma, beta, "instancenorm", {"axis": axis, "eps": eps}, [])
+    return y
+
+
+@primitive
+def _norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    norm: str,
+    options: dict[str, Any],
+    kept: list[NormCache],
+) -> Array:
+    """The output; the cache comes into `kept`, as in `_forward`."""
+    parameters = (gamma,) if norm == "rmsnorm" else (gamma, beta)
+    y, cache = getattr(norms, f"{norm}_forward")(x, *parameters, **options)
+    kept.append(cache)
+    found: Array = y
+    return found
+
+
+@primitive
+def _norm_backward(
+    dout: Array, x: Array, gamma: Array | None, kept: list[NormCache], needs: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """Those that are needed, in their order; a function of x and gamma, as in `_backward`."""
+    cache = kept[0]
+    found = getattr(norms, f"{cache.norm}_backward")(dout, cache, needs=needs)
+    return tuple(gradient for gradient in found if gradient is not None)
+
+
+def _norm_vjp(
+    argnums: Sequence[int], y: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Array], tuple[Array, ...]]:
+    x, gamma, _, _, _, kept = args
+    needs = tuple(GRADIENTS[i] for i in sorted(argnums))
+
+    def gradients(dout: Array) -> tuple[Array, ...]:
+        found = dict(zip(needs, _norm_backward(dout, x, gamma, kept, needs), strict=True))
+        return tuple(found[GRADIENTS[i]].astype(args[i].dtype, copy=False) for i in argnums)
+
+    return gradients
+
+
+def _no_second_vjp(*_: Any) -> Any:
+    raise NotImplementedError(
+        "bn_fast.autograd has second derivatives of batch_norm alone: write this norm in"
+        " autograd.numpy for them"
+    )
+
+
+defvjp_argnums(_norm, _norm_vjp)
+defvjp_argnums(_norm_backward, _no_second_vjp)

@@ -1,4 +1,4 @@
-"""Batch normalization for PyTorch's CPU tensors: `torch.nn.functional.batch_norm`'s signature.
+"""The norms for PyTorch's CPU tensors, with the signatures of `torch.nn.functional`.
 
 The tensors' memory is read in place and the results are NumPy's memory under tensors: no copies.
 
@@ -9,6 +9,8 @@ run without this module (torch.jit, torch.export, ONNX), is left to PyTorch's ow
 """
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -20,19 +22,22 @@ import numpy as np
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from . import _checks
-from ._cache import Cache
+from . import _checks, _norm_checks, norms
+from ._cache import Axes, Cache, NormCache
 from ._checks import GRADIENTS
 from ._core import core
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
-# Taken before anybody puts this module's function in its place.
+# Taken before anybody puts this module's functions in their place.
 _pytorchs = torch.nn.functional.batch_norm
+_pytorchs_layer_norm = torch.nn.functional.layer_norm
+_pytorchs_rms_norm = torch.nn.functional.rms_norm
+_pytorchs_group_norm = torch.nn.functional.group_norm
+_pytorchs_instance_norm = torch.nn.functional.instance_norm
 
-_NAMES = "weight", "bias", "running_mean", "running_var"
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -133,30 +138,317 @@ def _batch_norm(
     eps: Any,
 ) -> torch.Tensor:
     given = input, running_mean, running_var, weight, bias
-    if torch.overrides.has_torch_function(given):  # torch.fx, subclasses of Tensor
-        found: torch.Tensor = torch.overrides.handle_torch_function(
-            batch_norm, given, *given, training, momentum, eps
-        )
-        return found
     transformed = _is_transformed(input)
-    if torch.jit.is_tracing() or (transformed and torch.compiler.is_exporting()):
-        return _pytorchs(*given, training, momentum, eps)
-    _check(*given, training)
-    if type(momentum) is not float:
-        momentum = _checks._number(momentum, "momentum")
-    if not -math.inf < momentum < math.inf:
-        raise ValueError(f"momentum must be finite, got {momentum}")
-    if type(eps) is not float or not 0 <= eps < math.inf:
-        eps = _checks.epsilon(eps)
+    done = _done_elsewhere(
+        batch_norm, _pytorchs, given, transformed, (*given, training, momentum, eps)
+    )
+    if done is not None:
+        return done
+    _check_channels(input, weight, bias, running_mean, running_var)
+    _check_running(running_mean, running_var, "training", training)
+    if training and input.shape[0] == 1 == math.prod(input.shape[2:]):
+        raise ValueError(
+            "input must have more than 1 value for each channel when training, got shape"
+            f" {tuple(input.shape)}"
+        )
+    momentum, eps = _momentum(momentum), _epsilon(eps)
     ordered = input, weight, bias, running_mean, running_var, bool(training), momentum, eps
     if not transformed:
         return _BatchNorm.apply(*ordered)
-    _check_transforms()
+    _check_transforms("batch_norm")
     y, _, mean, var = _apply(_forward_op, *ordered)
     if training and running_mean is not None:
         _replace_op(running_mean, mean.detach())
         _replace_op(running_var, var.detach())
     return y
+
+
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    r"""`torch.nn.functional.layer_norm` for CPU tensors, computed by bn_fast.
+
+    Same arguments in the same order with the same meaning, so it can stand in its place, also for
+    the module: ``torch.nn.functional.layer_norm = bn_fast.torch.layer_norm``.
+
+    Parameters
+    ----------
+    input : Tensor
+        As for `batch_norm`: any floating dtype, on the CPU, any strides. Here its last dimensions
+        are normalized.
+    normalized_shape : sequence of int, or int
+        The shape of these last dimensions; an integer is one of them.
+    weight, bias : Tensor, shape `normalized_shape`, or None
+        Scale and shift; None is 1 and 0. They may be of another dtype than `input`.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+
+    Returns
+    -------
+    Tensor
+        Shape, dtype and memory format of `input`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no dense CPU tensor of a floating dtype.
+    ImportError
+        For bfloat16 without ml_dtypes.
+    ValueError
+        If a shape or value is wrong.
+    NotImplementedError
+        For a second derivative, and in forward mode.
+
+    See Also
+    --------
+    bn_fast.layernorm_forward, bn_fast.layernorm_backward : what is called, with the formulas
+
+    Notes
+    -----
+    What is said of torch.func, torch.compile, torch.jit and torch.export in `batch_norm` holds
+    here, but for the second derivative, which is an error.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bn_fast.torch import layer_norm
+    >>> x = torch.tensor([[1.0, 2.0, 6.0]], requires_grad=True)
+    >>> layer_norm(x, (3,))[0, 0].backward()
+    >>> x.grad
+    tensor([[ 0.1763, -0.2204,  0.0441]])
+    """
+    if not torch.jit.is_scripting():
+        return _rows("layernorm", layer_norm, input, normalized_shape, (weight, bias), eps)
+    return _pytorchs_layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: torch.Tensor,
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    r"""`torch.nn.functional.rms_norm` for CPU tensors, computed by bn_fast.
+
+    Parameters, results and errors are those of `layer_norm`, but for what follows.
+
+    Parameters
+    ----------
+    eps : float, optional
+        Added to the mean square. None is PyTorch's: ``finfo(float64).eps`` for float64, else
+        ``finfo(float32).eps``, for 16 bits too.
+
+    See Also
+    --------
+    bn_fast.rmsnorm_forward, bn_fast.rmsnorm_backward : what is called, with the formulas
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bn_fast.torch import rms_norm
+    >>> rms_norm(torch.tensor([1.0, 7.0]), (2,))
+    tensor([0.2000, 1.4000])
+    """
+    if not torch.jit.is_scripting():
+        return _rows("rmsnorm", rms_norm, input, normalized_shape, (weight,), eps)
+    return _pytorchs_rms_norm(input, normalized_shape, weight, eps)
+
+
+def group_norm(
+    input: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    r"""`torch.nn.functional.group_norm` for CPU tensors, computed by bn_fast.
+
+    Parameters, results and errors are those of `layer_norm`, but for what follows.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        As PyTorch's it must have more than one value for each channel of a group, over all samples.
+    num_groups : int
+        Divides C. A group is C/num_groups channels that are neighbours.
+    weight, bias : Tensor, shape (C,), or None
+        Scale and shift of each channel; None is 1 and 0.
+
+    See Also
+    --------
+    bn_fast.groupnorm_forward, bn_fast.groupnorm_backward : what is called, with the formulas
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bn_fast.torch import group_norm
+    >>> group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
+    if not torch.jit.is_scripting():
+        return _group_norm(input, num_groups, weight, bias, eps)
+    return _pytorchs_group_norm(input, num_groups, weight, bias, eps)
+
+
+def instance_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    r"""`torch.nn.functional.instance_norm` for CPU tensors, computed by bn_fast.
+
+    Parameters, results and errors are those of `layer_norm`, but for what follows.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        As PyTorch's it must have more than one spatial element, if `use_input_stats`.
+    running_mean, running_var : Tensor, shape (C,), or None
+        With ``use_input_stats=False`` the statistics to normalize with: this is `batch_norm` of
+        ``training=False``. With True they are updated in place, by the mean over the samples of
+        their means and unbiased variances, or may both be None. No gradient flows through them.
+    weight, bias : Tensor, shape (C,), or None
+        Scale and shift of each channel; None is 1 and 0.
+    use_input_stats : bool, default True
+        Normalize each sample's channels with their own statistics.
+    momentum : float, default 0.1
+        The weight of the new value in the running statistics, as in `batch_norm`.
+
+    See Also
+    --------
+    bn_fast.instancenorm_forward, bn_fast.instancenorm_backward : what is called, with the formulas
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bn_fast.torch import instance_norm
+    >>> instance_norm(torch.tensor([[[1.0, 3.0], [10.0, 30.0]]]), eps=0)
+    tensor([[[-1.,  1.],
+             [-1.,  1.]]])
+    """
+    if not torch.jit.is_scripting():
+        return _instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    return _pytorchs_instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def _rows(
+    norm: str,
+    door: Callable[..., torch.Tensor],
+    input: Any,
+    normalized_shape: Any,
+    parameters: tuple[Any, ...],
+    eps: Any,
+) -> torch.Tensor:
+    """parameters: weight, and bias where there is one."""
+    shape = _shape(normalized_shape)
+    transformed = _is_transformed(input)
+    theirs = _pytorchs_layer_norm if norm == "layernorm" else _pytorchs_rms_norm
+    args = input, shape, *parameters, eps
+    done = _done_elsewhere(door, theirs, (input, *parameters), transformed, args)
+    if done is not None:
+        return done
+    _check_tensor(input, "input")
+    last = tuple(input.shape[max(0, input.dim() - len(shape)) :])
+    if last != shape:
+        raise ValueError(
+            f"normalized_shape must be the shape of input's last dimensions, got {shape} for input"
+            f" {tuple(input.shape)}"
+        )
+    weight, bias = (*parameters, None)[:2]
+    _check_parameters(shape, "that of normalized_shape", {"weight": weight, "bias": bias})
+    if eps is None and norm == "rmsnorm":
+        eps = torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).eps
+    return _apply_norm(input, weight, bias, norm, len(shape), _epsilon(eps), transformed)[0]
+
+
+def _group_norm(input: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) -> torch.Tensor:
+    given = input, num_groups, weight, bias, eps
+    transformed = _is_transformed(input)
+    done = _done_elsewhere(
+        group_norm, _pytorchs_group_norm, (input, weight, bias), transformed, given
+    )
+    if done is not None:
+        return done
+    _check_channels(input, weight, bias)
+    if type(num_groups) is not int:
+        num_groups = _norm_checks._integer(num_groups, "num_groups")
+    n = input.shape[1]
+    if num_groups < 1 or n % num_groups:
+        raise ValueError(
+            f"num_groups must be at least 1 and divide the {n} channels of input, got {num_groups}"
+        )
+    if input.shape[0] * (n // num_groups) * math.prod(input.shape[2:]) == 1:
+        raise ValueError(
+            "input must have more than 1 value for each channel of a group, got shape"
+            f" {tuple(input.shape)} and num_groups={num_groups}"
+        )
+    return _apply_norm(input, weight, bias, "groupnorm", num_groups, _epsilon(eps), transformed)[0]
+
+
+def _instance_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    use_input_stats: Any,
+    momentum: Any,
+    eps: Any,
+) -> torch.Tensor:
+    given = input, running_mean, running_var, weight, bias
+    transformed = _is_transformed(input)
+    all_given = *given, use_input_stats, momentum, eps
+    done = _done_elsewhere(instance_norm, _pytorchs_instance_norm, given, transformed, all_given)
+    if done is not None:
+        return done
+    _check_channels(input, weight, bias, running_mean, running_var)
+    _check_running(running_mean, running_var, "use_input_stats", use_input_stats)
+    momentum, eps = _momentum(momentum), _epsilon(eps)
+    if not use_input_stats:
+        return _batch_norm(*given, False, momentum, eps)
+    n_values = math.prod(input.shape[2:])
+    if n_values == 1:
+        raise ValueError(
+            "input must have more than 1 spatial element with use_input_stats=True, got shape"
+            f" {tuple(input.shape)}"
+        )
+    y, stats = _apply_norm(input, weight, bias, "instancenorm", 0, eps, transformed)
+    if running_mean is not None and input.numel():
+        batch = stats.detach().unflatten(1, (input.shape[0], -1)).mean(1)
+        unbiased = batch[3] * (n_values / (n_values - 1))
+        replace = _replace_op if transformed else torch.Tensor.copy_
+        for running, new in ((running_mean, batch[0]), (running_var, unbiased)):
+            replace(running, (1 - momentum) * running.detach() + momentum * new)
+    return y
+
+
+def _done_elsewhere(
+    door: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    tensors: tuple[Any, ...],
+    transformed: bool,
+    args: tuple[Any, ...],
+) -> torch.Tensor | None:
+    """The result where somebody else is to be asked for it."""
+    if torch.overrides.has_torch_function(tensors):  # torch.fx, subclasses of Tensor
+        found: torch.Tensor = torch.overrides.handle_torch_function(door, tensors, *args)
+        return found
+    if torch.jit.is_tracing() or (transformed and torch.compiler.is_exporting()):
+        return theirs(*args)
+    return None
 
 
 def _is_transformed(input: torch.Tensor) -> bool:
@@ -169,29 +461,38 @@ def _is_transformed(input: torch.Tensor) -> bool:
     )
 
 
-def _check(
-    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any
+# All that can be said of tensors without their data, which transformed ones do not have.
+
+
+def _check_channels(
+    input: Any, weight: Any, bias: Any, running_mean: Any = None, running_var: Any = None
 ) -> None:
-    """All that can be said of tensors without their data, which transformed ones do not have."""
     _check_tensor(input, "input")
     if input.dim() < 2:
         shape = tuple(input.shape)
         raise ValueError(f"input must have 2 or more dimensions (N, C, ...), got shape {shape}")
-    n = input.shape[1:2]
-    for name, tensor in zip(_NAMES, (weight, bias, running_mean, running_var)):
+    parameters = {"weight": weight, "bias": bias}
+    parameters |= {"running_mean": running_mean, "running_var": running_var}
+    _check_parameters(input.shape[1:2], "one value for each channel of input", parameters)
+
+
+def _check_parameters(shape: tuple[int, ...], what: str, tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None:
             _check_tensor(tensor, name)
-            if tensor.shape != n:
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"{name} must have shape ({n[0]},), one value for each channel of input, got"
-                    f" {tuple(tensor.shape)}"
+                    f"{name} must have shape {tuple(shape)}, {what}, got {tuple(tensor.shape)}"
                 )
+
+
+def _check_running(running_mean: Any, running_var: Any, name: str, own_statistics: Any) -> None:
+    """name: the argument that says whether the statistics are those of input."""
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
-        if not training:
+        if not own_statistics:
             raise ValueError(
-                "running_mean and running_var must be given with training=False, got"
-                f" {missing}=None"
+                f"running_mean and running_var must be given with {name}=False, got {missing}=None"
             )
         if running_mean is not running_var:
             raise ValueError(
@@ -201,11 +502,37 @@ def _check(
     elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
         name = "running_mean" if running_mean.requires_grad else "running_var"
         raise ValueError(f"{name} must not require a gradient: none flows through it")
-    if training and input.shape[0] == 1 == math.prod(input.shape[2:]):
-        raise ValueError(
-            "input must have more than 1 value for each channel when training, got shape"
-            f" {tuple(input.shape)}"
-        )
+
+
+def _momentum(momentum: Any) -> float:
+    number: float = momentum
+    if type(momentum) is not float:
+        number = _checks._number(momentum, "momentum")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"momentum must be finite, got {number}")
+    return number
+
+
+def _epsilon(eps: Any) -> float:
+    if type(eps) is float and 0 <= eps < math.inf:
+        return eps
+    return _checks.epsilon(eps)
+
+
+def _shape(normalized_shape: Any) -> tuple[int, ...]:
+    try:
+        if isinstance(normalized_shape, (tuple, list)):
+            shape = tuple(map(operator.index, normalized_shape))
+        else:
+            shape = (operator.index(normalized_shape),)
+    except TypeError:
+        raise TypeError(
+            "normalized_shape must be a sequence of integers, or one, got"
+            f" {_checks._kind(normalized_shape)}"
+        ) from None
+    if not shape:
+        raise ValueError("normalized_shape must have 1 or more dimensions, got ()")
+    return shape
 
 
 def _check_tensor(value: Any, name: str) -> None:
@@ -232,7 +559,7 @@ def _bfloat16() -> Any:
     return bfloat16
 
 
-def _to_array(tensor: torch.Tensor) -> Array:
+def _to_array(tensor: torch.Tensor, door: str = "batch_norm") -> Array:
     """The tensor's own memory; force only drops the gradient and settles negative bits."""
     array: Array
     try:
@@ -244,8 +571,8 @@ def _to_array(tensor: torch.Tensor) -> Array:
             array = tensor.numpy()
     except RuntimeError as error:
         raise RuntimeError(
-            "bn_fast.torch.batch_norm cannot read a tensor that PyTorch transforms in this way: put"
-            f" back PyTorch's torch.nn.functional.batch_norm for it ({error})"
+            f"bn_fast.torch.{door} cannot read a tensor that PyTorch transforms in this way: put"
+            f" back PyTorch's torch.nn.functional.{door} for it ({error})"
         ) from error
     return array
 
@@ -259,9 +586,13 @@ def _to_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
 def _parameter(tensor: torch.Tensor | None, x: Array, constant: float) -> Array:
     if tensor is None:
         return np.full(x.shape[1], constant, np.float64 if x.dtype == np.float64 else np.float32)
+    return _affine(tensor)
+
+
+def _affine(tensor: torch.Tensor, door: str = "batch_norm") -> Array:
     if tensor.dtype.itemsize == 2:  # storage alone: the kernels take parameters of 32 or 64 bits
         tensor = tensor.detach().float()
-    return _to_array(tensor)
+    return _to_array(tensor, door)
 
 
 def _forward(
@@ -298,10 +629,10 @@ def _forward(
     return y, cache, mean, var
 
 
-def _no_forward_mode(*_: Any) -> Any:
+def _no_forward_mode(door: str) -> Any:
     raise NotImplementedError(
-        "bn_fast.torch.batch_norm has no forward-mode derivative: put back PyTorch's"
-        " torch.nn.functional.batch_norm, or differentiate backwards (torch.func.grad, vjp, jacrev)"
+        f"bn_fast.torch.{door} has no forward-mode derivative: put back PyTorch's"
+        f" torch.nn.functional.{door}, or differentiate backwards (torch.func.grad, vjp, jacrev)"
     )
 
 
@@ -342,7 +673,9 @@ class _BatchNorm(torch.autograd.Function):
             found = _gradients(*given, wanted=wanted)
         return *found, None, None, None, None, None
 
-    jvp = _no_forward_mode
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _no_forward_mode("batch_norm")
 
 
 class _BatchNormBackward(torch.autograd.Function):
@@ -370,7 +703,9 @@ class _BatchNormBackward(torch.autograd.Function):
         needed = zip(found, ctx.needs_input_grad)
         return (*(g if needs else None for g, needs in needed), *[None] * 3)
 
-    jvp = _no_forward_mode
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _no_forward_mode("batch_norm")
 
 
 def _gradients(
@@ -486,8 +821,8 @@ def _replace_batched(
     before, after = in_dims
     if before is None:
         raise RuntimeError(
-            "bn_fast.torch.batch_norm cannot keep the running statistics of a batch of calls (vmap)"
-            " in one tensor: give it running_mean and running_var for each, or None"
+            "bn_fast.torch cannot keep the running statistics of a batch of calls (vmap) in one"
+            " tensor: give it running_mean and running_var for each, or None"
         )
     new = new.expand(info.batch_size, *new.shape) if after is None else new.movedim(after, 0)
     _replace_op(old.movedim(before, 0), new)
@@ -522,7 +857,8 @@ def _fake_forward(
 def _fake_backward(
     dout: Any, input: Any, weight: Any, stats: Any, eps: float, frozen: bool
 ) -> tuple[torch.Tensor, ...]:
-    return torch.empty_like(input), _fake_parameter(input), _fake_parameter(input)
+    dgamma, dbeta = (_fake_gradient(input, input.shape[1:2]) for _ in range(2))
+    return torch.empty_like(input), dgamma, dbeta
 
 
 @_double_backward_op.register_fake
@@ -537,13 +873,15 @@ def _fake_double_backward(
     eps: float,
     frozen: bool,
 ) -> tuple[torch.Tensor, ...]:
-    return torch.empty_like(input), torch.empty_like(input), _fake_parameter(input)
+    dgamma = _fake_gradient(input, input.shape[1:2])
+    return torch.empty_like(input), torch.empty_like(input), dgamma
 
 
-def _fake_parameter(input: torch.Tensor) -> torch.Tensor:
+def _fake_gradient(input: Any, shape: Any) -> torch.Tensor:
     """A gradient of weight or bias."""
     wide = input.dtype is torch.float64
-    return input.new_empty(input.shape[1], dtype=torch.float64 if wide else torch.float32)
+    found: torch.Tensor = input.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    return found
 
 
 def _batched(op: Any, in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> Any:
@@ -612,7 +950,7 @@ def _function(op: Any, keep: Any, vjp: Any) -> Any:
     static = {"forward": lambda *args: op(*args), "setup_context": keep}
     static["backward"] = _disable_dynamo(vjp)  # torch.compile may meet it on its way, and fails
     named = {name: staticmethod(function) for name, function in static.items()}
-    return type("BatchNorm", (torch.autograd.Function,), named | {"generate_vmap_rule": True})
+    return type("Norm", (torch.autograd.Function,), named | {"generate_vmap_rule": True})
 
 
 _FUNCTIONS = {
@@ -628,15 +966,252 @@ def _apply(op: Any, *args: Any) -> tuple[Any, ...]:
     return found
 
 
-def _check_transforms() -> None:
+def _check_transforms(door: str) -> None:
     """Those that lead nowhere, of which PyTorch would speak in terms of the operators."""
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():  # without fullgraph=True it runs uncompiled
             raise RuntimeError(
-                "bn_fast.torch.batch_norm cannot be compiled within torch.func's transforms: leave"
-                " out fullgraph=True, or put back PyTorch's torch.nn.functional.batch_norm"
+                f"bn_fast.torch.{door} cannot be compiled within torch.func's transforms: leave out"
+                f" fullgraph=True, or put back PyTorch's torch.nn.functional.{door}"
             )
         return
     forward_mode = torch._C._functorch.TransformType.Jvp
     if any(t.key() == forward_mode for t in torch._C._functorch.get_interpreter_stack() or ()):
-        _no_forward_mode()
+        _no_forward_mode(door)
+
+
+# The other norms, all by one Function and one pair of operators. A norm is its name and a number:
+# of rows how many dimensions are normalized, of group norm the groups, of instance norm nothing.
+
+
+def _door(norm: str) -> str:
+    return norm.replace("norm", "_norm")
+
+
+def _axes(shape: tuple[int, ...], norm: str, number: int) -> Axes:
+    if norm == "groupnorm":
+        return _norm_checks._axes_of_groups(shape, 1, number)
+    if norm == "instancenorm":
+        return _norm_checks._axes_of_channels(shape, 1)
+    return _norm_checks._axes_of_rows(shape, tuple(range(len(shape) - number, len(shape))))
+
+
+def _apply_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    number: int,
+    eps: float,
+    transformed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the statistics as the cache keeps them."""
+    if not transformed:
+        kept: list[torch.Tensor] = []
+        y = _Norm.apply(input, weight, bias, norm, number, eps, kept)
+        return y, kept[0]
+    _check_transforms(_door(norm))
+    y, stats = _apply(_norm_op, input, weight, bias, norm, number, eps)
+    return y, stats
+
+
+def _norm_forward(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    number: int,
+    eps: float,
+    out: torch.Tensor | None = None,
+) -> tuple[Array, Array]:
+    door = _door(norm)
+    x = _to_array(input, door)
+    gamma, beta = (None if a is None else _affine(a, door) for a in (weight, bias))
+    given = None if out is None else _to_array(out, door)
+    axes = _axes(x.shape, norm, number)
+    return norms._computed(norm, _norm_checks.NormCall(x, gamma, beta, axes, eps, given))
+
+
+def _norm_gradients(
+    dout: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: Array,
+    bias_shape: tuple[int, ...] | None,
+    norm: str,
+    number: int,
+    eps: float,
+    *,
+    wanted: tuple[bool, ...] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
+    door = _door(norm)
+    x, gamma = _to_array(input, door), None if weight is None else _affine(weight, door)
+    cache = NormCache(norm, x, gamma, bias_shape, _axes(x.shape, norm, number), stats, eps)
+    names = GRADIENTS[:2] if norm == "rmsnorm" else GRADIENTS[:3]
+    needs = [name for name, needed in zip(names, wanted) if needed]
+    arrays = norms._backward(norm, _to_array(dout, door), cache, None, needs)
+    return tuple(None if a is None else _to_tensor(a, input.dtype) for a in arrays)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        norm: str,
+        number: int,
+        eps: float,
+        kept: list[torch.Tensor],
+    ) -> torch.Tensor:
+        y, stats = _norm_forward(input, weight, bias, norm, number, eps)
+        kept.append(torch.from_numpy(stats))
+        ctx.save_for_backward(input, weight)
+        ctx.rest = stats, None if bias is None else tuple(bias.shape), norm, number, eps
+        return _to_tensor(y, input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given: tuple[Any, ...] = dout, *ctx.saved_tensors, *ctx.rest
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = _NormBackward.apply(*given)
+            found = tuple(g if needed else None for g, needed in zip(found, wanted))
+        else:
+            found = _norm_gradients(*given, wanted=wanted)
+        return *found, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _no_forward_mode(_door(ctx.rest[2]))
+
+
+class _NormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor | None, ...]:
+        ctx.norm = given[5]
+        return _norm_gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        _no_second_derivative(ctx.norm)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _no_forward_mode(_door(ctx.norm))
+
+
+def _no_second_derivative(norm: str) -> Any:
+    door = _door(norm)
+    raise NotImplementedError(
+        f"bn_fast.torch.{door} has no second derivative: put back PyTorch's"
+        f" torch.nn.functional.{door} for it"
+    )
+
+
+@torch.library.custom_op("bn_fast::norm", mutates_args=())
+def _norm_op(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    number: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = torch.empty_like(input)
+    _, stats = _norm_forward(input, weight, bias, norm, number, eps, y)
+    return y, torch.from_numpy(stats)
+
+
+@torch.library.custom_op("bn_fast::norm_backward", mutates_args=())
+def _norm_backward_op(
+    dout: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    has_bias: bool,
+    norm: str,
+    number: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dweight and dbias, empty where there are none."""
+    shape = _parameter_shape(input, norm, number)
+    found = _norm_gradients(
+        dout, input, weight, _to_array(stats), shape if has_bias else None, norm, number, eps
+    )
+    none = _fake_gradient(input, (0,))
+    dweight, dbias = (none.clone() if a is None else a for a in found[1:])
+    return _in_strides(found[0], input), dweight, dbias
+
+
+def _parameter_shape(input: Any, norm: str, number: int) -> Any:
+    of_rows = norm in ("layernorm", "rmsnorm")
+    return tuple(input.shape[input.dim() - number :] if of_rows else input.shape[1:2])
+
+
+@_norm_op.register_fake
+def _fake_norm(
+    input: Any, weight: Any, bias: Any, norm: str, number: int, eps: float
+) -> tuple[torch.Tensor, ...]:
+    n = math.prod(_axes(input.shape, norm, number).stats_shape)
+    return torch.empty_like(input), input.new_empty((4, n), dtype=torch.float64)
+
+
+@_norm_backward_op.register_fake
+def _fake_norm_backward(
+    dout: Any,
+    input: Any,
+    weight: Any,
+    stats: Any,
+    has_bias: bool,
+    norm: str,
+    number: int,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    shape = _parameter_shape(input, norm, number)
+    given = weight is not None, has_bias
+    parameters = (_fake_gradient(input, shape if there else (0,)) for there in given)
+    return torch.empty_like(input), *parameters
+
+
+def _one_by_one(op: Any) -> Any:
+    """The vmap of an operator: a call for each element of the batch."""
+
+    def call(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        found = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*found))
+        return stacked, (0,) * len(stacked)
+
+    return call
+
+
+_norm_op.register_vmap(_one_by_one(_norm_op))
+_norm_backward_op.register_vmap(_one_by_one(_norm_backward_op))
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    input, weight, bias, *rest = inputs
+    ctx.save_for_backward(input, weight, output[1])
+    ctx.rest = bias is not None, *rest
+
+
+def _norm_vjp(ctx: Any, dout: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    found = _apply(_norm_backward_op, dout, *ctx.saved_tensors, *ctx.rest)
+    needed = zip(found, ctx.needs_input_grad)
+    return (*(g if needs else None for g, needs in needed), *[None] * 3)
+
+
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.norm = inputs[5]
+
+
+def _norm_backward_vjp(ctx: Any, *_: Any) -> Any:
+    _no_second_derivative(ctx.norm)
+
+
+_FUNCTIONS[_norm_op] = _function(_norm_op, _keep_norm, _norm_vjp)
+_FUNCTIONS[_norm_backward_op] = _function(_norm_backward_op, _keep_name, _norm_backward_vjp)

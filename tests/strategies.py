@@ -67,20 +67,31 @@ def arrays(draw, shape, wild=False, dtypes=DTYPES):
 
 
 @st.composite
-def problems(draw, wild=False, dtypes=DTYPES):
+def shapes_of_any_kind(draw):
     shape = draw(st.lists(st.integers(1, 12), min_size=2, max_size=5))
     if draw(st.booleans()):
         long = draw(st.integers(0, len(shape) - 1))
         shape = [min(n, 4) for n in shape]
         shape[long] = draw(st.integers(1, 600))
-    shape = tuple(shape)
-    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    return tuple(shape)
+
+
+@st.composite
+def x_and_dout(draw, shape, wild, dtypes):
     x, dout = draw(arrays(shape, wild, dtypes)), draw(arrays(shape, wild))
     shares = draw(st.integers(0, 9))
     if shares == 0:
         dout = x
     elif shares == 1:
         dout = x[::-1]  # shares memory with x, at other places
+    return x, dout
+
+
+@st.composite
+def problems(draw, wild=False, dtypes=DTYPES):
+    shape = draw(shapes_of_any_kind())
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    x, dout = draw(x_and_dout(shape, wild, dtypes))
     values = st.lists(
         st.floats(-4, 4, width=16).filter(lambda v: v == 0 or abs(v) > 0.1),
         min_size=shape[axis],
@@ -88,6 +99,34 @@ def problems(draw, wild=False, dtypes=DTYPES):
     )
     gamma, beta = np.array(draw(values)), np.array(draw(values))
     return x, dout, gamma, beta, axis
+
+
+@st.composite
+def norm_problems(draw, wild=False, dtypes=DTYPES):
+    """A norm's name, axis and num_groups; x, dout, gamma and beta, of which each may be None."""
+    shape = draw(shapes_of_any_kind())
+    ndim = len(shape)
+    norm = draw(st.sampled_from(["layernorm", "rmsnorm", "groupnorm", "instancenorm"]))
+    num_groups = None
+    if norm in ("layernorm", "rmsnorm"):
+        any_axis = st.integers(-ndim, ndim - 1)
+        some = st.lists(any_axis, min_size=1, max_size=ndim, unique_by=lambda d: d % ndim)
+        axis = draw(st.one_of(any_axis, some.map(tuple)))
+        along = sorted({d % ndim for d in np.atleast_1d(axis)})
+    else:
+        axis = draw(st.integers(1, ndim - 1)) - draw(st.sampled_from([0, ndim]))
+        along = [axis]
+        if norm == "groupnorm":
+            n = shape[axis]
+            num_groups = draw(st.sampled_from([g for g in range(1, n + 1) if n % g == 0]))
+    x, dout = draw(x_and_dout(shape, wild, dtypes))
+    size = tuple(shape[d] for d in along)
+    seed = draw(st.integers(0, 1000))
+    gamma = draw(st.sampled_from([1 + normal(size, np.float64, seed) / 4, None]))
+    beta = draw(st.sampled_from([normal(size, np.float64, seed + 1), None]))
+    if norm == "rmsnorm":
+        beta = None
+    return (norm, axis, num_groups), x, dout, gamma, beta
 
 
 SIZES = sorted({n for n in around(*core.boundaries.values()) if 0 < n < 1 << 14} | {1, 2, 3})

@@ -12,9 +12,11 @@ import autograd.numpy as np
 from autograd import elementwise_grad, grad, jacobian, make_jvp, value_and_grad
 from autograd.test_util import check_grads
 
+import bn_fast
+from bn_fast import autograd as doors
 from bn_fast.autograd import batch_norm
 
-from . import oracle
+from . import oracle, test_norms
 
 CASES = [((5, 3), 1), ((5, 3), -1), ((4, 2, 3), 1), ((3, 4), 0), ((2, 3, 2, 2), 1)]
 
@@ -179,3 +181,59 @@ def test_errors():
     second = elementwise_grad(lambda x: first(x) ** 2)
     with pytest.raises(NotImplementedError, match="VJP of _double_backward"):
         grad(lambda x: np.sum(second(x) ** 2))(x)
+
+
+# The other norms: the cases of `test_norms`, made small.
+
+NORMS = [
+    case._replace(shape=tuple(n if n < 9 else 6 for n in case.shape)) for case in test_norms.CASES
+]
+each_norm = pytest.mark.parametrize("case", dict.fromkeys(NORMS), ids=test_norms.label)
+
+
+def norm_problem(case, dtype=np.float64):
+    """The door as a function of x, gamma and, but for RMS norm, beta; and these."""
+    x, dout, *parameters = case.problem(dtype)
+    name = case.norm.replace("norm", "_norm")
+    options = case.options()
+
+    def door(x, *parameters):
+        return getattr(doors, name)(x, **options, **dict(zip(("gamma", "beta"), parameters)))
+
+    return door, (x, *parameters[: 1 if case.norm == "rmsnorm" else 2]), dout
+
+
+@each_norm
+def test_check_grads_of_the_norms(case):
+    door, given, _ = norm_problem(case)
+    for n in range(1, len(given) + 1):
+        check_grads(lambda *given: door(*given), modes=["rev"], order=1)(*given[:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_norm
+def test_values_and_gradients_of_the_norms(case, dtype):
+    """Those of the pair, whatever is asked for."""
+    door, given, dout = norm_problem(case, dtype)
+    x, gamma, beta = (*given, None)[:3]
+    out, cache = case.forward(bn_fast, x, gamma, beta)
+    expected = case.backward(bn_fast, dout, cache)
+    assert (door(*given) == out).all()
+    for argnums in ((0,), (1,), (1, 0), tuple(range(len(given)))):
+        found = grad(lambda *given: np.sum(door(*given) * dout), argnums)(*given)
+        for i, gradient in zip(argnums, found, strict=True):
+            assert gradient.dtype == dtype
+            assert (gradient == expected[i]).all()
+
+
+@pytest.mark.parametrize("case", test_norms.FIRST, ids=lambda case: case.norm)
+def test_errors_of_the_norms(case):
+    door, given, _ = norm_problem(case)
+    with pytest.raises(ValueError, match="gamma must have shape"):
+        door(given[0], given[1][:-1])
+    first = grad(lambda *given: np.sum(door(*given) ** 2))
+    for argnum in range(2):
+        with pytest.raises(NotImplementedError, match="second derivatives of batch_norm alone"):
+            grad(lambda *given: np.sum(first(*given)), argnum)(*given)
+    with pytest.raises(NotImplementedError, match="not defined"):
+        make_jvp(door)(given[0])(given[0])

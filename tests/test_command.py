@@ -11,7 +11,9 @@ from bn_fast import __main__ as command
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(command, "LAYERS", [((32, 64), 1), ((2, 3, 4, 5), 3)])
+    kinds = [((32, 64),), ((2, 3, 4, 5), 3), ((9, 64), -1, "layer"), ((9, 64), -1, "rms")]
+    kinds += [((3, 4, 5), 1, "group", 2), ((3, 4, 5), 1, "instance")]
+    monkeypatch.setattr(command, "LAYERS", [command.Kind(*kind) for kind in kinds])
     monkeypatch.setattr(command, "LAYER_SECONDS", 0.01)
     monkeypatch.setattr(command, "find_torch", lambda: None)
 
@@ -31,7 +33,7 @@ def test_all_is_well(capsys, tmp_path):
     record = json.loads((tmp_path / "figures.json").read_text())
     assert record["ok"]
     assert len(record["checks"]) == len(command.CHECKS)
-    assert len(record["layers"]) == 4
+    assert len(record["layers"]) == 2 * len(command.LAYERS)
     for layer in record["layers"]:
         assert set(layer["seconds"]) == {"bn_fast", "NumPy"}
         assert all(time > 0 for time in layer["seconds"].values())
@@ -51,10 +53,21 @@ def not_a_number(y):
 
 @pytest.mark.parametrize("spoil", [wrong_in_one_place, not_a_number])
 @pytest.mark.parametrize(
-    ("which", "result"),
-    [("batchnorm_forward", 0), *(("batchnorm_backward", i) for i in range(3))],
+    ("which", "result", "check", "layer"),
+    [
+        (f"{norm}norm_{way}", i, check, layer)
+        for norm, check, layer in (
+            ("batch", "float32 (4096, 33)", "(32, 64)"),
+            ("layer", "layer norm, mean of", "layer (9, 64)"),
+            ("rms", "rms norm", "rms (9, 64)"),
+            ("group", "group norm", "group 2 (3, 4, 5)"),
+            ("instance", "instance norm", "instance (3, 4, 5)"),
+        )
+        for way, n in (("forward", 1), ("backward", 2 if norm == "rms" else 3))
+        for i in range(n)
+    ],
 )
-def test_wrong_numbers_are_shown(capsys, monkeypatch, tmp_path, spoil, which, result):
+def test_wrong_numbers_are_shown(capsys, monkeypatch, tmp_path, spoil, which, result, check, layer):
     right = getattr(bn_fast, which)
 
     def wrong(*args, **kwargs):
@@ -65,9 +78,9 @@ def test_wrong_numbers_are_shown(capsys, monkeypatch, tmp_path, spoil, which, re
     monkeypatch.setattr(bn_fast, which, wrong)
     assert command.main(["--json", str(tmp_path / "figures.json")]) == 1
     shown = capsys.readouterr().out
-    assert "FAILED" in row_of("float32 (4096, 33)", shown)
-    direction = which.removeprefix("batchnorm_")
-    assert row_of(f" {direction} ", shown[shown.index("(32, 64)") :]).endswith("FAILED")
+    assert "FAILED" in row_of(check, shown)
+    direction = which.partition("_")[2]
+    assert row_of(f" {direction} ", shown[shown.index(layer) :]).endswith("FAILED")
     assert row_of("checks FAILED", shown)
     text = (tmp_path / "figures.json").read_text()
     assert "NaN" not in text

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from . import calls, oracle, test_options, test_pieces, test_properties, test_second_order
+from . import (
+    calls,
+    oracle,
+    test_norm_neighbor,
+    test_options,
+    test_pieces,
+    test_properties,
+    test_second_order,
+)
 from .arrays import DTYPES, HALVES
-from .strategies import EPS, MODES, neighbors, problems
+from .strategies import EPS, MODES, SIZES, neighbors, norm_problems, problems
 
 
 def plain(data):
@@ -61,7 +69,27 @@ def neighbor_of_pieces(data):
     calls.check_second(*data.draw(neighbors(calls.SECOND, calls.second_may_be)))
 
 
+def norms(data):
+    eps = data.draw(st.sampled_from(EPS))
+    test_properties.check_norm_problem(data.draw(norm_problems(wild=True)), eps)
+
+
+def neighbor_of_norms(data):
+    row = {}
+    for name, values in test_norm_neighbor.ROW.items():
+        may_be = test_norm_neighbor.may_be
+        row[name] = data.draw(st.sampled_from([v for v in values if may_be(row | {name: v})]))
+    case = row["case"]
+    most = (1 << 17) // max(1, int(np.prod(case.shape)))
+    longer = st.sampled_from([n for n in SIZES if n <= max(most, 1)])
+    n = data.draw(longer) if 0 not in np.atleast_1d(case.axis) % len(case.shape) else 1
+    row["case"] = case._replace(shape=(case.shape[0] * n, *case.shape[1:]))
+    test_norm_neighbor.check_norm(row, data.draw(st.integers(0, 1000)))
+
+
 KINDS = {
+    "norms": norms,
+    "neighbor of norms": neighbor_of_norms,
     "neighbor": neighbor,
     "neighbor of pieces": neighbor_of_pieces,
     "plain": plain,

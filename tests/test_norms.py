@@ -15,7 +15,7 @@ from . import oracle
 from .arrays import DTYPES, HALVES, LAYOUTS, normal
 from .judge import LIMIT, assert_same_bits, check
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "bn_fast": bn_fast}
 # NumPy adds up what lies along the first axis one after the other, which costs digits.
 LIMITS = {reference: 2 * LIMIT}
 

@@ -13,7 +13,8 @@ from bn_fast import batchnorm_backward, batchnorm_forward
 from . import oracle
 from .arrays import normal, strided
 from .judge import assert_same_bits, check, check_gradients
-from .strategies import EPS, MODES, few, problems
+from .strategies import EPS, MODES, few, norm_problems, problems
+from .test_norms import Case
 
 
 def check_problem(problem, mode, eps):
@@ -57,6 +58,56 @@ def check_problem(problem, mode, eps):
 @given(problems(), st.sampled_from(MODES), st.sampled_from(EPS))
 def test_any_problem(problem, mode, eps):
     check_problem(problem, mode, eps)
+
+
+def check_norm_problem(problem, eps):
+    """The same for a norm whose statistics lie within a sample."""
+    (norm, axis, num_groups), x, dout, gamma, beta = problem
+    case = Case(norm, x.shape, axis, num_groups)
+    before = x.tobytes(), dout.tobytes()
+
+    def run(x, dout, out=None, dx=None):
+        y, cache = case.forward(bn_fast, x, gamma, beta, eps=eps, out=out)
+        return [a for a in (y, *case.backward(bn_fast, dout, cache, out=dx)) if a is not None]
+
+    results = run(x, dout)
+    dtype = np.float64 if x.dtype.kind == "i" else x.dtype.newbyteorder("=")
+    like = np.broadcast_to(np.zeros((), dtype), x.shape)
+    with np.errstate(over="ignore"):
+        converted = dout.astype(dtype)
+    some_gamma = np.ones(case.parameter_shape) if gamma is None else gamma.astype(dtype)
+    some_beta = np.zeros(case.parameter_shape) if beta is None else beta
+    expected, _, inv_std, gradients = oracle.norm(
+        norm, x, some_gamma, some_beta, converted, axis, eps, num_groups
+    )
+    if (
+        gamma is not None
+    ):  # gamma*dout is rounded before what its values have in common is taken off
+        sizes = [oracle.largest(a) for a in (some_gamma, converted, inv_std)]
+        gradients = gradients._replace(dx_scale=gradients.dx_scale + float(np.prod(sizes)) / 4)
+    names = ["dx", *["dgamma"] * (gamma is not None), *["dbeta"] * (beta is not None)]
+    terms = np.abs(some_gamma).max() + np.abs(some_beta).max()
+    check("out", results[0], expected, like, 6, terms)
+    for name, got in zip(names, results[1:], strict=True):
+        scale = getattr(gradients, f"{name}_scale")
+        check(name, got, getattr(gradients, name), like, 6, scale)
+
+    apart = np.full((2, *x.shape), np.nan, dtype)
+    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
+        bn_fast.set_num_threads(3)
+        assert_same_bits(run(x, dout, *apart), results)
+        bn_fast.set_num_threads(None)
+    assert before == (x.tobytes(), dout.tobytes())
+
+    view = x.astype(dtype)
+    case.alone(bn_fast, view, gamma, beta, eps=eps, out=view)
+    check("in place", view, expected, like, 6, terms)
+
+
+@few
+@given(norm_problems(), st.sampled_from(EPS))
+def test_any_norm(problem, eps):
+    check_norm_problem(problem, eps)
 
 
 @pytest.mark.parametrize("mode", MODES)
