@@ -76,7 +76,19 @@ def norm_forward(
     out: Array | None,
     has_mean: bool,
     n_threads: int,
-) -> tuple[Array, Array]: ...
+    keeps: bool = True,
+) -> tuple[Array, Any]: ...
+def plain_rows(
+    x: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    eps: object,
+    out: object,
+    has_mean: bool,
+    keeps: bool,
+    size: int,
+) -> tuple[Array, Any] | None: ...
 def normalize(
     x: Array,
     gamma: Array,

@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from . import _checks, _norm_checks
-from ._cache import NormCache
+from . import _checks, _norm_checks, functional
+from ._cache import Axes, NormCache
 from ._core import core
 from ._norm_checks import GRADIENTS, RMS_GRADIENTS, NormCall, refusing
 from ._types import Array
@@ -40,8 +40,31 @@ def _forward(norm: str, call: NormCall) -> tuple[Array, NormCache]:
     return y, NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
 
 
-def _computed(norm: str, call: NormCall) -> tuple[Array, Array]:
-    """out and the statistics."""
+def _plain_rows(
+    norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any, keeps: bool
+) -> tuple[Array, Any] | None:
+    size, has_mean = functional._SERIAL_SIZE, norm != "rmsnorm"
+    return core.plain_rows(x, gamma, beta, axis, eps, out, has_mean, keeps, size)
+
+
+def _straight(
+    norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any
+) -> tuple[Array, NormCache] | None:
+    """Small rows whose arguments need no conversion, without a closer look; None for others."""
+    plain = _plain_rows(norm, x, gamma, beta, axis, eps, out, True)
+    if plain is None:
+        return None
+    y, stats = plain
+    last = (x.ndim - 1,)
+    overwritten = f"{norm}_forward" if _lies_over(out, x) else ""
+    beta_shape = None if beta is None else beta.shape
+    axes = Axes(x.shape, last, last)
+    eps = 1e-5 if eps is None else eps
+    return y, NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
+
+
+def _computed(norm: str, call: NormCall, keeps: bool = True) -> tuple[Array, Any]:
+    """out and, to be kept, the statistics."""
     x, gamma, beta, axes, eps, out = call
     y, stats = core.norm_forward(
         x.reshape(axes.shape),
@@ -53,6 +76,7 @@ def _computed(norm: str, call: NormCall) -> tuple[Array, Array]:
         None if out is None else out.reshape(axes.shape),
         norm != "rmsnorm",
         n_threads_for(x),
+        keeps,
     )
     return (y.reshape(x.shape) if out is None else out), stats
 
@@ -195,6 +219,10 @@ def layernorm_forward(
     >>> cache.mean.shape
     (2, 1, 4, 4)
     """
+    if ln_param is None:
+        straight = _straight("layernorm", x, gamma, beta, axis, eps, out)
+        if straight is not None:
+            return straight
     number = _norm_checks.epsilon(ln_param, "ln_param", eps)
     return _forward("layernorm", _norm_checks.rows(x, gamma, beta, axis, number, out))
 
@@ -317,6 +345,10 @@ def rmsnorm_forward(
     array([[ 1. ,  1.4],
            [ 5. , -1. ]])
     """
+    if rms_param is None:
+        straight = _straight("rmsnorm", x, gamma, None, axis, eps, out)
+        if straight is not None:
+            return straight
     number = _norm_checks.epsilon(rms_param, "rms_param", eps)
     return _forward("rmsnorm", _norm_checks.rows(x, gamma, None, axis, number, out))
 
@@ -682,8 +714,12 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
+    if eps is not None:  # the straight road
+        plain = _plain_rows("layernorm", x, gamma, beta, axis, eps, out, False)
+        if plain is not None:
+            return plain[0]
     call = _norm_checks.rows(x, gamma, beta, axis, _checks.epsilon(eps), out)
-    return _computed("layernorm", call)[0]
+    return _computed("layernorm", call, False)[0]
 
 
 @refusing
@@ -703,8 +739,12 @@ def rms_norm(
     >>> rms_norm([1.0, 7.0], eps=0)
     array([0.2, 1.4])
     """
+    if eps is not None:  # the straight road
+        plain = _plain_rows("rmsnorm", x, gamma, None, axis, eps, out, False)
+        if plain is not None:
+            return plain[0]
     call = _norm_checks.rows(x, gamma, None, axis, _checks.epsilon(eps), out)
-    return _computed("rmsnorm", call)[0]
+    return _computed("rmsnorm", call, False)[0]
 
 
 @refusing
@@ -727,7 +767,7 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     call = _norm_checks.groups(x, gamma, beta, num_groups, axis, _checks.epsilon(eps), out)
-    return _computed("groupnorm", call)[0]
+    return _computed("groupnorm", call, False)[0]
 
 
 @refusing
@@ -750,4 +790,4 @@ def instance_norm(
             [-1.,  1.]]])
     """
     call = _norm_checks.channels(x, gamma, beta, axis, _checks.epsilon(eps), out)
-    return _computed("instancenorm", call)[0]
+    return _computed("instancenorm", call, False)[0]
