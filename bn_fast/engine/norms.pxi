@@ -185,6 +185,26 @@ cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_pa
     return values
 
 
+cdef bint is_in_order_of(cnp.ndarray out, cnp.ndarray x) noexcept:
+    """Whether axes that merge in x do so in out."""
+    cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
+    cdef bint same = True, falls = True, rises = True
+    cdef Py_ssize_t step, before = -1
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(x)):
+        if shape[d] == 1:
+            continue
+        step = distance(cnp.PyArray_STRIDES(x)[d])
+        same = same and cnp.PyArray_STRIDES(x)[d] == cnp.PyArray_STRIDES(out)[d]
+        falls = falls and (before < 0 or step < before)
+        rises = rises and (before < 0 or step > before)
+        before = step
+    return (
+        same or (falls and cnp.PyArray_IS_C_CONTIGUOUS(out))
+        or (rises and cnp.PyArray_IS_F_CONTIGUOUS(out))
+    )
+
+
 cdef cnp.ndarray with_mean_of(
     cnp.ndarray x, cnp.ndarray stats, unsigned long long over, int n_threads,
 ):
@@ -215,9 +235,10 @@ def norm_backward(
     cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1], size, units = 0
     cdef bint within = are_within(x, axes, parameters)
-    cdef cnp.ndarray scale, dgamma = None, dbeta = None
+    cdef cnp.ndarray scale, dgamma = None, dbeta = None, given = out
     cdef double* sums
-    if out is None and needs_dx:
+    # The order of sums must not depend on the strides of out.
+    if needs_dx and (out is None or (within and needs_sums and not is_in_order_of(out, x))):
         out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
     if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
         stats = with_mean_of(x, stats, axes, n_threads)
@@ -267,4 +288,6 @@ def norm_backward(
             dgamma = added_up(sums + n, NULL, n // size, size, size, x)
     finally:
         free(sums)
+    if given is not None and out is not given:
+        cnp.PyArray_CopyInto(given, out)
     return out, dgamma, dbeta

@@ -262,7 +262,8 @@ cdef inline bint lies_across(const Visit* v, int role, const lane* lane_tag) noe
     cdef const Segment* segment = v.segment
     cdef Py_ssize_t size = sizeof(lane), n = v.n_rows
     return (
-        v.plan.layout == FEATURES and (n == 4 or n == 8) and segment.n_dims == 1
+        v.plan.layout == FEATURES and not v.wide  # whose factors are still to come
+        and (n == 4 or n == 8) and segment.n_dims == 1
         and segment.size[0] == n and segment.stride[role][0] == size
         and v.plan.feature_stride[role] == n * size and size == size_of(v.plan.storage)
     )
