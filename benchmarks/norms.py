@@ -10,24 +10,22 @@ import bn_fast
 from bn_fast import reference
 
 
-def ours(p: NormProblem, out: np.ndarray | None, dx: np.ndarray | None) -> Calls:
-    return _of_module(bn_fast, p, out, dx)
-
-
 def bn_fast_new(p: NormProblem) -> Calls:
-    return ours(p, None, None)
+    return _of_module(bn_fast, p)
 
 
 def bn_fast_out(p: NormProblem) -> Calls:
     """The caller's buffers."""
-    return ours(p, np.zeros_like(p.x), np.zeros_like(p.x))
+    return _of_module(bn_fast, p, np.zeros_like(p.x), np.zeros_like(p.x))
 
 
 def through_numpy(p: NormProblem) -> Calls:
-    return _of_module(reference, p, None, None)
+    return _of_module(reference, p)
 
 
-def _of_module(module: Any, p: NormProblem, out: Any, dx: Any) -> Calls:
+def _of_module(
+    module: Any, p: NormProblem, out: np.ndarray | None = None, dx: np.ndarray | None = None
+) -> Calls:
     forward_op, backward_op = (
         getattr(module, f"{p.norm}norm_{way}") for way in ("forward", "backward")
     )

@@ -73,7 +73,7 @@ def test_train_digits(tmp_path, norm):
 
 def test_transformer_block(tmp_path):
     shown = run(HERE / "transformer_block.py", "--tokens", 32, 1, "--rounds", 2, cwd=tmp_path)
-    assert shown.count("ok") == 4
+    assert shown.count("  ok") == 4
     assert "FAILED" not in shown
 
 

@@ -152,6 +152,7 @@ def norm(norm, x, gamma, beta, dout, axis, eps=1e-5, num_groups=None):
     """out, mean and 1/sqrt(var + eps) of each statistic, and the gradients, in long double.
 
     Each row is taken around its first value, which is exact: what differs in it is its own size.
+    So is gamma*dout, where a constant makes no difference to dx.
     """
     to = _rows(norm, np.shape(x), axis, num_groups)
     rows, g = to.cut(np.asarray(x)), to.cut(np.asarray(dout))
@@ -171,6 +172,9 @@ def norm(norm, x, gamma, beta, dout, axis, eps=1e-5, num_groups=None):
         mean += rows[:, 0]
         std = np.sqrt(var + eps)
         inv_std = np.divide(1, std, where=std != 0, out=np.zeros_like(std))
+        first, gamma_first = g[:, :1], gamma[:, :1]
+        with np.errstate(invalid="ignore"):
+            t = (g - first) * gamma + first * (gamma - gamma_first)
         dx = oracle_backward(t, shifted, ones, axis=0, eps=eps)[0]
         size = np.abs(t - t.mean(axis=1, keepdims=True))
     scales = (size * inv_std[:, None]).max(), *(to.gather(abs(a)).max() for a in (g * x_hat, g))
