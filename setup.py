@@ -206,6 +206,10 @@ def extension(name, isa=None):
 
 
 setup(
-    ext_modules=[extension("_cpu"), *(extension(f"_core_{isa}", isa) for isa in ISA_FLAGS)],
+    ext_modules=[
+        extension("_cpu"),
+        extension("_results"),
+        *(extension(f"_core_{isa}", isa) for isa in ISA_FLAGS),
+    ],
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
 )

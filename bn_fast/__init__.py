@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ._config import __version__, build_info, show_config
+from ._memory import get_result_cache, set_result_cache
 from ._threads import get_num_threads, set_num_threads
 from .functional import (
     batchnorm_backward,
@@ -48,6 +49,7 @@ __all__ = [
     "batchnorm_forward",
     "build_info",
     "get_num_threads",
+    "get_result_cache",
     "group_norm",
     "groupnorm_backward",
     "groupnorm_forward",
@@ -63,6 +65,7 @@ __all__ = [
     "rmsnorm_backward",
     "rmsnorm_forward",
     "set_num_threads",
+    "set_result_cache",
     "show_config",
     "spatial_batchnorm_backward",
     "spatial_batchnorm_forward",

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ._core import cpu, isa, isa_available, isa_built
+from ._memory import get_result_cache
 from ._threads import get_num_threads
 
 __version__ = cpu.version
@@ -19,8 +20,9 @@ def build_info() -> dict[str, Any]:
         ``version`` of bn_fast; ``isa``, the instruction set in use ("base", "v3" with AVX2, "v4"
         with AVX-512); ``isa_available``, those that BN_FAST_ISA may name here; ``isa_built``, those
         that were built; ``openmp``, False where every call runs on one thread; ``threads`` of a
-        large call, as `get_num_threads`; ``compiler`` and ``flags`` of the build; ``numpy`` in use;
-        ``numpy_built``, the one compiled against.
+        large call, as `get_num_threads`; ``result_cache`` in bytes, as `get_result_cache`;
+        ``compiler`` and ``flags`` of the build; ``numpy`` in use; ``numpy_built``, the one compiled
+        against.
 
     Examples
     --------
@@ -36,6 +38,7 @@ def build_info() -> dict[str, Any]:
         "isa_built": isa_built,
         "openmp": cpu.openmp,
         "threads": get_num_threads(),
+        "result_cache": get_result_cache(),
         "compiler": cpu.compiler,
         "flags": cpu.flags,
         "numpy": np.__version__,

@@ -5,6 +5,7 @@ OpenMP's own setting is asked and never changed: PyTorch, threadpoolctl and othe
 
 import operator
 import os
+from collections.abc import Iterator
 from math import ceil
 from typing import SupportsIndex
 
@@ -13,7 +14,7 @@ import numpy as np
 from ._core import cpu
 
 
-def _read(path: str) -> str:
+def read(path: str) -> str:
     try:
         with open(path) as file:
             return file.read()
@@ -21,28 +22,54 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cgroup_cpus(root: str = "/sys/fs/cgroup", table: str = "/proc/self/cgroup") -> int | None:
+def cgroup_folders(
+    controller: str, root: str = "/sys/fs/cgroup", table: str = "/proc/self/cgroup"
+) -> Iterator[str]:
+    """Where the limits of this process's cgroup stand, and of the groups above, which bind too.
+
+    cgroup 1 has a tree for each controller. In a container the path of the table may not exist,
+    because its own group is mounted as the root.
+    """
+    for line in read(table).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = os.path.join(root, controller) if controllers else root
+        for step in ["", *path.strip("/").split("/")]:
+            folder = os.path.join(folder, step)
+            yield folder
+
+
+def _cgroup_cpus(*where: str) -> int | None:
     """The CPUs' worth of time that this process's cgroup may use, rounded up; None: no quota.
 
     cgroup 2 writes "quota period" or "max period" into cpu.max, cgroup 1 writes two files, with -1
-    for no quota. The groups above bind too. In a container the path of the table may not exist,
-    because its own group is mounted as the root.
+    for no quota.
     """
     quotas = []
-    for line in _read(table).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = os.path.join(root, "cpu") if controllers else root
-        for step in ["", *path.strip("/").split("/")]:
-            folder = os.path.join(folder, step)
-            words = _read(f"{folder}/cpu.max") or (
-                f"{_read(f'{folder}/cpu.cfs_quota_us')} {_read(f'{folder}/cpu.cfs_period_us')}"
-            )
-            match words.split():
-                case [quota, period] if quota not in ("max", "-1"):
-                    quotas.append(ceil(int(quota) / int(period)))
+    for folder in cgroup_folders("cpu", *where):
+        words = read(f"{folder}/cpu.max") or (
+            f"{read(f'{folder}/cpu.cfs_quota_us')} {read(f'{folder}/cpu.cfs_period_us')}"
+        )
+        match words.split():
+            case [quota, period] if quota not in ("max", "-1"):
+                quotas.append(ceil(int(quota) / int(period)))
     return min(quotas, default=None)
+
+
+def integer(value: SupportsIndex, name: str, least: int, most: int) -> int:
+    """A setting that may be None, when it is not."""
+    try:
+        # True would mean one thread, or one byte, the opposite of what it says.
+        if isinstance(value, (bool, np.bool)):
+            raise TypeError
+        n = operator.index(value)
+    except TypeError:
+        message = f"{name} must be an int or None, got {value!r} of type {type(value).__name__}"
+        raise TypeError(message) from None
+    if not least <= n <= most:
+        raise ValueError(f"{name} must be between {least} and {most}, got {n}")
+    return n
 
 
 # More is surely a mistake, and libgomp ends the process when it cannot start a thread.
@@ -85,18 +112,7 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     >>> bn_fast.set_num_threads(None)
     """
     global _chosen
-    if n is not None:
-        try:
-            # True would mean one thread, the opposite of what it says.
-            if isinstance(n, (bool, np.bool)):
-                raise TypeError
-            n = operator.index(n)
-        except TypeError:
-            message = f"n must be an int or None, got {n!r} of type {type(n).__name__}"
-            raise TypeError(message) from None
-        if not 1 <= n <= MAX_THREADS:
-            raise ValueError(f"n must be between 1 and {MAX_THREADS}, got {n}")
-    _chosen = n
+    _chosen = n if n is None else integer(n, "n", 1, MAX_THREADS)
 
 
 def get_num_threads() -> int:

@@ -136,6 +136,7 @@ cdef void make_schedule(Job* job) noexcept:
     work.feature_bytes = cnp.PyArray_NBYTES(array_of(job, X)) // job.n_features
     work.n_inputs = 2 if job.op.takes_dout else 1
     work.unit = job.varying.unit
+    work.untouched = is_untouched(array_of(job, Y)) or is_untouched(array_of(job, D))
     job.schedule.n_threads = job.n_threads
     choose_tile(&job.schedule, &work)
     choose_detours(&job.schedule, &work)
@@ -364,7 +365,7 @@ cdef cnp.ndarray run_forward(
 ):
     """Apply what the job says of statistics; returns out (new if None)."""
     if out is None:
-        out = PyArray_NewLikeArray(array_of(job, X), cnp.NPY_KEEPORDER, NULL, 0)
+        out = new_result(array_of(job, X))
     bring_options(job, options)
     bring(job, Y, out)
     set_parameter(&job.gamma_given, gamma)
@@ -431,9 +432,9 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     needs_dx = needs is None or "dx" in needs
     needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs
     if residual is not None and (needs is None or "dresidual" in needs):
-        dresidual = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        dresidual = new_result(x)
     if out is None and needs_dx:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        out = new_result(x)
     # Whatever may fail for want of memory comes before anything is written to out.
     length = n = cnp.PyArray_DIMS(x)[<int> axis]
     dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
@@ -526,7 +527,7 @@ def backward_dx(
     cdef Job job
     cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
     if out is None:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        out = new_result(x)
     new_job(&job, BACKWARD, x, stats, cache.axis, n_threads)
     bring(&job, G, dout)
     bring(&job, Y, out)
@@ -626,8 +627,8 @@ def double_backward(
     cdef cnp.ndarray values, dgamma, dx, ddout
     cdef int k
     cdef int* names = [MEAN_R, MEAN_R_LOW, MEAN_G, MEAN_G_LOW, PRODUCT_GR, ALONG_R, ALONG_G]
-    dx = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    ddout = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    dx = new_result(x)
+    ddout = new_result(x)
     shape[0] = 9
     shape[1] = n
     values = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)

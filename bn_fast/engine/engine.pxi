@@ -7,8 +7,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.stdint cimport INTPTR_MAX
 from libc.string cimport memcmp, memcpy, memset
 
-cdef extern from "numpy/arrayobject.h":
-    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
+from bn_fast._results cimport is_untouched, new_result
 
 cdef extern from "_native.h" nogil:
     void bn_read_stack()

@@ -91,7 +91,7 @@ cdef tuple norm_of(
     cdef cnp.ndarray scale, shift
     cdef int k
     if out is None:
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        out = new_result(x)
     if cnp.PyArray_SIZE(x) == 0:
         memset(cnp.PyArray_DATA(stats), 0, cnp.PyArray_NBYTES(stats))
         return out, stats if keeps else None
@@ -239,7 +239,7 @@ def norm_backward(
     cdef double* sums
     # The order of sums must not depend on the strides of out.
     if needs_dx and (out is None or (within and needs_sums and not is_in_order_of(out, x))):
-        out = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        out = new_result(x)
     if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
         stats = with_mean_of(x, stats, axes, n_threads)
     new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, 0, n_threads)

@@ -106,6 +106,7 @@ cdef struct Work:             # what a schedule is made for
     Py_ssize_t feature_bytes  # of one array
     int n_inputs              # of the first visit
     Py_ssize_t unit           # features that one thread takes, 0: any
+    bint untouched            # an output's pages are yet to be made
 
 
 cdef Py_ssize_t columns_to_line(const Plan* plan) noexcept:
@@ -246,7 +247,8 @@ cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
     cdef int r
     for r in range(W):
         n_arrays += work.reduce.used[r] or apply.used[r]
-    schedule.stream = BN_STREAMS and n_arrays * bytes >= stream_bytes()
+    # A page is cleared when it is first written to, and then is in the caches.
+    schedule.stream = BN_STREAMS and not work.untouched and n_arrays * bytes >= stream_bytes()
     schedule.stream_gradient = schedule.stream and work.reduce.used[D] and not schedule.sweep
     schedule.prefetch = bytes >= prefetch_bytes()
     schedule.prefetch_again = schedule.prefetch and not schedule.sweep
