@@ -136,6 +136,16 @@ def test_no_more_than_the_two_largest_of_late():
     assert _results.held() == 0.25 * MIB
 
 
+def test_what_is_not_wanted_goes():
+    bn_fast.set_result_cache(10 * MIB)
+    result(3)
+    for _ in range(256):
+        assert _results.held() >= 3 * MIB
+        result(1)
+    result(1)
+    assert _results.held() == MIB
+
+
 def test_a_list_that_grows_holds_nothing_beyond_itself():
     alive = []
     for _ in range(50):
