@@ -41,6 +41,11 @@ cdef cnp.ndarray new_result(cnp.ndarray x):
         cnp.PyDataMem_SetHandler(current)
 
 
+def empty_like(cnp.ndarray x not None):
+    """new_result for Python."""
+    return new_result(x)
+
+
 cdef bint is_untouched(cnp.ndarray array) noexcept:
     """Whether the array (or None) is a result in memory that is new from the system; but once, as
     who asks will write to it."""

@@ -247,7 +247,8 @@ cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
     cdef int r
     for r in range(W):
         n_arrays += work.reduce.used[r] or apply.used[r]
-    # A page is cleared when it is first written to, and then is in the caches.
+    # A page is cleared when it is first written to, and then is in the caches: (65536, 128) forward
+    # into new pages, one thread, 6.5 to 5.1 ms of its time (Intel with 2 MiB of L2).
     schedule.stream = BN_STREAMS and not work.untouched and n_arrays * bytes >= stream_bytes()
     schedule.stream_gradient = schedule.stream and work.reduce.used[D] and not schedule.sweep
     schedule.prefetch = bytes >= prefetch_bytes()
