@@ -19,7 +19,7 @@ except ImportError as error:
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks
+from . import _checks, _results
 from ._cache import Cache
 from ._core import core
 from ._moments import merge_packed, pack, statistics
@@ -154,7 +154,8 @@ class SyncBatchNorm(BatchNorm):
                 " 0 before the call, or take moments(x, weights=...) and normalize"
             )
         axis = self.axis % x.ndim
-        out = np.empty_like(x) if out is None else out  # no memory: before the others count on it
+        # No memory: before the others count on it.
+        out = _results.empty_like(x) if out is None else out
         whole = merge_packed(self._gather(pack(moments(x, axis=axis))))
         gamma = self._gamma.copy()
         stats = statistics(whole, self.eps)
@@ -168,7 +169,7 @@ class SyncBatchNorm(BatchNorm):
         x, gamma, stats, total = cache
         dout = _checks.gradient(dout, x)
         axis = self.axis % x.ndim
-        out = np.empty_like(x) if out is None else out
+        out = _results.empty_like(x) if out is None else out
         sums = core.backward_sums(dout, x, stats, axis, n_threads_for(x), True)
         gathered = self._gather(sums.reshape(-1))
         sums = np.zeros(sums.size)
