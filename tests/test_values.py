@@ -42,7 +42,8 @@ def test_train_mode(case, dtype):
     out, cache = batchnorm_forward(x, gamma, beta, axis=axis)
     gradients = batchnorm_backward(dout, cache)
     check("out", out, oracle.forward(x, gamma, beta, axis), x, scale=abs(beta).max())
-    check_gradients(gradients, oracle.backward(dout, x, gamma, axis), x)
+    repeats = layout.startswith("broadcast")  # and a value's roundings with it
+    check_gradients(gradients, oracle.backward(dout, x, gamma, axis), x, cancels=repeats)
     assert follows_memory_order(out, x)
     assert follows_memory_order(gradients[0], x)
     assert before == (x.tobytes(), dout.tobytes(), gamma.tobytes(), beta.tobytes())
