@@ -4,14 +4,14 @@ from typing import Any, TypeVar
 from ._cache import Cache
 from ._types import Array
 
-A = TypeVar("A", bound=Array)
+_A = TypeVar("_A", bound=Array)
 
 activations: dict[str, int]
 boundaries: dict[str, int]
 
 def are_finite(mean: Array, var: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
-def averaged(average: A, batch: Array, old: float, new: float) -> A: ...
+def averaged(average: _A, batch: Array, old: float, new: float) -> _A: ...
 def backward(
     dout: object,
     cache: Cache,
