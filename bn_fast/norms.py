@@ -33,11 +33,15 @@ __all__ = [
 
 
 def _forward(norm: str, call: NormCall) -> tuple[Array, NormCache]:
-    x, gamma, beta, axes, eps, out = call
     y, stats = _computed(norm, call)
+    return y, _cache(norm, call, stats)
+
+
+def _cache(norm: str, call: NormCall, stats: Array) -> NormCache:
+    x, gamma, beta, axes, eps, out = call
     overwritten = f"{norm}_forward" if _lies_over(out, x) else ""
     beta_shape = None if beta is None else beta.shape
-    return y, NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
+    return NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
 
 
 def _plain_rows(
@@ -56,11 +60,9 @@ def _straight(
         return None
     y, stats = plain
     last = (x.ndim - 1,)
-    overwritten = f"{norm}_forward" if _lies_over(out, x) else ""
-    beta_shape = None if beta is None else beta.shape
     axes = Axes(x.shape, last, last)
-    eps = 1e-5 if eps is None else eps
-    return y, NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
+    call = NormCall(x, gamma, beta, axes, 1e-5 if eps is None else eps, out)
+    return y, _cache(norm, call, stats)
 
 
 def _computed(norm: str, call: NormCall, keeps: bool = True) -> tuple[Array, Any]:

@@ -62,11 +62,19 @@ cdef void set_varying(const Job* job, Plan* plan) noexcept:
 cdef void find_features_of(const Job* job, Features* features) noexcept:
     cdef cnp.npy_intp* stride[N_ROLES]
     cdef cnp.ndarray x = array_of(job, X)
+    cdef bint merges
+    cdef int r, axis = 0
+    if not job.by_row:  # one axis, which a small call need not look for in all arrays
+        while not job.features >> axis & 1:
+            axis += 1
+        features.n = 1
+        features.dim[0] = axis
+        features.size[0] = cnp.PyArray_DIMS(x)[axis]
+        return
     # Of columns that are joined the number must not depend on how many samples there are.
-    cdef bint merges = job.varying.gamma != NULL or (
+    merges = job.varying.gamma != NULL or (
         nearest(x, ~job.features) < nearest(x, job.features)
     )
-    cdef int r
     for r in range(N_ROLES):
         stride[r] = NULL
         if job.array[r] != NULL:

@@ -142,7 +142,7 @@ cdef void find_features(
     cdef bint merge
     features.n = 0
     for d in range(cnp.PyArray_NDIM(key)):
-        if not which >> d & 1 or (shape[d] == 1 and which != <unsigned long long> 1 << d):
+        if not which >> d & 1 or shape[d] == 1:
             continue
         merge = merges and features.n > 0
         for r in range(N_ROLES):

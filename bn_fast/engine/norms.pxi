@@ -263,7 +263,7 @@ def norm_backward(
             job.varying.unit = 1
     elif gamma is not None:
         set_parameter(&job.gamma_given, gamma)
-    job.reduces = needs_dx or (needs_sums and not within)
+    job.reduces = True  # the constants of x_hat come after the sums
     job.applies = needs_dx
     job.exact_mean = has_mean
     job.eps = eps
@@ -274,8 +274,7 @@ def norm_backward(
     job.value[DGAMMA] = sums + n
     job.varying.totals = sums + 2 * n
     try:
-        if job.reduces or units:
-            job.reduces = True
+        if needs_dx or needs_sums:
             execute(&job)
         if needs_sums and within:
             sums += 2 * n
