@@ -42,6 +42,7 @@
 #define BN_HUGE_PAGE ((size_t)2 << 20)
 #define BN_HUGE_FROM ((size_t)4 << 20) /* where NumPy asks for huge pages */
 #define BN_WINDOW 128                  /* results that make "of late": so many to twice as many */
+#define BN_STALE 32                    /* results after which what nobody took makes room */
 #define BN_HELD 64                     /* mappings at most */
 
 typedef struct {
@@ -145,8 +146,9 @@ static size_t bn_bound(void) {
     return bn_pool.sparing && two[0] + two[1] < bn_pool.limit ? two[0] + two[1] : bn_pool.limit;
 }
 
-/* Remove what nobody has wanted of late or is too large alone, and then the smallest until no more
- * than the bound is left: where all do not fit, the oldest would be the next to be wanted. */
+/* Remove what nobody has wanted of late or is too large alone, and then until no more than the bound
+ * is left: what has become stale, as after a change of sizes; else the smallest, for where all do not
+ * fit, the oldest would be the next to be wanted. */
 static int bn_trim(char **gone) {
     int n = 0, least;
     size_t bound = bn_bound();
@@ -155,8 +157,8 @@ static int bn_trim(char **gone) {
             bn_bytes(bn_pool.held[i].data) > bound)
             gone[n++] = bn_remove(i);
     while (bn_pool.held_bytes > bound || bn_pool.n_held > BN_HELD) {
-        least = 0;
-        for (int i = 1; i < bn_pool.n_held; i++)
+        least = 0; /* the oldest */
+        for (int i = 1; i < bn_pool.n_held && bn_pool.n_asked - bn_pool.held[0].since <= BN_STALE; i++)
             if (bn_bytes(bn_pool.held[i].data) < bn_bytes(bn_pool.held[least].data)) least = i;
         gone[n++] = bn_remove(least);
     }

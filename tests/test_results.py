@@ -138,6 +138,17 @@ def test_no_more_than_the_two_largest_of_late():
     assert _results.held() == 0.25 * MIB
 
 
+def test_what_nobody_takes_makes_room():
+    """After a change of sizes, long before the large ones are forgotten."""
+    alive = [result(5), result(5)]
+    del alive
+    for _ in range(34):
+        result(1)
+    assert _results.held() == 6 * MIB  # one of the large ones has gone
+    where = address(result(1))
+    assert address(result(1)) == where
+
+
 def test_what_is_not_wanted_goes():
     bn_fast.set_result_cache(10 * MIB)
     result(3)
