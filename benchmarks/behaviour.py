@@ -133,11 +133,10 @@ def _spin(stop: float) -> None:
 
 
 @contextmanager
-def busy_cpus() -> Iterator[None]:
-    """A process on every CPU that wants all of it."""
+def busy_cpus(n: int) -> Iterator[None]:
+    """So many processes that want all of a CPU."""
     spawn = multiprocessing.get_context("spawn")
-    n_cpus = os.cpu_count() or 1
-    workers = [spawn.Process(target=_spin, args=(time.monotonic() + 600,)) for _ in range(n_cpus)]
+    workers = [spawn.Process(target=_spin, args=(time.monotonic() + 600,)) for _ in range(n)]
     for worker in workers:
         worker.start()
     time.sleep(1)
@@ -167,9 +166,43 @@ def latency(rounds: int) -> None:
                 rows.append([f"{shape} {name}", state, *map(micro, picked)])
 
     sample("idle")
-    with busy_cpus():
+    with busy_cpus(os.cpu_count() or 1):
         sample("busy")
     show("10 000 calls, us", ["call", "machine", "median", "99 %", "longest"], rows)
+
+
+def _calls(shape: tuple[int, ...], n_threads: int, seconds: float) -> int:
+    """How often forward and backward can be called meanwhile."""
+    bn_fast.set_num_threads(n_threads)
+    layer, n, stop = Layer(normal(shape)), 0, time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        layer.forward()
+        layer.backward()
+        n += 1
+    return n
+
+
+def company(rounds: int) -> None:
+    """Two threads beside one process that wants all of a CPU, and in four processes at once."""
+    spawn, rows = multiprocessing.get_context("spawn"), []
+    for shape in ((16384, 64), (256, 512)):
+        found = {}
+        for n in (1, 2):
+            found["alone", n] = np.median([_calls(shape, n, 2) for _ in range(rounds)])
+            with busy_cpus(1):
+                found["beside one", n] = np.median([_calls(shape, n, 2) for _ in range(rounds)])
+            with spawn.Pool(4) as pool:
+                each = [pool.starmap(_calls, [(shape, n, 2)] * 4) for _ in range(rounds)]
+            found["four of them", n] = np.median([sum(some) for some in each])
+        for state in ("alone", "beside one", "four of them"):
+            one, two = found[state, 1] / 2, found[state, 2] / 2
+            rows.append([str(shape), state, f"{one:.0f}", f"{two:.0f}", f"{two / one:.2f}"])
+    bn_fast.set_num_threads(None)
+    show(
+        "calls of forward and backward a second, float32, all processes",
+        ["shape", "process", "1 thread", "2 threads", "ratio"],
+        rows,
+    )
 
 
 def small(rounds: int) -> None:
@@ -339,7 +372,9 @@ def isa(rounds: int) -> None:
     show("us, by instruction set", ["call", *modules, "fastest"], rows)
 
 
-MEASUREMENTS = {one.__name__: one for one in (threads, small, latency, memory, fresh, strides, isa)}
+MEASUREMENTS = {
+    one.__name__: one for one in (threads, small, latency, company, memory, fresh, strides, isa)
+}
 
 
 def main() -> None:

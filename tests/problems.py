@@ -87,13 +87,20 @@ def boundary_shapes(at):
             (at["TREE_ROWS"] + 1, 2 * at["MAX_COLUMNS"]),
             *((n, 600) for n in around(split)),
             # Their rows: trees, blocks, chunks.
-            *((n, unjoined) for n in around(at["APPLY_ROWS"], at["TREE_ROWS"])),
+            *(
+                (n, unjoined)
+                for n in around(at["APPLY_ROWS"], at["TREE_ROWS"], 2 * at["TREE_ROWS"])
+            ),
+            (2 * at["TREE_ROWS"] + 3, 1024),  # whole pages apart
             *((n, unjoined) for n in around(at["BLOCK_ROWS"] // at["BLOCK_SHARE"])),
             *((n, unjoined) for n in around(at["BLOCK_ROWS"])),
             (3 * at["BLOCK_ROWS"] + 1, unjoined),
+            (2 * at["CHUNK_ELEMENTS"] // unjoined + 1, unjoined),
             *((n, 3) for n in around(short, at["JOIN_ROWS"] * short)),
             *((n, 3) for n in around(join * at["BLOCK_ROWS"])),
+            *((n, 33) for n in around(at["LANES"] * at["JOIN_ROWS"])),  # whole vectors
             *((n, 2, 3) for n in around(rows_of_runs // 2, rows_of_runs)),
+            (2 * at["CHUNK_ELEMENTS"] // 6 + 1, 2, 3),
             # Runs: along and across, trees of lanes, equal pieces and others.
             *((5, 3, n) for n in around(at["TREE_RUN"], at["ALONG_RUN"])),
             *((3, 2, n) for n in around(at["TREE_RUN"] + at["LANES"])),
@@ -101,8 +108,9 @@ def boundary_shapes(at):
             (2, 2, prime),
             *((n, 1) for n in around(piece)),
             (2, 3, piece + 1),
-            *((9, n, run) for n in around(at["TILE_COLUMNS"] // run)),
-            *((at["BLOCK_ROWS"] // 2 + 1, n, 7, 7) for n in (3, 2 * at["TILE_COLUMNS"] // run)),
+            *((9, n, run) for n in around(at["TILE_COLUMNS"] // run, at["MAX_COLUMNS"] // run)),
+            *((at["BLOCK_ROWS"] // 2 + 1, n, 7, 7) for n in (3, 2 * at["MAX_COLUMNS"] // run)),
+            (9, 4 * at["LANES"] + 1, 7, 7),  # tiles of whole vectors
             (3, at["SHARE_FEATURES"] + 1, at["LANES"]),
             (2, 5),
             (1, 7),

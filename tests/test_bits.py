@@ -59,9 +59,9 @@ def with_options(x, dout, gamma, beta, param, axis, options):
     names = ("dx", "dgamma", "dbeta", "dresidual")[: len(gradients)]
     for needs in (names[:1], names[1:3], names[3:]):
         chosen = batchnorm_backward(dout, cache, needs=needs)
-        assert_same_bits(
-            [a for a in chosen if a is not None],
-            [a for a, name in zip(gradients, names, strict=True) if name in needs],
+        assert_same_bits(  # one NaN: kernels differ in its sign, and threads choose kernels
+            [one_nan(a) for a in chosen if a is not None],
+            [one_nan(a) for a, name in zip(gradients, names, strict=True) if name in needs],
         )
     return [out, *gradients, param["running_mean"], param["running_var"]]
 

@@ -192,6 +192,33 @@ def test_forked_child_is_serial_where_the_workers_cannot_be_ended():
     assert run(FORK.format(change=change, threads=1)) == "0 True"
 
 
+_LEARN = """
+import time
+from bn_fast._core import core
+MS = 10**6
+assert core.coming(4) == 4
+core.note_wait(0, MS // 2)  # short
+core.note_wait(3 * MS, 5 * MS)  # shares of different sizes
+assert core.coming(4) == 4
+pauses = []
+for _ in range(8):
+    core.note_wait(MS, 5 * MS)
+    core.note_wait(MS, 5 * MS)  # once a call, whoever waited
+    began = time.monotonic()
+    while core.coming(4) == 1:
+        assert core.coming(1) == 1
+        time.sleep(1e-4)
+    pauses.append(time.monotonic() - began)
+assert core.coming(4) == 4
+assert all(p >= 0.9 * q for p, q in zip(pauses, [0.02, 0.04, 0.08, 0.16, 0.32, 0.4, 0.4, 0.4]))
+"""
+
+
+def test_calls_after_a_long_wait_use_one_thread():
+    """As beside a busy process; each time for longer, 0.4 s at last."""
+    run(_LEARN)
+
+
 @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.long)])
 def test_16_python_threads_call_at_once(monkeypatch, seconds):
     """On one input and on their own, small and large, while the number of threads changes."""

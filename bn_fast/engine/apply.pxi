@@ -7,7 +7,7 @@ cdef void point_outputs(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef Py_ssize_t i
     cdef int r
     for r in range(Y, W):
-        if plan.used[r] and v.access[r] == DIRECT:
+        if plan.used[r] and (v.access[r] == DIRECT or (r == Y and v.stream)):
             find_rows(v, r, v.n_rows, True, v.s.row[r])
         elif plan.used[r]:
             for i in range(v.n_rows):
@@ -18,7 +18,10 @@ cdef Py_ssize_t pad_outputs(Visit* v, const lane* lane_tag) noexcept nogil:
     """Rows beyond those at hand, for kernels that take APPLY_ROWS at a time."""
     cdef Scratch* s = v.s
     cdef lane* spare = <lane*> s.column[SPARE]
-    cdef Py_ssize_t i, n = pad_rows[lane](v, X, SHIFT_X, APPLY_ROWS, lane_tag)
+    cdef Py_ssize_t i, n
+    if v.singly:
+        return v.n_rows
+    n = pad_rows[lane](v, X, SHIFT_X, APPLY_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, APPLY_ROWS, lane_tag)
     pad_rows[lane](
         v, R, SHIFT_R if v.job.op.formula == MIXED else SHIFT_X, APPLY_ROWS, lane_tag
@@ -94,7 +97,7 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
         fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
         apply_block[lane](&block, lane_tag)
     for r in range(Y, W):
-        if plan.used[r] and v.access[r] != DIRECT:
+        if plan.used[r] and v.access[r] != DIRECT and not (r == Y and v.stream):
             store_rows[lane](v, r, v.access[r], v.s.row[r], lane_tag)
 
 
@@ -104,12 +107,16 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
     if v.s.adds:
         set_hat_columns[lane](v, lane_tag)
     v.group = rows_at_hand(v, v.width, APPLY_ROWS)
+    v.stream = streams_rows(plan, v.access)
+    v.singly = v.stream or (v.job.schedule.singly and v.width % LANES == 0)
     v.ahead = 0
     if (
         v.job.schedule.prefetch_again and v.access[X] != GATHERED and plan.layout != LONG_RUN
         and plan.layout != ROWS
     ):
-        v.ahead = rows_ahead(v.width * size_of(plan.storage))
+        v.singly = True
+        if not rows_touch(v):  # else the hardware's prefetchers follow them
+            v.ahead = rows_ahead(v.width * size_of(plan.storage), TREE_ROWS)
     while v.row < row_end and plan.layout != ROWS:
         v.n_rows = min(v.group, row_end - v.row)
         apply_at_hand[lane](v, lane_tag)

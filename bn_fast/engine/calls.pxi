@@ -87,8 +87,8 @@ cdef void find_features_of(const Job* job, Features* features) noexcept:
 cdef void plan_visits(Job* job) noexcept:
     """Give the arrays their roles in both visits.  In second order R and D are ddx and ddout,
     an input and an output of the second visit alone."""
-    cdef Plan* reduce = &job.reduce
-    cdef Plan* apply = &job.apply
+    cdef Plan* reduce = job.reduce
+    cdef Plan* apply = job.apply
     cdef const Operation* op = job.op
     cdef cnp.ndarray x = array_of(job, X), g = array_of(job, G), residual = array_of(job, R)
     cdef cnp.ndarray out = array_of(job, Y), second = array_of(job, D), weights = array_of(job, W)
@@ -136,17 +136,30 @@ cdef void plan_visits(Job* job) noexcept:
             apply.access[r] = COPIED
 
 
+cdef bint overwrites_inputs(const Job* job) noexcept:
+    """What a thread that settles features by themselves may still want to read."""
+    cdef int r, w
+    for w in range(Y, W):
+        for r in range(Y):
+            if job.array[w] != NULL and job.array[r] != NULL and overlap(
+                array_of(job, w), array_of(job, r)
+            ):
+                return True
+    return False
+
+
 cdef void make_schedule(Job* job) noexcept:
     cdef Work work
-    work.reduce = &job.reduce
-    work.apply = &job.apply
+    work.reduce = job.reduce
+    work.apply = job.apply
     work.n_features = job.n_features
     work.feature_bytes = cnp.PyArray_NBYTES(array_of(job, X)) // job.n_features
     work.n_inputs = 2 if job.op.takes_dout else 1
     work.unit = job.varying.unit
     work.untouched = is_untouched(array_of(job, Y)) or is_untouched(array_of(job, D))
-    job.schedule.n_threads = job.n_threads
+    job.schedule.n_threads = bn_coming(job.n_threads)
     choose_tile(&job.schedule, &work)
+    job.schedule.apart = settles_apart(&job.schedule, &work) and not overwrites_inputs(job)
     choose_detours(&job.schedule, &work)
 
 
@@ -157,7 +170,7 @@ cdef void size_scratch(Job* job) noexcept:
     cdef int k
     job.width = 0
     for k in range(2):
-        plan = &job.apply if k else &job.reduce
+        plan = job.apply if k else job.reduce
         job.width = max(
             job.width,
             plan.segment[0].n_joined * plan.segment[0].n_run
@@ -172,7 +185,11 @@ cdef void size_scratch(Job* job) noexcept:
             1 if job.reduce.layout == LONG_RUN else 4 if job.reduce.layout == ROWS else TREE_ROWS
         ),
     )
-    job.own_values = job.schedule.sweep and job.schedule.n_tiles > 1
+    job.own_features = 0
+    if job.schedule.apart:
+        job.own_features = job.n_features
+    elif job.schedule.sweep and job.schedule.n_tiles > 1:
+        job.own_features = tile
     job.scratch_bytes = share_scratch(job, <char*> 64, &s)
 
 
@@ -180,6 +197,7 @@ cdef int execute(Job* job) except -1:
     """Plan, allocate, run; where x has no elements there is nothing to do."""
     cdef cnp.ndarray x = array_of(job, X)
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = job.n_features, n_values = 0
+    cdef Plan[2] plans
     cdef double count
     cdef char* memory
     cdef int v
@@ -189,21 +207,25 @@ cdef int execute(Job* job) except -1:
     for v in range(N_VALUES):
         job.given[v] = job.value[v] != NULL
     job.low = low_limit(storage_of(x))
+    job.reduce = &plans[0]
+    job.apply = &plans[1]
     if job.reduces and job.array[W] == NULL:
         job.total = count
     plan_visits(job)
     # Half of the mean weight: values that have less make up less than half of the whole, and may
     # hold anything, as under a mask the padding's filler.
     choose_sample(
-        &job.reduce, job.total / count / 2 if job.reduces and not job.op.takes_dout else 0
+        job.reduce, job.total / count / 2 if job.reduces and not job.op.takes_dout else 0
     )
     job.has_options = job.reduce.gate != NONE or (
         job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
     )
     make_schedule(job)
     size_scratch(job)
-    if not job.own_values:
-        n_values = (n_own_values(job) + (4 * job.reduce.n_chunks if job.reduces else 0)) * n
+    if not job.own_features or job.schedule.apart:
+        n_values = 4 * job.reduce.n_chunks * n if job.reduces else 0
+        if not job.own_features:
+            n_values += n_own_values(job) * n
         n_values = (n_values + 7) // 8 * 8
     memory = <char*> malloc(
         n_values * sizeof(double) + job.schedule.n_threads * job.scratch_bytes + 64
@@ -212,7 +234,10 @@ cdef int execute(Job* job) except -1:
         raise MemoryError("bn_fast: no memory for the scratch of this call")
     try:
         job.scratch = <char*> ((<size_t> memory + 63) // 64 * 64)
-        lay_out(job, <double*> job.scratch, n, 0)
+        job.stride = n
+        job.sums = <double*> job.scratch
+        if not job.own_features:
+            lay_out(job, job.sums, n, 0)
         job.scratch += n_values * sizeof(double)
         job.schedule.n_threads = bn_startable(job.schedule.n_threads)
         if job.schedule.n_threads <= 1 and size < HELD_SIZE:
@@ -236,6 +261,16 @@ cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
         if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d]:
             return False
     return True
+
+
+def note_wait(long long worked, long long waited):
+    """For tests: as if a thread had waited, nanoseconds both, for the others of its call."""
+    bn_note_wait(worked, waited)
+
+
+def coming(int n_threads):
+    """How many of so many threads a call would use now."""
+    return bn_coming(n_threads)
 
 
 def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
@@ -264,7 +299,7 @@ cdef void new_job(
     """stats: mean, the mean's low part, inv_std and var: float64 (4, n_features), contiguous."""
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef int k
-    memset(job, 0, <char*> &job.reduce - <char*> job)
+    memset(job, 0, sizeof(Job))
     job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
     job.features = <unsigned long long> 1 << axis
     job.n_features = n

@@ -12,7 +12,10 @@ from bn_fast._results cimport is_untouched, new_result
 cdef extern from "_native.h" nogil:
     void bn_read_stack()
     int bn_startable(int n_threads)
-    void bn_barrier(int n_threads)
+    long long bn_now()
+    int bn_coming(int n_threads)
+    void bn_note_wait(long long worked, long long waited)
+    void bn_barrier(int n_threads, long long* since)
     int bn_team "omp_get_num_threads" ()
 
 cnp.import_array()

@@ -9,10 +9,11 @@
 #              sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,        t = dout - shift
 #     apply:   y_ij = the sum of (input - shift_j) coef_j over one to three inputs, + bias_j
 #
-#   (a) Sums.  Eight (or four) rows are added as a tree in `lane`, and only the tree's root goes
-#       into the double accumulator of the column.  A tree adds no more than three roundings, so a
-#       float32 sum is as good as one in double to about 2^-24 / sqrt(rows), at twice the speed of
-#       converting every element (measured, 256 x 512 in L2, AVX-512: 13.3 against 6.8 Gelem/s).
+#   (a) Sums.  Sixteen (or eight, or four) rows are added as a tree in `lane`, and only the tree's
+#       root goes into the double accumulator of the column.  A tree adds no more than four
+#       roundings, so a float32 sum is as good as one in double to about 2^-24 / sqrt(rows), at
+#       twice the speed of converting every element (256 x 512 in L2, AVX-512, trees of eight: 13.3
+#       against 6.8 Gelem/s).
 #   (b) Order.  Column j meets its rows in order and the tree is fixed, so the result does not
 #       depend on the vector length: the same bits on every instruction set (contraction is off).
 #   (c) Squares.  d = x - shift with the shift near the mean, never E[x^2] - E[x]^2: x - shift is
@@ -34,6 +35,7 @@ ctypedef fused lane:
 cdef extern from "_native.h" nogil:
     void bn_prefetch(const char* address, Py_ssize_t n)
     void bn_stream(char* to, const char* from_, Py_ssize_t n)
+    void bn_stream_lines(char* to, const char* from_, Py_ssize_t n_lines)
     void bn_stream_end()
     bint BN_STREAMS
     double bn_one()
@@ -41,10 +43,14 @@ cdef extern from "_native.h" nogil:
     float bn_plusf(float x, float y, float one)
 
 cdef enum:
-    TREE_ROWS = 8             # of x alone; of x and dout four, see sum_products_tree
+    # Rows come in multiples of this; a tree has so many, or twice that, of x alone, of x and dout
+    # four, see sum_products_tree.
+    TREE_ROWS = 8
     APPLY_ROWS = 4
     MAX_COLUMNS = 1056        # of a row
     STRIP = 64
+    LINE_BYTES = 64
+    STRIP_BYTES = 4 * LINE_BYTES  # written past the caches at a time
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 
 cdef enum:                    # roles of the arrays: x (or the only input), dout,
@@ -136,6 +142,16 @@ cdef enum:                    # formulas
     MIXED
     N_FORMULAS
 
+cdef struct OfColumn:         # constants: each column has its own,
+    char unused
+
+cdef struct OfRow:            # or the row has one for all
+    char unused
+
+ctypedef fused extent:
+    OfColumn
+    OfRow
+
 cdef enum Walk:
     ACROSS                    # each column has constants and sums of its own
     ALONG                     # rows are one feature's, all with the same; sums of LANES columns
@@ -145,8 +161,11 @@ cdef struct Block:
     char** row[N_ROLES]
     Py_ssize_t n_rows
     Py_ssize_t width
+    Py_ssize_t tree_rows      # of x alone
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
     Walk walk
+    bint singly               # rows are written one by one,
+    bint stream               # and past the caches
     bint varies               # s and b along a row; else each row has one
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
@@ -273,6 +292,20 @@ cdef inline void add_compensated(
 
 # ---------------------------------------------------------------- sums
 
+cdef inline lane add_eight(
+    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7, lane one,
+) noexcept nogil:
+    return (plus(d0, d1, one) + (d2 + d3)) + (plus(d4, d5, one) + (d6 + d7))
+
+
+cdef inline lane add_squares(
+    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7,
+) noexcept nogil:
+    return ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + (
+        (d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7)
+    )
+
+
 cdef inline void sum_squares_tree(
     const lane* x0, const lane* x1, const lane* x2, const lane* x3,
     const lane* x4, const lane* x5, const lane* x6, const lane* x7,
@@ -292,34 +325,85 @@ cdef inline void sum_squares_tree(
         d5 = plus(x5[j], -k, one)
         d6 = plus(x6[j], -k, one)
         d7 = plus(x7[j], -k, one)
-        s[j] += <double> (
-            (plus(d0, d1, one) + (d2 + d3)) + (plus(d4, d5, one) + (d6 + d7))
-        )
-        ss[j] += <double> (
-            ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
-            + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-        )
+        s[j] += <double> add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
+        ss[j] += <double> add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
+
+
+cdef inline void sum_squares_trees(
+    char** rows, Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """Sixteen rows, two such trees as one: half as many sums in double, which cost as much as the
+    rest ((256, 512) on one thread 8.9 to 7.9 us; of 32 rows no less)."""
+    cdef Py_ssize_t j
+    cdef lane k, sum_a, sum_b, square_a, d0, d1, d2, d3, d4, d5, d6, d7
+    cdef const lane* x0 = <const lane*> rows[0]
+    cdef const lane* x1 = <const lane*> rows[1]
+    cdef const lane* x2 = <const lane*> rows[2]
+    cdef const lane* x3 = <const lane*> rows[3]
+    cdef const lane* x4 = <const lane*> rows[4]
+    cdef const lane* x5 = <const lane*> rows[5]
+    cdef const lane* x6 = <const lane*> rows[6]
+    cdef const lane* x7 = <const lane*> rows[7]
+    cdef const lane* y0 = <const lane*> rows[8]
+    cdef const lane* y1 = <const lane*> rows[9]
+    cdef const lane* y2 = <const lane*> rows[10]
+    cdef const lane* y3 = <const lane*> rows[11]
+    cdef const lane* y4 = <const lane*> rows[12]
+    cdef const lane* y5 = <const lane*> rows[13]
+    cdef const lane* y6 = <const lane*> rows[14]
+    cdef const lane* y7 = <const lane*> rows[15]
+    for j in range(first, last):
+        k = shift[j]
+        d0 = plus(x0[j], -k, one)
+        d1 = plus(x1[j], -k, one)
+        d2 = plus(x2[j], -k, one)
+        d3 = plus(x3[j], -k, one)
+        d4 = plus(x4[j], -k, one)
+        d5 = plus(x5[j], -k, one)
+        d6 = plus(x6[j], -k, one)
+        d7 = plus(x7[j], -k, one)
+        sum_a = add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
+        square_a = add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
+        d0 = plus(y0[j], -k, one)
+        d1 = plus(y1[j], -k, one)
+        d2 = plus(y2[j], -k, one)
+        d3 = plus(y3[j], -k, one)
+        d4 = plus(y4[j], -k, one)
+        d5 = plus(y5[j], -k, one)
+        d6 = plus(y6[j], -k, one)
+        d7 = plus(y7[j], -k, one)
+        s[j] += <double> (sum_a + add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one))
+        ss[j] += <double> (square_a + add_squares(d0, d1, d2, d3, d4, d5, d6, d7))
 
 
 cdef void sum_squares_across(const Block* block, const lane* lane_tag) noexcept nogil:
     """sum_1[j] += sum_i d_ij,  sum_2[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
     cdef char** rows = block.row[X]
     cdef const lane* shift = <const lane*> block.shift[X]
-    cdef Py_ssize_t i, strip, width = block.width, step = STRIP if block.ahead else width
+    cdef Py_ssize_t i = 0, n, strip, width = block.width, step = STRIP if block.ahead else width
     cdef lane one = <lane> bn_one()
-    for i in range(0, block.n_rows, 8):  # TREE_ROWS; Cython wants a literal step
+    while i < block.n_rows:
+        n = min(block.tree_rows, block.n_rows - i)
         strip = 0
         while strip < width:
             if block.ahead:
-                prefetch_rows(rows + i + block.ahead, 8, strip, width, lane_tag)
-            sum_squares_tree(
-                <const lane*> rows[i], <const lane*> rows[i + 1],
-                <const lane*> rows[i + 2], <const lane*> rows[i + 3],
-                <const lane*> rows[i + 4], <const lane*> rows[i + 5],
-                <const lane*> rows[i + 6], <const lane*> rows[i + 7],
-                strip, min(strip + step, width), shift, one, block.sum_1, block.sum_2,
-            )
+                prefetch_rows(rows + i + block.ahead, n, strip, width, lane_tag)
+            if n == 2 * TREE_ROWS:
+                sum_squares_trees(
+                    rows + i, strip, min(strip + step, width), shift, one,
+                    block.sum_1, block.sum_2,
+                )
+            else:
+                sum_squares_tree(
+                    <const lane*> rows[i], <const lane*> rows[i + 1],
+                    <const lane*> rows[i + 2], <const lane*> rows[i + 3],
+                    <const lane*> rows[i + 4], <const lane*> rows[i + 5],
+                    <const lane*> rows[i + 6], <const lane*> rows[i + 7],
+                    strip, min(strip + step, width), shift, one, block.sum_1, block.sum_2,
+                )
             strip += step
+        i += n
 
 
 cdef void last_rows(
@@ -731,15 +815,15 @@ cdef inline void apply_row(
     Py_ssize_t width, const lane* restrict shift_x, const lane* restrict shift_g,
     const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
     const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
-    const lane* restrict open_bias, Py_ssize_t each, lane slope, lane one,
+    const lane* restrict open_bias, lane slope, lane one,
     const lane* restrict scale, const lane* restrict beta, Py_ssize_t varies,
-    const formula* formula_tag, const activation* activation_tag,
+    const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """Constants by the column (each = 1) or of the whole row (0), and so scale and beta."""
+    """Scale and beta are by the column (varies = 1) or of the whole row (0)."""
     cdef Py_ssize_t j, k
     cdef lane factor = 1, term = 0
     for j in range(width):
-        k = j * each
+        k = j if extent is OfColumn else 0
         if formula is Scaled or formula is ScaledGradient:
             factor = scale[j * varies]
             term = beta[j * varies]
@@ -750,50 +834,115 @@ cdef inline void apply_row(
         )
 
 
-cdef inline void apply_singly(
-    const Block* block, Py_ssize_t each, const lane* lane_tag, const formula* formula_tag,
-    const activation* activation_tag,
+cdef struct Stream:           # the end of what is written past the caches, a strip at a time
+    char* start               # of the strip: of a line
+    char* buffer              # its bytes
+    Py_ssize_t begin          # of which these are filled
+    Py_ssize_t end
+
+
+cdef void flush(Stream* stream) noexcept nogil:
+    """Write what is filled; lines that are not whole by way of the caches."""
+    bn_stream(
+        stream.start + stream.begin, stream.buffer + stream.begin, stream.end - stream.begin
+    )
+
+
+cdef inline void go_on_at(Stream* stream, char* row) noexcept nogil:
+    """The next row need not begin where the last one ended."""
+    if row == stream.start + stream.end:
+        return
+    flush(stream)
+    stream.begin = stream.end = <size_t> row % LINE_BYTES
+    stream.start = row - stream.begin
+
+
+cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes) noexcept nogil:
+    stream.end += n_bytes
+    if stream.end == STRIP_BYTES:
+        if stream.begin == 0:
+            bn_stream_lines(stream.start, stream.buffer, STRIP_BYTES // LINE_BYTES)
+        else:
+            flush(stream)
+        stream.start += STRIP_BYTES
+        stream.begin = stream.end = 0
+
+
+cdef inline void prefetch_strip(
+    const Block* block, Py_ssize_t i, Py_ssize_t strip, const lane* lane_tag,
+    const formula* formula_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """The same row by row: where a row is one feature's, all with the same constants (each = 0); or
-    each column with its own (1) where the rows come from far away, as the hardware's prefetchers
-    lose the thread among four rows of every array ((65536, 128) backward 12 % slower, one thread,
-    (12544, 160) 17 %).  Of runs the output alone is prefetched, see prefetch_output_bytes."""
-    cdef Py_ssize_t i, strip, first, width = block.width, ahead = block.ahead
-    cdef Py_ssize_t step = STRIP if ahead else width
+    """Of the inputs' rows that come next; of runs the output alone, see prefetch_output_bytes."""
+    cdef Py_ssize_t width = block.width
+    if extent is OfColumn:
+        prefetch_rows(block.row[X] + i + block.ahead, 1, strip, width, lane_tag)
+        if takes_second(formula_tag):
+            prefetch_rows(block.row[G] + i + block.ahead, 1, strip, width, lane_tag)
+        if takes_third(formula_tag):
+            prefetch_rows(block.row[R] + i + block.ahead, 1, strip, width, lane_tag)
+    elif not (formula is Gradient or formula is Mixed):
+        if i + 1 < block.n_rows:
+            prefetch_rows(block.row[Y] + i + 1, 1, strip, width, lane_tag)
+
+
+cdef void apply_singly(
+    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag, const extent* extent_tag,
+) noexcept nogil:
+    """The same row by row: where a row is one feature's, all with the same constants; and where the
+    rows come from beyond L2.  The hardware's prefetchers lose the thread among four rows of every
+    array, if they lie in one page: (12544, 160) backward's output, one thread, 770 us by fours, 460
+    by ones (AMD EPYC, Zen 4, 2026-11).
+
+    Past the caches a strip at a time, so that loads and stores overlap: (16384, 1024) backward, two
+    threads, 9.1 ms by way of a buffer of rows, 7.6 so.
+    """
+    cdef Py_ssize_t i, strip, first, n, width = block.width, step = width
     cdef bint second = takes_second(formula_tag), third = takes_third(formula_tag)
     cdef bint scaled = formula is Scaled
     cdef lane one = <lane> bn_one()
-    cdef char** g
-    cdef char** r
+    cdef char[STRIP_BYTES + LINE_BYTES] memory
+    cdef Stream stream
+    cdef lane* y
+    cdef const lane* x
+    cdef const lane* g
+    cdef const lane* r
+    if block.ahead:
+        step = STRIP
+    memset(&stream, 0, sizeof(stream))
+    stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
     for i in range(block.n_rows):
-        g = block.row[G] + i if second else block.row[X] + i
-        r = block.row[R] + i if third else block.row[X] + i
+        x = <const lane*> block.row[X][i]
+        g = <const lane*> block.row[G][i] if second else x
+        r = <const lane*> block.row[R][i] if third else x
+        if block.stream:
+            go_on_at(&stream, block.row[Y][i])
         strip = 0
         while strip < width:
-            first = strip * each
-            if ahead and not each and not (formula is Gradient or formula is Mixed):
-                if i + 1 < block.n_rows:
-                    prefetch_rows(block.row[Y] + i + 1, 1, strip, width, lane_tag)
-            elif ahead:
-                prefetch_rows(block.row[X] + i + ahead, 1, strip, width, lane_tag)
-                if third:
-                    prefetch_rows(r + ahead, 1, strip, width, lane_tag)
-                if second:
-                    prefetch_rows(g + ahead, 1, strip, width, lane_tag)
+            first = strip if extent is OfColumn else 0
+            if block.ahead:
+                prefetch_strip(block, i, strip, lane_tag, formula_tag, extent_tag)
+            if block.stream:
+                step = (STRIP_BYTES - stream.end) // <Py_ssize_t> sizeof(lane)
+                y = <lane*> (stream.buffer + stream.end)
+            else:
+                y = <lane*> block.row[Y][i] + strip
+            n = min(step, width - strip)
             apply_row(
-                <const lane*> block.row[X][i] + strip, <const lane*> g[0] + strip,
-                <const lane*> r[0] + strip, <lane*> block.row[Y][i] + strip,
-                min(step, width - strip),
+                x + strip, g + strip, r + strip, y, n,
                 <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
                 <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
                 <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
                 <const lane*> block.bias + first, <const lane*> block.open_scale + first,
-                <const lane*> block.open_bias + first, each, <lane> block.slope, one,
+                <const lane*> block.open_bias + first, <lane> block.slope, one,
                 <const lane*> (block.row[S][i] if scaled else block.shift[X]),
                 <const lane*> (block.row[B][i] if scaled else block.shift[X]), 0,
-                formula_tag, activation_tag,
+                formula_tag, activation_tag, extent_tag,
             )
-            strip += step
+            if block.stream:
+                go_on(&stream, n * sizeof(lane))
+            strip += n
+    flush(&stream)
 
 
 cdef inline void apply_own_four(
@@ -870,8 +1019,8 @@ cdef void apply_by_row(
             <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
             <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
             <const lane*> block.bias + i, <const lane*> block.open_scale,
-            <const lane*> block.open_bias, 0, 0, one, scale, beta, varies, formula_tag,
-            <const Identity*> NULL,
+            <const lane*> block.open_bias, 0, one, scale, beta, varies, formula_tag,
+            <const Identity*> NULL, <const OfRow*> NULL,
         )
         i += 1
 
@@ -887,9 +1036,9 @@ cdef void apply_formula(
             else:
                 apply_by_row(block, 0, lane_tag, formula_tag)
     elif block.walk == ALONG:
-        apply_singly(block, 0, lane_tag, formula_tag, activation_tag)
-    elif block.ahead or formula is Scaled:
-        apply_singly(block, 1, lane_tag, formula_tag, activation_tag)
+        apply_singly(block, lane_tag, formula_tag, activation_tag, <const OfRow*> NULL)
+    elif block.singly or formula is Scaled:
+        apply_singly(block, lane_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
     else:
         apply_across(block, lane_tag, formula_tag, activation_tag)
 

@@ -31,8 +31,9 @@ cdef enum Layout:
 
 cdef enum:
     MAX_DIMS = 64             # NumPy's own limit
-    BLOCK_ROWS = 128          # rows between two folds: 16 trees deep, see kernels.pxi (a)
-    MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks)
+    BLOCK_ROWS = 128          # rows between two folds: 8 trees deep, see kernels.pxi (a)
+    MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks),
+    CHUNK_ELEMENTS = 1 << 16  # and of so many elements: (1000, 333) on two threads 69 to 58 us
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns,
     SHORT_COLUMNS = 64        # up to this many where fewer than
     JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see above
@@ -54,7 +55,7 @@ cdef enum:
 cdef struct Segment:
     int n_dims
     Py_ssize_t size[MAX_DIMS]
-    Py_ssize_t stride[N_ROLES][MAX_DIMS]
+    Py_ssize_t stride[MAX_DIMS][N_ROLES]
     Py_ssize_t n_rows
     Py_ssize_t offset[N_ROLES]
     Py_ssize_t n_joined
@@ -62,6 +63,7 @@ cdef struct Segment:
     Py_ssize_t joined_stride[N_ROLES]
     Py_ssize_t run_stride[N_ROLES]
     Py_ssize_t n_lanes        # columns a feature has in sums and constants: n_run, or LANES
+    Py_ssize_t tree_rows      # of x that are added as one tree
 
 cdef struct Place:            # of one value of each feature
     int segment
@@ -93,7 +95,7 @@ cdef struct Plan:             # of one visit's arrays
     Py_ssize_t n_features     # along the last of their axes
     int n_outer               # axes around it
     Py_ssize_t outer_size[MAX_DIMS]
-    Py_ssize_t outer_stride[N_ROLES][MAX_DIMS]
+    Py_ssize_t outer_stride[MAX_DIMS][N_ROLES]
     Py_ssize_t max_tile       # features a tile may have
     Py_ssize_t block_rows     # rows between two folds
     Py_ssize_t chunk_rows
@@ -106,7 +108,7 @@ cdef struct Axes:             # the sample axes, sorted and merged
     int n
     Py_ssize_t size[MAX_DIMS]
     Py_ssize_t key[MAX_DIMS]  # strides of the array that sorts them
-    Py_ssize_t stride[N_ROLES][MAX_DIMS]
+    Py_ssize_t stride[MAX_DIMS][N_ROLES]
 
 
 cdef inline Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
@@ -164,7 +166,7 @@ cdef void set_features(Plan* plan, const Features* features) noexcept:
             plan.stride[r][features.dim[last]] if plan.used[r] and plan.n_features > 1 else 0
         )
         for d in range(plan.n_outer):
-            plan.outer_stride[r][d] = plan.stride[r][features.dim[d]] if plan.used[r] else 0
+            plan.outer_stride[d][r] = plan.stride[r][features.dim[d]] if plan.used[r] else 0
     for d in range(plan.n_outer):
         plan.outer_size[d] = features.size[d]
 
@@ -184,13 +186,12 @@ cdef void sort_axes(
         while k > 0 and distance(axes.key[k - 1]) < distance(stride[d]):
             axes.size[k] = axes.size[k - 1]
             axes.key[k] = axes.key[k - 1]
-            for r in range(N_ROLES):
-                axes.stride[r][k] = axes.stride[r][k - 1]
+            memcpy(axes.stride[k], axes.stride[k - 1], sizeof(axes.stride[k]))
             k -= 1
         axes.size[k] = shape[d]
         axes.key[k] = stride[d]
         for r in range(N_ROLES):
-            axes.stride[r][k] = plan.stride[r][d] if plan.used[r] else 0
+            axes.stride[k][r] = plan.stride[r][d] if plan.used[r] else 0
         axes.n += 1
 
 
@@ -201,15 +202,14 @@ cdef void merge_axes(Axes* axes) noexcept:
     for d in range(1, axes.n):
         merge = True
         for r in range(N_ROLES):
-            merge = merge and axes.stride[r][k] == axes.stride[r][d] * axes.size[d]
+            merge = merge and axes.stride[k][r] == axes.stride[d][r] * axes.size[d]
         if merge:
             axes.size[k] *= axes.size[d]
         else:
             k += 1
             axes.size[k] = axes.size[d]
         axes.key[k] = axes.key[d]
-        for r in range(N_ROLES):
-            axes.stride[r][k] = axes.stride[r][d]
+        memcpy(axes.stride[k], axes.stride[d], sizeof(axes.stride[k]))
     if axes.n > 0:
         axes.n = k + 1
 
@@ -217,6 +217,12 @@ cdef void merge_axes(Axes* axes) noexcept:
 cdef inline Py_ssize_t empty(Py_ssize_t n, Py_ssize_t places) noexcept:
     """Places that stay empty in the last tree over n elements."""
     return (places - n % places) % places
+
+
+cdef Py_ssize_t gcd(Py_ssize_t a, Py_ssize_t b) noexcept:
+    while b:
+        a, b = b, a % b
+    return a
 
 
 cdef Py_ssize_t even_piece(Py_ssize_t length) noexcept:
@@ -239,7 +245,7 @@ cdef void cut_axis(Plan* plan, Py_ssize_t piece, bint joined) noexcept:
         rest[0] = main[0]
         rest.n_dims = last
         for r in range(N_ROLES):
-            rest.offset[r] = main.stride[r][last] * (length - left)
+            rest.offset[r] = main.stride[last][r] * (length - left)
         if joined:
             rest.n_joined = left
         else:
@@ -254,7 +260,7 @@ cdef void cut_axis(Plan* plan, Py_ssize_t piece, bint joined) noexcept:
     else:
         main.size[last] = length // piece
         for r in range(N_ROLES):
-            main.stride[r][last] *= piece
+            main.stride[last][r] *= piece
 
 
 cdef bint columns_touch(const Plan* plan, const Axes* axes, bint runs, bint stacked) noexcept:
@@ -268,7 +274,7 @@ cdef bint columns_touch(const Plan* plan, const Axes* axes, bint runs, bint stac
     for r in range(W):
         if not plan.used[r]:
             continue
-        inner = axes.stride[r][axes.n - 1] if axes.n > 0 else 0
+        inner = axes.stride[axes.n - 1][r] if axes.n > 0 else 0
         outer = plan.feature_stride[r]
         if runs:
             touch = touch and inner == size and (not stacked or outer == length * size)
@@ -287,22 +293,23 @@ cdef void choose_layout(
     choose between runs and features, so that all plans of a call choose alike and can share tiles.
     """
     cdef Segment* main = &plan.segment[0]
-    cdef Py_ssize_t n = plan.n_features, join, piece
+    cdef Py_ssize_t n = plan.n_features, join, whole, piece
     cdef Py_ssize_t length = axes.size[axes.n - 1] if axes.n > 0 else 1
     cdef bint runs = axes.n > 0 and (
         (n == 1 and not plan.by_row) or distance(axes.key[axes.n - 1]) < feature_key
         or plan.feature_stride[S] != 0  # columns have no gamma of their own
     )
     cdef bint stacked = columns_touch(plan, axes, runs, True)
+    cdef Py_ssize_t limit = TILE_COLUMNS if is_half(plan.storage) else MAX_COLUMNS
     cdef int r
     plan.layout = FEATURES
-    plan.max_tile = min(n, TILE_COLUMNS if runs or is_half(plan.storage) else MAX_COLUMNS)
+    plan.max_tile = min(n, limit)
     if runs and plan.by_row and length < ROW_LENGTH and plan.feature_stride[S] == 0:
         runs = False
         n = TILE_COLUMNS  # not joined
     if runs:
         for r in range(N_ROLES):
-            main.run_stride[r] = axes.stride[r][axes.n - 1]
+            main.run_stride[r] = axes.stride[axes.n - 1][r]
         if plan.by_row:
             plan.layout = ROWS
             plan.max_tile = min(n, <Py_ssize_t> BLOCK_ROWS)
@@ -316,14 +323,17 @@ cdef void choose_layout(
         else:
             plan.layout = RUNS
             cut_axis(plan, length, False)
-            plan.max_tile = min(n, TILE_COLUMNS // length) if stacked else 1
+            plan.max_tile = min(n, limit // length) if stacked else 1
     elif axes.n > 0 and 2 * n <= JOIN_COLUMNS and (stacked or n < NARROW) and not plan.used[S]:
         join = max(SHORT_COLUMNS // n, length // JOIN_ROWS)
         join = min(join, length, JOIN_COLUMNS // n)
+        whole = LANES // gcd(n, LANES)
+        if stacked and whole * n <= 2 * JOIN_COLUMNS + LANES and whole <= length // JOIN_ROWS:
+            join = max(whole, join // whole * whole)
         if join > 1:
             plan.layout = JOINED
             for r in range(N_ROLES):
-                main.joined_stride[r] = axes.stride[r][axes.n - 1]
+                main.joined_stride[r] = axes.stride[axes.n - 1][r]
             cut_axis(plan, join, True)
 
 
@@ -347,16 +357,24 @@ cdef void choose_accesses(Plan* plan) noexcept:
             plan.max_tile = min(plan.max_tile, <Py_ssize_t> TILE_COLUMNS)
 
 
+cdef inline Py_ssize_t rows_of_tree(const Segment* segment) noexcept:
+    """Sixteen rows whole pages apart would fill the ways of L1's sets twice: (32, 256, 14, 14)
+    forward 250 us by eights, 290 by sixteens."""
+    cdef bint pages = segment.n_dims > 0 and segment.stride[segment.n_dims - 1][X] % 4096 == 0
+    return TREE_ROWS if pages else 2 * TREE_ROWS
+
+
 cdef void cut_rows(Plan* plan) noexcept:
     """Into blocks and chunks: they say in which order a column's rows are added."""
     cdef Segment* main = &plan.segment[0]
-    cdef Py_ssize_t unit = BLOCK_ROWS
+    cdef Py_ssize_t unit = BLOCK_ROWS, least
     cdef int d, k
     for d in range(plan.n_segments):
         plan.segment[d].n_lanes = LANES if plan.layout == LONG_RUN else plan.segment[d].n_run
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):
             plan.segment[d].n_rows *= plan.segment[d].size[k]
+        plan.segment[d].tree_rows = rows_of_tree(&plan.segment[d])
     if plan.layout == ROWS:
         for d in range(plan.n_segments):
             plan.segment[d].n_lanes = 1
@@ -368,6 +386,9 @@ cdef void cut_rows(Plan* plan) noexcept:
     ):
         unit = BLOCK_ROWS // 2  # (128, 33, 7, 7) forward on two threads 37 to 25 us
     plan.chunk_rows = (main.n_rows // MAX_CHUNKS // unit + 1) * unit
+    if plan.layout != ROWS:
+        least = CHUNK_ELEMENTS // (plan.n_features * main.n_joined * main.n_run)
+        plan.chunk_rows = max(plan.chunk_rows, (least + unit - 1) // unit * unit)
     # float64's lanes are no more exact than what they add, so they are folded sooner (as late as
     # float32's: dbeta was off by up to 40 roundings at M = 1e5).
     plan.block_rows = max(1, unit // BLOCK_SHARE) if plan.storage == FLOAT64 else unit
@@ -383,7 +404,7 @@ cdef void make_plan(
     cdef Axes axes
     cdef Segment* main = &plan.segment[0]
     cdef Py_ssize_t length
-    cdef int r, d
+    cdef int d
     cdef Py_ssize_t rows = cnp.PyArray_SIZE(key)
     plan.storage = storage_of(key)
     set_features(plan, features)
@@ -392,9 +413,10 @@ cdef void make_plan(
     main.n_dims = axes.n
     main.n_joined = main.n_run = 1
     memcpy(main.size, axes.size, axes.n * sizeof(Py_ssize_t))
-    for r in range(N_ROLES):
-        memcpy(main.stride[r], axes.stride[r], axes.n * sizeof(Py_ssize_t))
-        main.offset[r] = main.joined_stride[r] = main.run_stride[r] = 0
+    memcpy(main.stride, axes.stride, axes.n * sizeof(axes.stride[0]))
+    memset(main.offset, 0, sizeof(main.offset))
+    memset(main.joined_stride, 0, sizeof(main.joined_stride))
+    memset(main.run_stride, 0, sizeof(main.run_stride))
     plan.n_segments = 1
     length = axes.size[axes.n - 1] if axes.n > 0 else 1
     for d in range(features.n):
@@ -411,6 +433,14 @@ cdef inline Access access_to(
     thread's share of the features in a retry, does not lie side by side."""
     cdef bint part = segment.n_joined > 1 and n_features < plan.n_features
     return GATHERED if plan.used[role] and (wide or part) else plan.access[role]
+
+
+cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept nogil:
+    """Whether the kernels themselves write the output past the caches."""
+    return (
+        access[Y] == STREAMED and not is_half(plan.storage) and plan.layout != ROWS
+        and not plan.used[D]
+    )
 
 
 # ---------------------------------------------------------------- where rows and columns lie
@@ -437,7 +467,7 @@ cdef inline char* feature_at(const Plan* plan, int role, Py_ssize_t feature) noe
         outer = feature // plan.n_features
         feature = feature % plan.n_features
         for d in range(plan.n_outer - 1, -1, -1):
-            at += outer % plan.outer_size[d] * plan.outer_stride[role][d]
+            at += outer % plan.outer_size[d] * plan.outer_stride[d][role]
             outer = outer // plan.outer_size[d]
     return at + feature * plan.feature_stride[role]
 
@@ -456,8 +486,8 @@ cdef void row_pointers(
     for d in range(last, -1, -1):
         digit[d] = left % segment.size[d]
         left = left // segment.size[d]
-        row += digit[d] * segment.stride[role][d]
-    step = segment.stride[role][last]
+        row += digit[d] * segment.stride[d][role]
+    step = segment.stride[last][role]
     while True:
         run = min(segment.size[last] - digit[last], n - done)
         for k in range(run):
@@ -470,10 +500,10 @@ cdef void row_pointers(
         d = last - 1
         while True:
             digit[d] += 1
-            row += segment.stride[role][d]
+            row += segment.stride[d][role]
             if digit[d] < segment.size[d]:
                 break
-            row -= digit[d] * segment.stride[role][d]
+            row -= digit[d] * segment.stride[d][role]
             digit[d] = 0
             d -= 1
 

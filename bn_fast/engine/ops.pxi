@@ -42,6 +42,8 @@ cdef struct Operation:
     bint weighs               # weights have a part in the output too
     int formula               # of the output,
     int input                 # and the role of what it takes for x
+    int n_results             # values that the call has brought for them
+    int[4] results
     int n_reduce              # columns of constants in either visit
     int[N_OWN] reduce_columns
     int n_apply
@@ -201,11 +203,15 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
         row[i].takes_dout = i != FORWARD and i != FROZEN and i != RMS_FORWARD
         row[i].formula = AFFINE
         row[i].input = X
+        row[i].n_results = list_columns(row[i].results, (DGAMMA, DBETA))
         row[i].n_reduce = list_columns(row[i].reduce_columns, (SHIFT_X, SHIFT_G))
         row[i].n_apply = list_columns(row[i].apply_columns, affine)
     row[FORWARD].start = <Start> start_statistics[lane]
     row[FORWARD].settle = settle_squares
     row[FORWARD].retry = <Retry> retry_statistics[lane]
+    row[FORWARD].n_results = list_columns(
+        row[FORWARD].results, (MEAN, MEAN_LOW, INV_STD, VAR)
+    )
     row[FORWARD].n_reduce = list_columns(row[FORWARD].reduce_columns, (SHIFT_X,))
     row[BACKWARD].start = <Start> start_gradients[lane]
     row[BACKWARD].settle = settle_backward

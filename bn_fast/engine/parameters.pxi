@@ -141,7 +141,7 @@ cdef void sum_parameters(
     cdef Py_ssize_t part = n, k = 0
     cdef Visit v
     v.job = job
-    v.plan = &job.apply
+    v.plan = job.apply
     v.s = s
     v.segment = &v.plan.segment[0]
     v.scales = v.varies = v.wide = False

@@ -196,7 +196,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         or plan.used[S]
     ):
         piece = min(piece, <Py_ssize_t> GATHER_COLUMNS)
-    v.group = rows_at_hand(v, piece, TREE_ROWS)
+    v.group = rows_at_hand(v, piece, 2 * TREE_ROWS)
     v.ahead = 0
     if (
         job.schedule.prefetch and not v.wide and plan.layout != LONG_RUN and plan.layout != ROWS
@@ -205,7 +205,9 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
         v.ahead = (
             AHEAD_ROWS if is_half(plan.storage)
-            else rows_ahead(v.width * size_of(plan.storage))
+            else rows_ahead(
+                v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
+            )
         )
     expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
     if plan.used[W]:

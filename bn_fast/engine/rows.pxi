@@ -53,6 +53,8 @@ cdef struct Visit:            # to one chunk of a tile
     Py_ssize_t width
     bint scales               # dout by gamma, where that varies
     bint varies               # gamma and beta along the row
+    bint singly               # rows are written one by one,
+    bint stream               # and by the kernel past the caches
 
 
 cdef inline bint is_plain_column(int column) noexcept nogil:
@@ -73,15 +75,15 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
             memory += columns + job.buffer_elements * sizeof(double)
-    memset(s.shape, 0, sizeof(s.shape))
+    for r in range(N_ROLES):
+        s.shape[r][0] = 0  # of no features
     s.n_ones = 0
     s.adds = False
     s.values = <double*> memory
-    if job.own_values:
-        memory += (
-            (n_own_values(job) + 4 * job.reduce.n_chunks)
-            * (job.schedule.tile + job.schedule.lead) * sizeof(double)
-        )
+    memory += (
+        (n_own_values(job) + job.op.n_results + 4 * job.reduce.n_chunks)
+        * job.own_features * sizeof(double)
+    )
     s.varying = <double*> memory
     if job.varying.unit:
         memory += 2 * job.varying.size * sizeof(double)
@@ -256,6 +258,19 @@ cdef void find_rows(
     row_pointers(v.segment, role, start, v.row, n, rows)
 
 
+cdef bint rows_touch(const Visit* v) noexcept nogil:
+    """Whether a row of an input begins where the last one ends."""
+    cdef const Segment* segment = v.segment
+    cdef int r, last = segment.n_dims - 1
+    cdef bint touch = last >= 0
+    for r in range(Y):
+        touch = touch and (
+            not v.plan.used[r]
+            or segment.stride[last][r] == v.width * size_of(v.plan.storage)
+        )
+    return touch
+
+
 cdef inline bint lies_across(const Visit* v, int role, const lane* lane_tag) noexcept nogil:
     """Whether the rows at hand are all values of some features that lie one after the other, of a
     number that part_rows knows."""
@@ -264,7 +279,7 @@ cdef inline bint lies_across(const Visit* v, int role, const lane* lane_tag) noe
     return (
         v.plan.layout == FEATURES and not v.wide  # whose factors are still to come
         and (n == 4 or n == 8) and segment.n_dims == 1
-        and segment.size[0] == n and segment.stride[role][0] == size
+        and segment.size[0] == n and segment.stride[0][role] == size
         and v.plan.feature_stride[role] == n * size and size == size_of(v.plan.storage)
     )
 
@@ -373,7 +388,10 @@ cdef void fill_block(
         block.row[r] = v.s.row[r]
     block.n_rows = n_rows
     block.width = v.width
+    block.tree_rows = v.segment.tree_rows
     block.ahead = 0
+    block.singly = v.singly
+    block.stream = v.stream
     block.walk = (
         ALONG if v.plan.layout == LONG_RUN else BY_ROW if v.plan.layout == ROWS else ACROSS
     )

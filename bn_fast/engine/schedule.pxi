@@ -34,8 +34,10 @@ cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
 
 
 cdef inline Py_ssize_t along_sweep_bytes() noexcept nogil:
-    """Long runs: small features share what a tile costs, in L1."""
-    return cache[0]
+    """Long runs: small features share what a tile costs, and come in as one stream: (8, 64, 28, 28)
+    forward, one thread, 89 us one by one, 83 by fours, 81 by eights; but (32, 64, 56, 56), of which
+    two fill L2, backward 4.7 to 4.9 ms."""
+    return cache[1] // 4
 
 
 cdef inline Py_ssize_t split_to() noexcept nogil:
@@ -49,6 +51,12 @@ cdef inline Py_ssize_t stream_bytes() noexcept nogil:
     MB, 1.90 to 0.98 ms, (16, 64, 56, 56) backward, 39 MB, 1.13 to 0.81; but its forward, 26 MB,
     0.47 to 0.50."""
     return cache[2] // 8 * 7
+
+
+cdef inline Py_ssize_t single_bytes() noexcept nogil:
+    """All arrays of a call, from which on whole vectors are written row by row: (256, 10, 100)
+    forward, one thread, 2 MB, 58.6 us by fours, 53.8 by ones; (256, 512), 1 MB, 28.5 and 30.4."""
+    return cache[1] // 2 * 3
 
 
 cdef inline Py_ssize_t prefetch_bytes() noexcept nogil:
@@ -66,14 +74,15 @@ cdef inline Py_ssize_t prefetch_output_bytes() noexcept nogil:
 
 cdef enum:
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
-    GATHER_COLUMNS = 256      # not wide, as its sums are taken up and laid down once a group
+    GATHER_COLUMNS = 128      # not wide, as its sums are taken up and laid down once a group
     AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
     AHEAD_ROWS = 24           # but no more than these and no less than a tree
     AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 256 * 1024
     PAGE_BYTES = 4096         # of a row that a thread has for itself, or threads share rows
-    SHARE_FEATURES = 64       # fewer are not worth another thread between the visits
+    SHARE_FEATURES = 64       # fewer are not worth another thread between the visits,
+    APART_SUMS = 1 << 14      # and so few sums (features times chunks) not worth two more barriers
     HELD_SIZE = 1 << 14       # elements below which the GIL is not worth handing on
 
 # A narrow tile is worse than reading x twice: (16384, 1024) backward, two threads: 22 ms with tiles
@@ -97,6 +106,8 @@ cdef struct Schedule:
     bint stream_gradient      # so does that of the residual
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
+    bint singly               # the output is written row by row
+    bint apart                # threads settle all features for themselves, see run_rows
     bint prefetch_output      # on the second, of runs and where rows come through the buffer
 
 cdef struct Work:             # what a schedule is made for
@@ -119,7 +130,7 @@ cdef Py_ssize_t columns_to_line(const Plan* plan) noexcept:
     cdef Py_ssize_t size = size_of(plan.storage)
     cdef int d
     for d in range(main.n_dims):
-        if main.stride[Y][d] % 64:
+        if main.stride[d][Y] % 64:
             return 0
     if not plan.used[Y] or plan.access[Y] == GATHERED or (<size_t> plan.base[Y]) % size:
         return 0
@@ -136,6 +147,15 @@ cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t limit, Py_ssize_t step
     return ((n + parts - 1) // parts + step - 1) // step * step
 
 
+cdef Py_ssize_t run_tile(const Plan* plan, Py_ssize_t n, Py_ssize_t limit) noexcept:
+    """Tiles of equal size; where there are many, of whole vectors, as what is left of a row costs
+    as much as some of these: (16, 512, 7, 7) forward 115 us in tiles of 21 features, 99 of 16."""
+    cdef Py_ssize_t whole = LANES // gcd(plan.segment[0].n_run, LANES)
+    if plan.layout == RUNS and whole <= limit and n >= 4 * whole:
+        return even_part(n, limit, whole)
+    return even_part(n, limit, 1)
+
+
 cdef void choose_run_tile(
     Schedule* schedule, const Work* work, Py_ssize_t limit, Py_ssize_t share,
 ) noexcept:
@@ -145,7 +165,7 @@ cdef void choose_run_tile(
     cdef int n_threads = schedule.n_threads
     if apply.layout == LONG_RUN:
         limit = min(limit, max(<Py_ssize_t> 1, along_sweep_bytes() // bytes))
-    schedule.tile = even_part(share, min(limit, run_sweep_bytes() // bytes), 1)
+    schedule.tile = run_tile(apply, share, min(limit, run_sweep_bytes() // bytes))
     # Else, as with three features for two threads, one of them would wait too long; or all of
     # them would have pages in common, every few of one's runs beside those of another.
     schedule.sweep = schedule.tile > 0 and 5 * work.n_features >= 4 * share * n_threads and (
@@ -153,7 +173,7 @@ cdef void choose_run_tile(
         or share * apply.segment[0].n_run * size_of(apply.storage) >= PAGE_BYTES
     )
     if not schedule.sweep:
-        schedule.tile = 1 if apply.layout == LONG_RUN else limit
+        schedule.tile = 1 if apply.layout == LONG_RUN else run_tile(apply, work.n_features, limit)
 
 
 cdef void choose_column_tile(
@@ -239,6 +259,16 @@ cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
     )
 
 
+cdef inline bint settles_apart(const Schedule* schedule, const Work* work) noexcept:
+    """(256, 512) on two threads 55 and 84 us with three barriers, 45 and 66 with one, where they
+    were slow (AMD EPYC, 2026-11-26); (4096, 33) 23.4 and 35.3, 22.2 and 32.7."""
+    cdef Py_ssize_t chunks = work.reduce.n_chunks
+    return (
+        not schedule.sweep and schedule.n_threads > 1
+        and work.n_features * (chunks + 8) <= APART_SUMS
+    )
+
+
 cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
     """Detours around the caches that pay for large arrays."""
     cdef Py_ssize_t bytes = work.feature_bytes * work.n_features
@@ -253,6 +283,7 @@ cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
     schedule.stream_gradient = schedule.stream and work.reduce.used[D] and not schedule.sweep
     schedule.prefetch = bytes >= prefetch_bytes()
     schedule.prefetch_again = schedule.prefetch and not schedule.sweep
+    schedule.singly = n_arrays * bytes > single_bytes()
     schedule.prefetch_output = bytes >= prefetch_output_bytes()
     for r in range(Y, W):
         if schedule.stream and apply.used[r] and apply.access[r] != GATHERED:
@@ -274,10 +305,10 @@ cdef inline void tile_range(
     first[0] += turn
 
 
-cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes) noexcept nogil:
+cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes, Py_ssize_t tree) noexcept nogil:
+    """At least those of the next tree."""
     return max(
-        <Py_ssize_t> TREE_ROWS,
-        min(<Py_ssize_t> AHEAD_ROWS, AHEAD_BYTES // row_bytes // TREE_ROWS * TREE_ROWS),
+        tree, min(<Py_ssize_t> AHEAD_ROWS, AHEAD_BYTES // row_bytes // TREE_ROWS * TREE_ROWS),
     )
 
 
@@ -290,7 +321,9 @@ cdef Py_ssize_t group_rows(
     )
     cdef int r
     for r in range(W):
-        direct = direct and access[r] == DIRECT
+        direct = direct and (
+            access[r] == DIRECT or (r == Y and streams_rows(plan, access))
+        )
     if direct:
         return BLOCK_ROWS if plan.layout == ROWS else min(plan.block_rows, <Py_ssize_t> BLOCK_ROWS)
     if plan.layout == LONG_RUN or plan.layout == ROWS:
@@ -308,6 +341,8 @@ boundaries = {
     "HALF_PIECE": HALF_PIECE,
     "BLOCK_ROWS": BLOCK_ROWS,
     "MAX_CHUNKS": MAX_CHUNKS,
+    "CHUNK_ELEMENTS": CHUNK_ELEMENTS,
+    "APART_SUMS": APART_SUMS,
     "JOIN_COLUMNS": JOIN_COLUMNS,
     "SHORT_COLUMNS": SHORT_COLUMNS,
     "JOIN_ROWS": JOIN_ROWS,
@@ -329,6 +364,7 @@ boundaries = {
     "RUN_SWEEP_BYTES": run_sweep_bytes(),
     "PAGE_BYTES": PAGE_BYTES,
     "STREAM_BYTES": stream_bytes(),
+    "SINGLE_BYTES": single_bytes(),
     "PREFETCH_BYTES": prefetch_bytes(),
     "PREFETCH_OUTPUT_BYTES": prefetch_output_bytes(),
     "SHARE_FEATURES": SHARE_FEATURES,

@@ -75,6 +75,8 @@ cdef struct Job:
     bint by_row               # runs are rows, where they are long enough
     Varying varying
     int n_threads             # at most
+    long long worked          # the first of them, since the last barrier, in ns,
+    long long done_at         # until then
     bint reduces              # the two visits that a call needs
     bint applies
     Schedule schedule
@@ -91,14 +93,14 @@ cdef struct Job:
     bint given[N_VALUES]      # arrays that the call has brought
     double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     Py_ssize_t stride         # of the engine's own arrays, from one to the next
-    bint own_values           # tiles are swept, each with arrays per feature of its own
+    Py_ssize_t own_features   # threads have arrays of their own, for so many; 0: they share them
     bint has_options          # rows need more buffers and columns
     Py_ssize_t width          # of the widest row of columns
     Py_ssize_t buffer_elements
     Py_ssize_t scratch_bytes
     char* scratch
-    Plan reduce               # of either visit; last, as a plan is large and has no defaults
-    Plan apply
+    Plan* reduce              # of either visit; not here, as threads have copies of this
+    Plan* apply
 
 
 cdef inline int n_own_values(const Job* job) noexcept nogil:
@@ -289,17 +291,17 @@ cdef void sample_shift(
     cdef lane[3][MAX_COLUMNS] scaled
     cdef const char* gamma
     cdef Py_ssize_t f, k, step = sample_rows(
-        &job.reduce, role, first, n_features, row, sample, lane_tag
+        job.reduce, role, first, n_features, row, sample, lane_tag
     )
     cdef bint around_zero = role == G
     cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
     cdef double* spread = job.value[SPREAD] + first
     if role == G and job.reduce.used[S]:  # what is summed
         for k in range(3):
-            gamma = value_at(&job.reduce, S, first, &job.reduce.sample[k])
+            gamma = value_at(job.reduce, S, first, &job.reduce.sample[k])
             for f in range(n_features):
                 scaled[k][f] = (<const lane*> (row[k] + f * step))[0] * <lane> load_gamma(
-                    &job.reduce, gamma + f * job.reduce.feature_stride[S]
+                    job.reduce, gamma + f * job.reduce.feature_stride[S]
                 )
             row[k] = <char*> scaled[k]
         step = sizeof(lane)
@@ -414,7 +416,7 @@ cdef void drop_gated_shift(
     """dout's shift is kept where the three values that it was guessed from come through: behind a
     gate that is closed (a dead unit) only 0 leaves sums of exactly 0.  It has to come through at
     shift_x too, as the kernel's padding does."""
-    cdef const Plan* plan = &job.reduce
+    cdef const Plan* plan = job.reduce
     cdef double** v = job.value
     cdef char* x[3]
     cdef char* r[3]
@@ -470,7 +472,7 @@ cdef double distance_from_mean(
     const Job* job, Py_ssize_t f, Py_ssize_t first, const Looks* look,
 ) noexcept nogil:
     """How far dout is from its mean, on the mean of some values."""
-    cdef const Plan* plan = &job.reduce
+    cdef const Plan* plan = job.reduce
     cdef Py_ssize_t k, role
     cdef Py_ssize_t[3] at
     cdef double g, x, r = 0, mean = job.value[MEAN_G][f], distance = 0
@@ -497,7 +499,7 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     always in one direction: dout = 1 but for three values of 1e9, float32, M = 1e5, dbeta was off
     by 280 roundings.  Where that may be, some more values say how far from the mean is far.
     """
-    cdef const Plan* plan = &job.reduce
+    cdef const Plan* plan = job.reduce
     cdef const Segment* segment = &plan.segment[0]
     cdef double** v = job.value
     cdef Looks look

@@ -24,11 +24,11 @@ cdef void visit_tile(
     """One visit to one chunk of a tile."""
     cdef Visit v
     v.job = job
-    v.plan = &job.apply if applies else &job.reduce
+    v.plan = job.apply if applies else job.reduce
     v.s = s
     v.wide = wide
     v.scales = True
-    v.varies = False
+    v.varies = v.singly = v.stream = False
     v.feature = first
     while v.feature < first + n_features:
         v.n_features = visited_together(
@@ -135,15 +135,15 @@ cdef void sweep_tiles(
     """Tiles tile .. end - 1 from their first visit to their last."""
     cdef Job own
     cdef Py_ssize_t first, n, chunk
-    if job.own_values:
+    if job.own_features:
         own = job[0]
         job = &own
     if job.varying.unit:
         memset(s.varying, 0, 2 * job.varying.size * sizeof(double))
     for tile in range(tile, end):
-        tile_range(&job.schedule, &job.apply, tile, &first, &n)
-        if job.own_values:
-            lay_out(job, s.values, job.schedule.tile + job.schedule.lead, first)
+        tile_range(&job.schedule, job.apply, tile, &first, &n)
+        if job.own_features:
+            lay_out(job, s.values, job.own_features, first)
         if job.reduces or job.reduce.gate != NONE:
             start_tile[lane](job, first, n, lane_tag)
         if job.reduces:
@@ -167,11 +167,60 @@ cdef void visit_chunks(
     cdef Py_ssize_t first, n, index, turn, n_tasks = end - task
     for turn in range(n_tasks):
         index = end - 1 - turn if applies else task + turn
-        tile_range(&job.schedule, &job.apply, index % job.schedule.n_tiles, &first, &n)
+        tile_range(&job.schedule, job.apply, index % job.schedule.n_tiles, &first, &n)
         if applies:
             apply_tile[lane](job, index // job.schedule.n_tiles, first, n, s, lane_tag)
         else:
             reduce_tile[lane](job, index // job.schedule.n_tiles, first, n, s, lane_tag)
+
+
+cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
+    """Arrays per feature of one thread's own; the first one's results are the call's."""
+    cdef int i, result
+    for i in range(job.op.n_results):
+        result = job.op.results[i]
+        if job.given[result] and job.reduces and not first:
+            job.value[result] = values
+            values += job.n_features
+    lay_out(job, values, job.n_features, 0)
+
+
+cdef long long run_rows_apart(
+    const Job* shared, int thread, int n_threads, long long since, Scratch* s,
+    const lane* lane_tag,
+) noexcept nogil:
+    """Rows are shared out and everything of a feature is done by each thread for itself, but for
+    its chunks' sums: one barrier.  Returns when the work after it began."""
+    cdef Job job = shared[0]
+    cdef Py_ssize_t tile, first, n, tiles = job.schedule.n_tiles
+    cdef Py_ssize_t to_sum = tiles * job.reduce.n_chunks, to_apply = tiles * job.apply.n_chunks
+    cdef double* own
+    lay_out_apart(&job, s.values, thread == 0)
+    own = job.sums
+    job.sums = shared.sums
+    if job.reduces or job.reduce.gate != NONE:
+        for tile in range(tiles):
+            tile_range(&job.schedule, job.apply, tile, &first, &n)
+            start_tile[lane](&job, first, n, lane_tag)
+    if job.reduces:
+        visit_chunks[lane](
+            &job, False, thread * to_sum // n_threads, (thread + 1) * to_sum // n_threads, s,
+            lane_tag,
+        )
+        bn_barrier(n_threads, &since)
+        memcpy(own, job.sums, 4 * job.reduce.n_chunks * job.n_features * sizeof(double))
+        job.sums = own
+    if thread and not job.applies:
+        return since
+    for tile in range(tiles):
+        tile_range(&job.schedule, job.apply, tile, &first, &n)
+        finish_tile[lane](&job, first, n, s, lane_tag)
+    if job.applies:
+        visit_chunks[lane](
+            &job, True, thread * to_apply // n_threads, (thread + 1) * to_apply // n_threads, s,
+            lane_tag,
+        )
+    return since
 
 
 cdef void visit_features(
@@ -181,7 +230,7 @@ cdef void visit_features(
     tile."""
     cdef Py_ssize_t tile, first, n, share, start
     for tile in range(job.schedule.n_tiles):
-        tile_range(&job.schedule, &job.apply, tile, &first, &n)
+        tile_range(&job.schedule, job.apply, tile, &first, &n)
         share = max(<Py_ssize_t> SHARE_FEATURES, (n + n_threads - 1) // n_threads)
         start = thread * share
         if start >= n:
@@ -196,6 +245,7 @@ cdef void visit_features(
 cdef void run_share(Job* job, int thread, int n_threads, const lane* lane_tag) noexcept nogil:
     """What one of n threads does of a call."""
     cdef Scratch s
+    cdef long long since = bn_now() if n_threads > 1 else 0
     cdef Py_ssize_t tiles = job.schedule.n_tiles
     cdef Py_ssize_t n = tiles * job.reduce.n_chunks, m = tiles * job.apply.n_chunks
     cdef Py_ssize_t together = job.schedule.together, shares = (tiles + together - 1) // together
@@ -205,23 +255,28 @@ cdef void run_share(Job* job, int thread, int n_threads, const lane* lane_tag) n
             job, thread * shares // n_threads * together,
             min(tiles, (thread + 1) * shares // n_threads * together), &s, lane_tag,
         )
+    elif job.schedule.apart:
+        since = run_rows_apart[lane](job, thread, n_threads, since, &s, lane_tag)
     else:
         if job.reduces or job.reduce.gate != NONE:
             visit_features[lane](job, False, thread, n_threads, &s, lane_tag)
-            bn_barrier(n_threads)
+            bn_barrier(n_threads, &since)
         if job.reduces:
             visit_chunks[lane](
                 job, False, thread * n // n_threads, (thread + 1) * n // n_threads, &s, lane_tag
             )
-            bn_barrier(n_threads)
+            bn_barrier(n_threads, &since)
         visit_features[lane](job, True, thread, n_threads, &s, lane_tag)
         if job.applies:
-            bn_barrier(n_threads)
+            bn_barrier(n_threads, &since)
             visit_chunks[lane](
                 job, True, thread * m // n_threads, (thread + 1) * m // n_threads, &s, lane_tag
             )
     if job.schedule.stream or job.schedule.stream_gradient:
         bn_stream_end()
+    if thread == 0 and n_threads > 1:
+        job.done_at = bn_now()
+        job.worked = job.done_at - since
 
 
 cdef void run_job(Job* job, const lane* lane_tag) noexcept nogil:
@@ -232,6 +287,7 @@ cdef void run_job(Job* job, const lane* lane_tag) noexcept nogil:
         return
     with parallel(num_threads=job.schedule.n_threads):
         run_share[lane](job, threadid(), bn_team(), lane_tag)
+    bn_note_wait(job.worked, bn_now() - job.done_at)
 
 
 cdef void run_natively(Job* job) noexcept nogil:
