@@ -14,7 +14,6 @@ class Options(NamedTuple):
 
     activation: str | None
     negative_slope: float
-    beta: Array
     residual: Array | None
     weights: Array | None  # of the shape and dtype of x, by a power of two smaller than given
     total: float  # of the weights of a feature
@@ -62,12 +61,15 @@ class Cache(_Five):
 
     Unpacks as the five-tuple ``(mean, inv_var, x, x_hat, gamma)`` that hand-written NumPy code
     passes around, where ``inv_var`` is 1/sqrt(var + eps). The small arrays broadcast against x, and
-    are float32 for an x of 16 bits; x_hat is computed when it is asked for.
+    are float32 for an x of 16 bits; x_hat is computed when it is asked for, and gamma is None where
+    none was given.
 
     Attributes
     ----------
-    x, gamma : ndarray
+    x : ndarray
         As given to the forward call, or converted.
+    gamma, beta : ndarray or None
+        The same, in the shapes in which they were given: those of their gradients. None: 1 and 0.
     stats : ndarray, float64, shape (4, n_features)
         Mean, the part of the mean beyond float64's digits, 1/sqrt(var + eps), var.
     axis : int
@@ -89,7 +91,8 @@ class Cache(_Five):
     """
 
     __slots__ = (
-        "axis", "eps", "exact_mean", "frozen", "gamma", "options", "overwritten", "stats", "x",
+        "axis", "beta", "eps", "exact_mean", "frozen", "gamma", "options", "overwritten", "stats",
+        "x",
     )  # fmt: skip
 
     _names = ("mean", "inv_var", "x", "x_hat", "gamma")
@@ -97,7 +100,8 @@ class Cache(_Five):
     def __init__(
         self,
         x: Array,
-        gamma: Array,
+        gamma: Array | None,
+        beta: Array | None,
         stats: Array,
         axis: int,
         eps: float,
@@ -108,6 +112,7 @@ class Cache(_Five):
     ) -> None:
         self.x = x
         self.gamma = gamma
+        self.beta = beta
         self.stats = stats
         self.axis = axis
         self.eps = eps
@@ -123,10 +128,6 @@ class Cache(_Five):
     @property
     def negative_slope(self) -> float:
         return self.options.negative_slope if self.options else 0.01
-
-    @property
-    def beta(self) -> Array | None:
-        return self.options.beta if self.options else None
 
     @property
     def residual(self) -> Array | None:
@@ -170,8 +171,16 @@ class Cache(_Five):
         x_hat: Array = ((self.x - mean) - mean_low) * inv_std
         return x_hat.astype(self.x.dtype, copy=False)
 
-    def _gamma(self) -> Array:
-        return self._broadcastable(self.gamma)
+    def _gamma(self) -> Array | None:
+        if self.gamma is None:
+            return None
+        gamma: Array = self.gamma.astype(parameter_dtype(self.x.dtype))
+        return self._as_feature(gamma) if gamma.ndim == 1 else gamma
+
+    @property
+    def parameter_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Those of gamma and beta, and so of their gradients; None where there was none."""
+        return tuple([None if a is None else a.shape for a in (self.gamma, self.beta)])
 
     def __repr__(self) -> str:
         kind = "frozen statistics" if self.frozen else "batch statistics"

@@ -75,6 +75,30 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
     return _as_parameter(array)
 
 
+def _affine(value: Any, name: str, x: Array, axis: int) -> Array | None:
+    """gamma or beta as float32 or float64, in the shape given; None stays."""
+    return None if value is None else _given(value, name, x, axis)
+
+
+def _given(value: Any, name: str, x: Array, axis: int) -> Array:
+    """One value for each feature, in a shape that broadcasts against x or (C,), or one for all."""
+    array = _real_array(value, name)
+    if not _is_per_feature(array.shape, x, axis):
+        raise ValueError(
+            f"{name} must have shape ({x.shape[axis]},), one value for each feature along axis"
+            f" {axis} of x, or broadcast against x along that axis, got {array.shape}"
+        )
+    array = _as_parameter(array)
+    return array if array.ndim < 2 else np.ascontiguousarray(array)
+
+
+def _is_per_feature(shape: tuple[int, ...], x: Array, axis: int) -> bool:
+    """Whether it says of each value to which feature it belongs."""
+    n = x.shape[axis]
+    lengths = (1,) * (x.ndim - len(shape)) + shape
+    return shape in ((), (n,)) or lengths == tuple([n if d == axis else 1 for d in range(x.ndim)])
+
+
 def _as_parameter(array: NDArray[Any]) -> Array:
     """float32 and float64 as they are; half types, which float32 holds, as that."""
     if array.dtype == np.float32 or array.dtype == np.float64:
@@ -93,7 +117,7 @@ def _axis(axis: Any, ndim: int) -> int:
     return index % ndim
 
 
-def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
+def _output(out: Any, inputs: dict[str, Any]) -> Array | None:
     """The caller's output: like the first input in shape and dtype, apart from it or exactly it."""
     if out is None:
         return None
@@ -114,7 +138,7 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         reach += (length - 1) * stride
     output: Array = np.asarray(out)
     for name, array in inputs.items():
-        if not np.may_share_memory(output, array):
+        if array is None or not np.may_share_memory(output, array):
             continue
         may_be_out = name in ("x", "dout", "residual")
         if not (may_be_out and is_same(output, array)) and np.shares_memory(output, array):
@@ -130,21 +154,20 @@ def is_same(a: Array, b: Array) -> bool:
 
 def forward_arrays(
     x: Any, gamma: Any, beta: Any, axis: Any, out: Any
-) -> tuple[Array, Array, Array, int, Array | None]:
+) -> tuple[Array, Array | None, Array | None, int, Array | None]:
     if core.is_plain(x, gamma, beta, axis, out):  # the straight road
         return x, gamma, beta, axis, out
     x, axis = array_and_axis(x, axis)
-    gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
-    beta = _parameter(beta, "beta", x.shape[axis], axis)
+    gamma = _affine(gamma, "gamma", x, axis)
+    beta = _affine(beta, "beta", x, axis)
     out = _output(out, {"x": x, "gamma": gamma})
-    if out is not None and np.may_share_memory(out, beta):
+    if out is not None and beta is not None and np.may_share_memory(out, beta):
         beta = beta.copy()  # it is read tile by tile, when there is output already
     return x, gamma, beta, axis, out
 
 
 def options(
     x: Array,
-    beta: Array,
     axis: int,
     out: Array | None,
     activation: Any,
@@ -170,7 +193,7 @@ def options(
     total, given = 0.0, None
     if weights is not None:
         weights, total, given = element_weights(weights, x, axis)
-    return Options(activation, slope, beta, residual, weights, total, overwritten, given)
+    return Options(activation, slope, residual, weights, total, overwritten, given)
 
 
 def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float, float]:
@@ -239,7 +262,10 @@ def epsilon(value: Any, name: str = "eps") -> float:
 
 
 def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
-    var = _parameter(value, name, n_features, axis)
+    return not_negative(_parameter(value, name, n_features, axis), name)
+
+
+def not_negative(var: Array, name: str) -> Array:
     negative = np.flatnonzero(var < 0)
     if negative.size:
         raise ValueError(
@@ -274,7 +300,7 @@ def known_keys(param: Any, name: str, known: Container[str]) -> None:
 
 def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tuple[Any, ...]:
     """What bn_param says: each value is checked, and read by the engine."""
-    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, axis)
+    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, x.shape[axis])
     if plain is not None:  # the straight road
         return plain
     if not isinstance(bn_param, MutableMapping):
@@ -295,9 +321,11 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
     ddof = _number(bn_param.get("ddof", 0), "bn_param['ddof']")
     if ddof not in (0, 1):
         raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof:g}")
-    for name, check in zip(RUNNING, (_parameter, variance), strict=True):
+    for name in RUNNING:
         if bn_param.get(name) is not None:
-            checked[name] = check(bn_param[name], f"bn_param[{name!r}]", n_features, axis)
+            checked[name] = _average(bn_param[name], f"bn_param[{name!r}]", x, axis)
+    if "running_var" in checked:
+        not_negative(checked["running_var"], "bn_param['running_var']")
     correction = 1.0
     if mode == "train" and ddof and x.size and not (options and options.without_weight):
         count: float = x.size // n_features
@@ -309,8 +337,18 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
                 "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
                 f" {count:g} values for each feature"
             )
-    read: tuple[Any, ...] = core.settings_of(checked, x, axis, correction)
+    read: tuple[Any, ...] = core.settings_of(checked, x, n_features, correction)
     return read
+
+
+def _average(value: Any, name: str, x: Array, axis: int) -> Array:
+    """A running average, which one number cannot be."""
+    if _given(value, name, x, axis).ndim == 0:
+        raise ValueError(
+            f"{name} must have shape ({x.shape[axis]},), one value for each feature along axis"
+            f" {axis} of x, got a single number"
+        )
+    return _each(value, name, x, axis)
 
 
 def unbiasing(count: float, ddof: int) -> float:
@@ -348,17 +386,22 @@ def gradient(dout: Any, x: Array) -> Array:
 
 
 def mean_and_var(mean: Any, var: Any, x: Array, axis: int) -> tuple[Array, Array]:
+    return _each(mean, "mean", x, axis), not_negative(_each(var, "var", x, axis), "var")
+
+
+def _each(value: Any, name: str, x: Array, axis: int) -> Array:
+    """The same in one dimension."""
+    array = _given(value, name, x, axis)
     n = x.shape[axis]
-    return _parameter(mean, "mean", n, axis), variance(var, "var", n, axis)
+    each: Array = np.broadcast_to(array, n) if array.ndim == 0 else array.reshape(n)
+    return each
 
 
 def frozen_parameters(
     x: Array, gamma: Any, beta: Any, axis: int, out: Any
-) -> tuple[Array, Array, Array | None]:
-    """gamma, beta (None: 1 and 0) and out of `normalize`."""
-    n, kind = x.shape[axis], parameter_dtype(x.dtype)
-    gamma = np.ones(n, kind) if gamma is None else _parameter(gamma, "gamma", n, axis)
-    beta = np.zeros(n, kind) if beta is None else _parameter(beta, "beta", n, axis)
+) -> tuple[Array | None, Array | None, Array | None]:
+    """gamma, beta and out of `normalize`."""
+    gamma, beta = _affine(gamma, "gamma", x, axis), _affine(beta, "beta", x, axis)
     # gamma and beta are read tile by tile, when there is output already.
     return gamma, beta, _output(out, {"x": x, "gamma": gamma, "beta": beta})
 
@@ -373,23 +416,22 @@ def pieces(
     x, axis = array_and_axis(x, axis)
     dout = gradient(dout, x)
     stats = np.zeros((4, x.shape[axis]))
-    stats[0] = _parameter(mean, "mean", x.shape[axis], axis)
-    stats[2] = variance(inv_std, "inv_std", x.shape[axis], axis)
+    stats[0] = _each(mean, "mean", x, axis)
+    stats[2] = not_negative(_each(inv_std, "inv_std", x, axis), "inv_std")
     return dout, x, stats, axis
 
 
 def sums(
     gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: int
-) -> tuple[Array, Array, Array]:
-    n = x.shape[axis]
+) -> tuple[Array | None, Array, Array]:
     return (
-        _parameter(gamma, "gamma", n, axis),
-        _parameter(sum_dout, "sum_dout", n, axis),
-        _parameter(sum_dout_xmu, "sum_dout_xmu", n, axis),
+        _affine(gamma, "gamma", x, axis),
+        _each(sum_dout, "sum_dout", x, axis),
+        _each(sum_dout_xmu, "sum_dout_xmu", x, axis),
     )
 
 
-def output(out: Any, dout: Array, x: Array, gamma: Array) -> Array | None:
+def output(out: Any, dout: Array, x: Array, gamma: Array | None) -> Array | None:
     return _output(out, {"dout": dout, "x": x, "gamma": gamma})
 
 
@@ -453,8 +495,14 @@ def _check_cache(cache: Cache) -> None:
     require(floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats")
     require(type(axis) is int and 0 <= axis < x.ndim, "axis", f"in [0, {x.ndim})")
     n = x.shape[axis]
-    parameters = np.float32, np.float64
-    require(_is_array(cache.gamma, parameters, (n,)), "gamma", f"({n},) of float32 or float64")
+    for name in ("gamma", "beta"):
+        a = getattr(cache, name)
+        fits = a is None or (
+            _is_array(a, DTYPES[1:], np.shape(a))
+            and _is_per_feature(a.shape, x, axis)
+            and (a.ndim < 2 or a.flags.c_contiguous)
+        )
+        require(fits, name, f"None or ({n},) of float32 or float64")
     whole = _is_array(stats, (np.float64,), (4, n)) and stats.flags.c_contiguous
     require(whole, "stats", f"(4, {n}) of float64, C-contiguous")
     require(isinstance(cache.eps, float) and math.isfinite(cache.eps), "eps", "a finite number")
@@ -465,7 +513,6 @@ def _check_cache(cache: Cache) -> None:
     known = activation is None or (isinstance(activation, str) and activation in core.activations)
     require(known, "activation", "None or a name that bn_fast knows")
     require(isinstance(options.negative_slope, float), "negative_slope", "a number")
-    require(_is_array(options.beta, parameters, (n,)), "beta", f"({n},) of float32 or float64")
     for name, array, dtype in (
         ("residual", residual, x.dtype), ("weights", weights, parameter_dtype(x.dtype)),
     ):  # fmt: skip
@@ -487,7 +534,7 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
         )
     inputs = {"x": cache.x, "gamma": cache.gamma}
     if cache.options:
-        inputs["beta"] = cache.options.beta
+        inputs["beta"] = cache.beta
     if cache.options and cache.options.activation and cache.options.residual is not None:
         if cache.options.residual_overwritten:
             raise ValueError(
@@ -513,13 +560,22 @@ def second_order_arrays(
         if ddx.shape != x.shape:
             raise ValueError(f"ddx must have the shape of x, {x.shape}, got {ddx.shape}")
         ddx = ddx.astype(x.dtype, order="K", copy=False)
-    ddgamma, ddbeta = (
-        np.zeros(x.shape[axis])
-        if value is None
-        else np.ascontiguousarray(_parameter(value, name, x.shape[axis], axis), np.float64)
-        for name, value in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
-    )
+    ddgamma = _as_gradient(ddgamma, "ddgamma", cache.gamma, x.shape[axis])
+    ddbeta = _as_gradient(ddbeta, "ddbeta", cache.beta, x.shape[axis])
     return ddx, ddgamma, ddbeta, dout, cache
+
+
+def _as_gradient(value: Any, name: str, parameter: Array | None, n: int) -> NDArray[np.float64]:
+    """The gradient of a parameter's gradient, for each feature; None: zeros."""
+    if value is None:
+        return np.zeros(n)
+    array = _real_array(value, name)
+    expected = "be None, as" if parameter is None else f"have shape {parameter.shape}, that of"
+    if parameter is None or array.shape != parameter.shape:
+        raise ValueError(f"{name} must {expected} {name[2:]}, got {array.shape}")
+    each: NDArray[np.float64] = np.empty(n)
+    each[...] = array.reshape(-1)
+    return each
 
 
 def _foreign_cache(cache: Any) -> Cache:
@@ -551,11 +607,29 @@ def _foreign_cache(cache: Any) -> Cache:
     stats = np.zeros((4, n_features))
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
         stats[row] = _flat_parameter(value, name, n_features, axis)
-    gamma = _flat_parameter(gamma, "gamma", n_features, axis)
-    frozen = bool(getattr(cache, "frozen", False))  # as the reference's cache of test mode says
-    return Cache(
-        x, gamma, stats, axis, -1.0, frozen, False, options=_foreign_options(cache, x, axis)
-    )
+    # The reference's cache says more, by attributes.
+    frozen = bool(getattr(cache, "frozen", False))
+    shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", (None, (n_features,)))
+    shape, beta_shape = shapes
+    gamma = _foreign_parameter(gamma, "gamma", shape, n_features, axis)
+    beta = None
+    if beta_shape is not None:
+        beta = getattr(cache, "beta", np.zeros(n_features))
+        beta = _foreign_parameter(beta, "beta", beta_shape, n_features, axis)
+    options = _foreign_options(cache, x, axis)
+    return Cache(x, gamma, beta, stats, axis, -1.0, frozen, False, options=options)
+
+
+def _foreign_parameter(
+    value: Any, name: str, shape: tuple[int, ...] | None, n_features: int, axis: int
+) -> Array | None:
+    """gamma or beta of a five-tuple, in the shape that is known to have been given."""
+    if value is None:
+        return None
+    array = _as_parameter(_real_array(value, f"cache's {name}"))
+    if array.ndim:
+        array = _flat_parameter(array, name, n_features, axis)
+    return array.reshape(shape) if shape else array
 
 
 def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
@@ -564,10 +638,9 @@ def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
     activation, residual, weights = (getattr(cache, name, None) for name in names)
     if activation is None and residual is None and weights is None:
         return None
-    beta = _flat_parameter(cache.beta, "beta", x.shape[axis], axis)
     if weights is not None:
         weights = np.asarray(weights).take([0], axis)
-    return options(x, beta, axis, None, activation, cache.negative_slope, residual, weights)
+    return options(x, axis, None, activation, cache.negative_slope, residual, weights)
 
 
 def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:

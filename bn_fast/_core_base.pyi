@@ -36,8 +36,8 @@ def double_backward(
 ) -> tuple[Array, Array, Array]: ...
 def forward(
     x: Array,
-    gamma: Array,
-    beta: Array,
+    gamma: Array | None,
+    beta: Array | None,
     axis: int,
     out: Array | None,
     settings: tuple[Any, ...] | None,
@@ -47,7 +47,7 @@ def forward(
 def given_statistics(mean: Array, var: Array, eps: float) -> Array: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def is_same(a: Array, b: Array) -> bool: ...
-def is_plain_gradient(dout: object, x: Array, gamma: Array, out: object) -> bool: ...
+def is_plain_gradient(dout: object, x: Array, gamma: Array | None, out: object) -> bool: ...
 def moments(
     x: Array, axis: int, n_threads: int, weights: Array | None = None, total: float = 0.0
 ) -> Array: ...
@@ -91,8 +91,8 @@ def plain_rows(
 ) -> tuple[Array, Any] | None: ...
 def normalize(
     x: Array,
-    gamma: Array,
-    beta: Array,
+    gamma: Array | None,
+    beta: Array | None,
     axis: int,
     stats: Array,
     out: Array | None,
@@ -109,6 +109,17 @@ def plain_forward(
     negative_slope: object,
     residual: object,
     small: int,
-) -> tuple[Array, Array, tuple[Any, ...] | None, tuple[Array, Array, float, bool]] | None: ...
+) -> (
+    tuple[
+        Array,
+        Array | None,
+        Array | None,
+        tuple[Any, ...] | None,
+        tuple[Array, Array, float, bool],
+    ]
+    | None
+): ...
 def set_caches(l1: int, l2: int, l3: int) -> tuple[int, int, int]: ...
-def settings_of(bn_param: object, x: Array, axis: int, correction: float = 0.0) -> Any: ...
+def settings_of(
+    bn_param: object, x: Array, n_features: int, correction: float = 0.0
+) -> Any: ...  # a tuple; or None

@@ -23,8 +23,8 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"
 
 def batch_norm(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     *,
@@ -37,8 +37,9 @@ def batch_norm(
     ----------
     x : array_like, 2 or more dimensions
         Input, M values for each of ``C = x.shape[axis]`` features, float32 or float64, any strides.
-    gamma, beta : array_like, shape (C,)
-        Scale and shift of each feature.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each feature; None: 1 and 0. Other shapes as in
+        `bn_fast.batchnorm_forward`.
     mean, var : array_like, shape (C,), optional
         Statistics to normalize with, those of a whole data set for example (the test mode of
         `bn_fast.batchnorm_forward`). Constants: autograd refuses to differentiate with respect to
@@ -93,8 +94,8 @@ def batch_norm(
 @primitive
 def _forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
     mean: ArrayLike | None,
     var: ArrayLike | None,
     axis: int,
@@ -113,11 +114,12 @@ def _forward(
 
 @primitive
 def _backward(
-    dout: Array, x: Array, gamma: Array, kept: list[Cache], needs: tuple[str, ...]
+    dout: Array, x: Array, gamma: Array | None, kept: list[Cache], needs: tuple[str, ...]
 ) -> tuple[Array, ...]:
     """Those of dx, dgamma, dbeta that are needed, as a function of dout, x and gamma, although the
     latter are in `kept`: so autograd knows what a second derivative depends on."""
-    return batchnorm_backward(dout, kept[0], needs=needs)[-len(needs) :]
+    found = batchnorm_backward(dout, kept[0], needs=needs)
+    return tuple(gradient for gradient in found if gradient is not None)
 
 
 def _vjp(
@@ -127,15 +129,18 @@ def _vjp(
     x, gamma, _, _, _, _, _, kept = args
     if any(argnum > 2 for argnum in argnums):
         raise NotImplementedError("only x, gamma and beta can be differentiated")
-
-    needs = GRADIENTS[:3] if 0 in argnums else GRADIENTS[1:3]  # without dx no second pass
+    needs = tuple(GRADIENTS[i] for i in sorted(argnums))
 
     def gradients(dout: Array) -> tuple[Array, ...]:
-        found = _backward(dout, x, gamma, kept, needs)
-        first = 3 - len(needs)
-        return tuple(found[i - first].astype(args[i].dtype, copy=False) for i in argnums)
+        found = dict(zip(needs, _backward(dout, x, gamma, kept, needs), strict=True))
+        return tuple(_as(args[i], found[GRADIENTS[i]]) for i in argnums)
 
     return gradients
+
+
+def _as(value: Any, gradient: Array) -> Array:
+    """The gradient in the dtype of what it is with respect to, be that a number."""
+    return gradient.astype(getattr(value, "dtype", float), copy=False)
 
 
 defvjp_argnums(_forward, _vjp)
@@ -144,13 +149,13 @@ defvjp_argnums(_forward, _vjp)
 @primitive
 def _double_backward(
     ddx: Array | None,
-    ddgamma: Array,
-    ddbeta: Array,
+    ddgamma: Array | None,
+    ddbeta: Array | None,
     dout: Array,
     x: Array,
-    gamma: Array,
+    gamma: Array | None,
     kept: list[Cache],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array | None, Array]:
     """dx, dgamma, ddout. A third derivative is not defined, and autograd says so."""
     return batchnorm_double_backward(ddx, ddgamma, ddbeta, dout, kept[0])
 
@@ -161,10 +166,11 @@ def _second_vjp(
     dout, x, gamma, kept, needs = args
 
     def gradients(second: Any) -> tuple[Array, ...]:
-        ddx = second[0] if len(needs) == 3 else None
-        found = _double_backward(ddx, second[-2], second[-1], dout, x, gamma, kept)
+        given = dict(zip(needs, second, strict=True))
+        ddx, ddgamma, ddbeta = (given.get(name) for name in GRADIENTS[:3])
+        found = _double_backward(ddx, ddgamma, ddbeta, dout, x, gamma, kept)
         in_order = found[2], found[0], found[1]
-        return tuple(in_order[i].astype(args[i].dtype, copy=False) for i in argnums)
+        return tuple(_as(args[i], in_order[i]) for i in argnums)
 
     return gradients
 
@@ -313,7 +319,7 @@ def _norm_vjp(
 
     def gradients(dout: Array) -> tuple[Array, ...]:
         found = dict(zip(needs, _norm_backward(dout, x, gamma, kept, needs), strict=True))
-        return tuple(found[GRADIENTS[i]].astype(args[i].dtype, copy=False) for i in argnums)
+        return tuple(_as(args[i], found[GRADIENTS[i]]) for i in argnums)
 
     return gradients
 

@@ -469,10 +469,9 @@ def _dx(
     x = _block(x)
     dout = _checks.gradient(_block(dout, "dout"), x)
     whole = _unpacked(packed)
-    n = x.shape[axis]
-    gamma = np.ones(n) if gamma is None else _checks._parameter(gamma, "gamma", n, axis)
+    gamma = _checks._affine(gamma, "gamma", x, axis)
     sums = np.ascontiguousarray(sums)
-    cache = _cache.Cache(x, gamma, statistics(whole, eps), axis, eps, exact_mean=False)
+    cache = _cache.Cache(x, gamma, None, statistics(whole, eps), axis, eps, exact_mean=False)
     dx: Array = core.backward_dx(dout, cache, sums, whole.count, None, n_threads_for(x))
     return dx
 

@@ -14,7 +14,7 @@ from ._cache import Cache, Options
 from ._checks import GRADIENTS, RUNNING
 from ._core import core
 from ._threads import get_num_threads
-from ._types import Array, BNParam
+from ._types import Array, BNParam, MaybeArray
 
 __all__ = [
     "batchnorm_backward",
@@ -35,8 +35,8 @@ def n_threads_for(x: Array) -> int:
 
 def batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     axis: int = 1,
@@ -55,8 +55,10 @@ def batchnorm_forward(
         as such, integers and bool as float64; float16 and bfloat16 (of ml_dtypes) as float32, to
         which only results of x's size are rounded back, too large ones to infinity. Any strides;
         never modified (but see `out`).
-    gamma, beta : array_like, shape (C,)
-        Scale and shift of each feature; any real dtype, best float32 for an x of 16 bits.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each feature; any real dtype, best float32 for an x of 16 bits. None: 1
+        and 0. Other shapes in which they broadcast against x along `axis` are taken too, as
+        (1, C, 1, 1) for images, and a number for all features.
     bn_param : dict, optional
         The settings of CS231n's assignments; None: train mode, no running averages.
 
@@ -67,8 +69,9 @@ def batchnorm_forward(
         - ``ddof``: 0 (default) or 1; the running variance averages
           ``sum((x - mean)**2) / (M - ddof)``, with 1 as PyTorch and Chainer. The output does not
           depend on it.
-        - ``running_mean``, ``running_var``: shape (C,), default zeros. Stored back as new arrays in
-          both modes, updated in train mode only, and not by an empty batch.
+        - ``running_mean``, ``running_var``: shape (C,), or one that broadcasts as gamma's; default
+          zeros, shape (C,). Stored back as new arrays in both modes, updated in train mode only,
+          and not by an empty batch.
     axis : int, default 1
         The feature axis; negative counts from the end.
     out : ndarray, optional
@@ -97,7 +100,7 @@ def batchnorm_forward(
     Raises
     ------
     TypeError
-        If an argument is not real-valued (None, str, object, complex, a masked array).
+        If an argument is not real-valued (str, object, complex, a masked array).
     ValueError
         If a shape, size or value is wrong, or `out` overlaps x or residual in part; or for a batch
         of one value, whose variance with ``ddof`` 1 is none.
@@ -183,15 +186,13 @@ def batchnorm_forward(
         x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, _SERIAL_SIZE
     )
     if plain:  # the straight road
-        x, gamma, asked, (y, stats, eps, frozen) = plain
+        x, gamma, beta, asked, (y, stats, eps, frozen) = plain
         options = None if asked is None else Options(*asked)
     else:
         x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
         options = settings = None
         if activation is not None or residual is not None or weights is not None:
-            options = _checks.options(
-                x, beta, axis, out, activation, negative_slope, residual, weights
-            )
+            options = _checks.options(x, axis, out, activation, negative_slope, residual, weights)
         if bn_param is not None:
             settings = _checks.settings(bn_param, x, axis, options)
         with _stored(bn_param, settings):
@@ -199,20 +200,25 @@ def batchnorm_forward(
                 x, gamma, beta, axis, out, settings, options, n_threads_for(x)
             )
     overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
-    return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
+    return y, Cache(x, gamma, beta, stats, axis, eps, frozen, True, overwritten, options)
 
 
 @contextmanager
 def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator[None]:
-    """Store the averages before something is done that cannot be taken back: a mapping may refuse.
-    Where one or the other fails it is as before."""
+    """Store the averages, in the shapes given, before something is done that cannot be taken back:
+    a mapping may refuse. Where one or the other fails it is as before."""
     if param is None or settings is None:
         yield
         return
     before = {name: param[name] for name in RUNNING if name in param}
     try:
         for name, average in zip(RUNNING, settings[3:5], strict=True):
-            param[name] = average
+            given = before.get(name)
+            param[name] = (
+                average
+                if given is None
+                else average.reshape(_checks._real_array(given, name).shape)
+            )
         yield
     except BaseException:
         with suppress(Exception):
@@ -226,7 +232,7 @@ def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator
 
 def batchnorm_backward(
     dout: ArrayLike,
-    cache: Cache | Sequence[ArrayLike],
+    cache: Cache | Sequence[Any],
     *,
     out: Array | None = None,
     needs: Sequence[str] = GRADIENTS,
@@ -239,7 +245,8 @@ def batchnorm_backward(
         Gradient with respect to the output of `batchnorm_forward`.
     cache : Cache or sequence of five arrays
         From `batchnorm_forward`, or ``(mean, inv_var, x, x_hat, gamma)`` as NumPy code makes it for
-        the train mode, where mean and the others broadcast against x and x_hat is not read.
+        the train mode, where mean and the others broadcast against x and x_hat is not read; gamma
+        may be None.
     out : ndarray, optional
         Where to write dx. It may be dout itself, or the x of the cache, which is then spent.
     needs : sequence of str
@@ -249,7 +256,9 @@ def batchnorm_backward(
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+    dgamma, dbeta : ndarray, shapes of gamma and beta, dtype of x (float32 for an x of 16 bits)
+        None for one that was None. Shape (C,) after a plain tuple. Of one number for all features
+        the sum of their gradients.
     dresidual : ndarray, shape and dtype of x
         Only if the forward call had a residual.
 
@@ -327,8 +336,22 @@ def batchnorm_backward(
     if gradients is None:
         wanted = _checks.needs(needs, out)
         dout, kept, out = _checks.backward_arrays(dout, cache, out)
-        gradients = core.backward(dout, kept, out, wanted, n_threads_for(kept.x))
+        dx, dgamma, dbeta, *dresidual = core.backward(
+            dout, kept, out, wanted, n_threads_for(kept.x)
+        )
+        dgamma, dbeta = as_given(dgamma, kept.gamma), as_given(dbeta, kept.beta)
+        gradients = dx, dgamma, dbeta, *dresidual
     return gradients
+
+
+def as_given(gradient: Array | None, parameter: Array | None) -> Array | None:
+    """The gradient in the shape of its parameter, whose one value for all features has their sum;
+    None where one of them is."""
+    if gradient is None or parameter is None or gradient.shape == parameter.shape:
+        return None if parameter is None else gradient
+    if parameter.ndim == 0:
+        return np.asarray(gradient.sum(dtype=np.float64), gradient.dtype)
+    return gradient.reshape(parameter.shape)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -339,8 +362,8 @@ def batchnorm_double_backward(
     ddgamma: ArrayLike | None,
     ddbeta: ArrayLike | None,
     dout: ArrayLike,
-    cache: Cache | Sequence[ArrayLike],
-) -> tuple[Array, Array, Array]:
+    cache: Cache | Sequence[Any],
+) -> tuple[Array, MaybeArray, Array]:
     r"""Gradients of batch normalization's gradients: the second order, for gradient penalties.
 
     With ``dx, dgamma, dbeta = batchnorm_backward(dout, cache)`` and a loss that depends on these
@@ -350,8 +373,8 @@ def batchnorm_double_backward(
     ----------
     ddx : array_like, shape of x, or None
         The loss's gradient with respect to dx. None, here and below: zeros, and less work.
-    ddgamma, ddbeta : array_like, shape (C,), or None
-        The loss's gradients with respect to dgamma and dbeta.
+    ddgamma, ddbeta : array_like, shapes of gamma and beta, or None
+        The loss's gradients with respect to dgamma and dbeta; None where these are.
     dout : array_like, shape of x
         What `batchnorm_backward` was given.
     cache : Cache or sequence of five arrays
@@ -361,8 +384,8 @@ def batchnorm_double_backward(
     -------
     dx : ndarray, shape and dtype of x
         Gradient with respect to x, in train mode through the statistics too.
-    dgamma : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
-        Gradient with respect to gamma.
+    dgamma : ndarray, shape of gamma, dtype of x (float32 for an x of 16 bits)
+        Gradient with respect to gamma; None if that was None.
     ddout : ndarray, shape and dtype of x
         Gradient with respect to dout.
 
@@ -431,13 +454,16 @@ def batchnorm_double_backward(
     ddx, ddgamma, ddbeta, dout, kept = _checks.second_order_arrays(
         ddx, ddgamma, ddbeta, dout, cache
     )
-    return core.double_backward(ddx, ddgamma, ddbeta, dout, kept, n_threads_for(kept.x))
+    dx, dgamma, ddout = core.double_backward(
+        ddx, ddgamma, ddbeta, dout, kept, n_threads_for(kept.x)
+    )
+    return dx, as_given(dgamma, kept.gamma), ddout
 
 
 def spatial_batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     out: Array | None = None,

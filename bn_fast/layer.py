@@ -427,7 +427,7 @@ class BatchNorm:
         out, stats, _, _ = core.forward(
             x, gamma, self._beta, axis, out, settings, None, n_threads_for(x)
         )
-        cache = Cache(x, gamma, stats, axis, self._eps, False, True)
+        cache = Cache(x, gamma, self._beta, stats, axis, self._eps, False, True)
         count = x.size // self._num_features
         return out, cache, count, count, stats[0], stats[3]
 

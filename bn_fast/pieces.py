@@ -161,7 +161,8 @@ def normalize(
     var : array_like, shape (C,)
         Any real dtype, at least 0. Left out after a Moments.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; None: 1 and 0. Named after a Moments.
+        Scale and shift; None: 1 and 0. Named after a Moments. Other shapes as in
+        `batchnorm_forward`; mean and var may have them too.
     eps : float, default 1e-5
         Added to the variance; at least 0.
     axis : int, default 1
@@ -311,7 +312,7 @@ def backward_apply(
     x: ArrayLike,
     mean: Moments | ArrayLike,
     inv_std: ArrayLike,
-    gamma: ArrayLike,
+    gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
     count: float,
@@ -328,8 +329,8 @@ def backward_apply(
     mean : Moments or array_like, shape (C,)
     inv_std : array_like, shape (C,)
         Those of the whole batch, as given to `backward_reduce`.
-    gamma : array_like, shape (C,)
-        Scale of each feature.
+    gamma : array_like, shape (C,), or None
+        Scale of each feature; None: 1.
     sum_dout, sum_dout_xmu : array_like, shape (C,)
         Sums over the whole batch.
     count : float
@@ -386,5 +387,5 @@ def backward_apply(
     out = _checks.output(out, dout, x, gamma)
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)
-    cache = Cache(x, gamma, stats, axis, -1.0, exact_mean=False)
+    cache = Cache(x, gamma, None, stats, axis, -1.0, exact_mean=False)
     return core.backward_dx(dout, cache, sums, total, out, n_threads_for(x))

@@ -78,6 +78,31 @@ def test_gradient_penalty_agrees_with_the_expression(argnums):
         assert_allclose(a, b, rtol=0, atol=1e-12 * np.max(np.abs(b)))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("gamma_shape", "beta_shape"),
+    [(None, None), (None, (3,)), ((1, 3, 1), None), ((), (3, 1)), ((3,), ())],
+)
+def test_parameters_of_other_shapes_or_none(gamma_shape, beta_shape, frozen):
+    x, gamma, beta, mean = problem((6, 3, 2), 1)
+    statistics = (mean, mean**2 + 0.5) if frozen else ()
+    given = [
+        shape if shape is None else a[0] if shape == () else a.reshape(shape)
+        for a, shape in ((gamma, gamma_shape), (beta, beta_shape))
+    ]
+    places = [i for i, a in enumerate(given) if a is not None]
+
+    def function(x, *some):
+        parameters = [None, None]
+        for i, a in zip(places, some, strict=True):
+            parameters[i] = a
+        return batch_norm(x, *parameters, *statistics)
+
+    some = [given[i] for i in places]
+    argnums = tuple(range(1 + len(some)))
+    check_grads(function, argnums, modes=["rev"], order=2)(x, *some)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_dtypes(dtype):
     x, gamma, beta, _ = problem((40, 6), 1, dtype)
@@ -127,7 +152,7 @@ def test_one_backward_pass_for_all_arguments(monkeypatch):
     # Without x none of its size: no second pass over x and dout.
     for argnums in ((1, 2), (2, 1), (1,), (2,)):
         found = grad(loss, argnums)(x, gamma, beta)
-        assert calls.pop() == ("dgamma", "dbeta")
+        assert "dx" not in calls.pop()
         for i, gradient in zip(argnums, found, strict=True):
             assert (gradient == whole[i]).all()
     check_grads(lambda *given: batch_norm(x, *given), modes=["rev"], order=2)(gamma, beta)

@@ -32,11 +32,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Array = NDArray[np.floating[Any]]
 BNParam = MutableMapping[str, Any]
-Gradients = tuple[Array, Array, Array]
+Gradients = tuple[Array, Any, Any]  # those of gamma and beta are None where these were
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
 
@@ -52,7 +52,7 @@ class Cache(NamedTuple):
     inv_var: Array
     x: Array
     x_hat: Array
-    gamma: Array
+    gamma: Any  # an array, or None
 
 
 class FrozenCache(Cache):
@@ -67,12 +67,17 @@ class FrozenCache(Cache):
 
 
 class OptionsCache(Cache):
-    """The cache of a call with options, which its attributes keep under their names."""
+    """The cache of a call with options, which its attributes keep under their names.
+
+    So they do with beta, and with the shapes in which gamma and beta were given (None: not at all)
+    where one is not (C,).
+    """
 
     frozen: bool
     activation: str | None
     negative_slope: float
-    beta: Array
+    beta: ArrayLike | None
+    parameter_shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     residual: Array | None
     weights: Array | None
 
@@ -109,8 +114,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[..., Arra
 
 def batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     axis: int = 1,
@@ -169,8 +174,9 @@ def batchnorm_forward(
     axis = normalize_axis_index(axis, x.ndim)
     n_features = x.shape[axis]
     against_x = (n_features,) + (1,) * (x.ndim - 1 - axis)
-    gamma = _parameter(gamma, "gamma", n_features).astype(x.dtype).reshape(against_x)
-    beta = _parameter(beta, "beta", n_features).astype(x.dtype).reshape(against_x)
+    shapes, given_beta = (_shape(gamma), _shape(beta)), beta
+    scale = _against(1 if gamma is None else gamma, "gamma", x, axis, x.dtype)
+    beta = _against(0 if beta is None else beta, "beta", x, axis, x.dtype)
 
     param = {"mode": "train"} if bn_param is None else bn_param
     if param["mode"] not in ("train", "test"):
@@ -185,12 +191,12 @@ def batchnorm_forward(
     ddof = param.get("ddof", 0)
     if ddof not in (0, 1):
         raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof!r}")
-    running_mean = _running_average(param, "running_mean", n_features, x.dtype)
-    running_var = _running_average(param, "running_var", n_features, x.dtype)
+    running_mean = _running_average(param, "running_mean", x, axis)
+    running_var = _running_average(param, "running_var", x, axis)
     if (running_var < 0).any():
         feature = int(np.argmax(running_var < 0))
         raise ValueError(
-            f"bn_param['running_var'] must not be negative, got {running_var[feature]}"
+            f"bn_param['running_var'] must not be negative, got {running_var.flat[feature]}"
             f" for feature {feature}"
         )
 
@@ -213,10 +219,10 @@ def batchnorm_forward(
             f" {count:g} values for each feature"
         )
 
-    mean = _mean(x, gamma, w) if train else running_mean.astype(x.dtype).reshape(against_x)
+    mean = _mean(x, scale, w) if train else running_mean.astype(x.dtype).reshape(against_x)
     centered = x - mean
     var = (
-        _mean(centered * centered, gamma, w)
+        _mean(centered * centered, scale, w)
         if train
         else running_var.astype(x.dtype).reshape(against_x)
     )
@@ -226,28 +232,57 @@ def batchnorm_forward(
         inv_std = np.zeros_like(inv_std)
     x_hat = centered * inv_std
     if train and not is_empty:
-        running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
-        unbiased = var.reshape(-1) * (1 + ddof / (count - ddof))
-        running_var = momentum * running_var + (1 - momentum) * unbiased
+        new = mean.reshape(running_mean.shape)
+        running_mean = momentum * running_mean + (1 - momentum) * new
+        new = var.reshape(running_var.shape) * (1 + ddof / (count - ddof))
+        running_var = momentum * running_var + (1 - momentum) * new
 
     if out is not None and np.may_share_memory(out, stored):
         stored = stored.copy()
     if residual is not None and out is not None and np.may_share_memory(out, residual):
         residual = residual.copy()
-    z = _before_activation(gamma, x_hat, beta, residual)
+    z = _before_activation(scale, x_hat, beta, residual)
     y = ACTIVATIONS[activation][0](z, negative_slope) if activation else z
     y = _deliver(y.astype(stored.dtype, copy=False), out)
     if bn_param is not None:
         bn_param["running_mean"] = running_mean
         bn_param["running_var"] = running_var
-    five = mean, inv_std, stored, x_hat, gamma
-    if activation is None and residual is None and w is None:
+    kept = gamma if gamma is None else scale if np.ndim(gamma) else np.asarray(gamma, x.dtype)
+    five = mean, inv_std, stored, x_hat, kept
+    plain = shapes == ((n_features,), (n_features,))
+    if plain and activation is None and residual is None and w is None:
         return y, (Cache if train else FrozenCache)(*five)
     cache = OptionsCache(*five)
     cache.frozen = not train
     cache.activation, cache.negative_slope = activation, negative_slope
-    cache.beta, cache.residual, cache.weights = beta, residual, w
+    cache.beta, cache.residual, cache.weights = given_beta, residual, w
+    cache.parameter_shapes = shapes
     return y, cache
+
+
+def _shape(value: ArrayLike | None) -> tuple[int, ...] | None:
+    return None if value is None else np.shape(value)
+
+
+def _as_given(gradient: Array, shape: tuple[int, ...] | None) -> Any:
+    """The gradient of a parameter that was given in that shape; None: that was not given."""
+    if shape is None:
+        return None
+    return gradient.sum() if shape == () else gradient.reshape(shape)
+
+
+def _parameter_shapes(cache: Sequence[Any], n_features: int) -> tuple[Any, ...]:
+    """As the cache says; a plain tuple does not."""
+    own = (n_features,)
+    known = None if cache[4] is None else own, own
+    shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", known)
+    return shapes
+
+
+def _shaped(value: ArrayLike | None, default: float, like: Array) -> Array:
+    """A parameter, None for its default, in another's shape and dtype."""
+    array = np.asarray(default if value is None else value, like.dtype)
+    return array.reshape(like.shape) if array.ndim else np.full(like.shape, array)
 
 
 def _before_activation(
@@ -303,22 +338,39 @@ def _computable(array: Array) -> Array:
     return array.astype(np.float32) if array.itemsize == 2 else array
 
 
-def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
+def _parameter(value: ArrayLike, name: str, x: Array, axis: int) -> NDArray[Any]:
+    """A value for each feature, or one for all, in the shape given."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" and not _is_bfloat16(array.dtype):
         raise TypeError(f"{name} must be an array of real numbers, got dtype {array.dtype}")
-    if array.shape != (n_features,):
-        raise ValueError(f"{name} must have shape ({n_features},), got {array.shape}")
+    axis = normalize_axis_index(axis, x.ndim)
+    own = (x.shape[axis],)
+    lengths = (1,) * (x.ndim - array.ndim) + array.shape
+    others = lengths[:axis] + lengths[axis + 1 :]
+    along = len(lengths) == x.ndim and lengths[axis] == own[0] and set(others) <= {1}
+    if array.shape not in (own, ()) and not along:
+        raise ValueError(f"{name} must have shape {own}, or broadcast to it, got {array.shape}")
     return array
 
 
-def _running_average(param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]) -> Array:
+def _against(
+    value: Any, name: str, x: Array, axis: int, dtype: DTypeLike = np.float64
+) -> Array:
+    """A value for each feature, in a shape that broadcasts against x."""
+    array = _parameter(value, name, x, axis).astype(dtype)
+    each = array if array.ndim else np.full(x.shape[axis], array)
+    return each.reshape((-1,) + (1,) * (x.ndim - 1 - normalize_axis_index(axis, x.ndim)))
+
+
+def _running_average(param: BNParam, key: str, x: Array, axis: int) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
     if value is None:
-        return np.zeros(n_features, dtype)
-    value = _parameter(value, f"bn_param[{key!r}]", n_features)
-    return value.astype(np.result_type(value.dtype, dtype))
+        return np.zeros(x.shape[axis], x.dtype)
+    value = _parameter(value, f"bn_param[{key!r}]", x, axis)
+    if value.ndim == 0:
+        raise ValueError(f"bn_param[{key!r}] must have a value for each feature, got {value}")
+    return value.astype(np.result_type(value.dtype, x.dtype))
 
 
 def _sum(a: Array, like: Array, where: NDArray[np.bool_] | bool = True) -> Array:
@@ -368,7 +420,7 @@ def _deliver(result: Array, out: Array | None) -> Array:
 
 
 class _Backward(Protocol):
-    def __call__(self, dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients: ...
+    def __call__(self, dout: ArrayLike, cache: Sequence[Any]) -> Gradients: ...
 
 
 def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backward:
@@ -377,12 +429,12 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
     """
 
-    def backward(dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients:
+    def backward(dout: ArrayLike, cache: Sequence[Any]) -> Gradients:
         mean, inv_var, x, x_hat, gamma = cache
         stored = _float_array(x, "cache's x")
         x = _computable(stored)
         mean = np.asarray(mean, x.dtype)
-        inv_var, gamma = (np.asarray(a, x.dtype).reshape(mean.shape) for a in (inv_var, gamma))
+        inv_var, gamma = np.asarray(inv_var, x.dtype).reshape(mean.shape), _shaped(gamma, 1, mean)
         x_hat = np.asarray(x_hat, x.dtype)
         dout = _float_array(dout, "dout").astype(stored.dtype, copy=False)
         dout = _computable(dout)
@@ -404,7 +456,8 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
             dx = prepared.gamma * prepared.inv_std * dout
         else:
             dx, dgamma, dbeta = train_mode(dout, prepared)
-        return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
+        sums = zip((dgamma, dbeta), _parameter_shapes(cache, mean.size), strict=True)
+        return dx.astype(stored.dtype, copy=False), *(_as_given(a, shape) for a, shape in sums)
 
     # Not functools.wraps, after which `help` would show the signature of the derivation.
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -412,15 +465,13 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     return backward
 
 
-def _through_activation(
-    dout: Array, gamma: Array, x_hat: Array, cache: Sequence[ArrayLike]
-) -> Array:
+def _through_activation(dout: Array, gamma: Array, x_hat: Array, cache: Sequence[Any]) -> Array:
     """The gradient with respect to what the activation of a cache's call was applied to."""
     activation = getattr(cache, "activation", None)
     if activation is None:
         return dout
     beta, residual, slope = (getattr(cache, a) for a in ("beta", "residual", "negative_slope"))
-    beta = np.asarray(beta, dout.dtype).reshape(gamma.shape)
+    beta = _shaped(beta, 0, gamma)
     z = _before_activation(gamma, x_hat, beta, residual)
     return ACTIVATIONS[activation][1](dout, z, slope)
 
@@ -621,7 +672,7 @@ def batchnorm_backward_element_wise(dout: Array, cache: _Prepared) -> Gradients:
 
 def batchnorm_backward(
     dout: ArrayLike,
-    cache: Sequence[ArrayLike],
+    cache: Sequence[Any],
     *,
     out: Array | None = None,
     needs: Sequence[str] = GRADIENTS,
@@ -667,9 +718,9 @@ def batchnorm_backward(
     dx, dgamma, dbeta = batchnorm_backward_element_wise(dout, cache)
     gradients = [dx, dgamma, dbeta]
     if getattr(cache, "residual", None) is not None:
-        _, _, _, x_hat, gamma = cache
-        dout = np.array(dout, dx.dtype)
-        gradients.append(_through_activation(dout, np.asarray(gamma), np.asarray(x_hat), cache))
+        mean, _, _, x_hat, gamma = cache
+        dout, gamma = np.array(dout, dx.dtype), _shaped(gamma, 1, np.asarray(mean, dx.dtype))
+        gradients.append(_through_activation(dout, gamma, np.asarray(x_hat), cache))
     if "dx" in needs:
         gradients[0] = _deliver(dx, out)
     named = zip(GRADIENTS, gradients, strict=False)
@@ -684,7 +735,7 @@ def batchnorm_double_backward(
     ddgamma: ArrayLike | None,
     ddbeta: ArrayLike | None,
     dout: ArrayLike,
-    cache: Sequence[ArrayLike],
+    cache: Sequence[Any],
 ) -> Gradients:
     """Twin of `bn_fast.batchnorm_double_backward`, which has the derivation; without options.
 
@@ -718,12 +769,13 @@ def batchnorm_double_backward(
     array([0.0816])
     """
     mean, inv_std, x, x_hat, gamma = cache
-    if isinstance(cache, OptionsCache):
+    options = (getattr(cache, name, None) for name in ("activation", "residual", "weights"))
+    if any(option is not None for option in options):
         raise ValueError("cache must be of a call without activation, residual and weights")
     stored = _float_array(x, "cache's x")
     dtype = _computable(stored).dtype
     mean = np.asarray(mean, dtype)
-    r, gamma = (np.asarray(values, dtype).reshape(mean.shape) for values in (inv_std, gamma))
+    r, gamma = np.asarray(inv_std, dtype).reshape(mean.shape), _shaped(gamma, 1, mean)
     x_hat = np.asarray(x_hat, dtype)
     given = []
     for name, array in (("dout", dout), ("ddx", np.zeros_like(stored) if ddx is None else ddx)):
@@ -732,12 +784,11 @@ def batchnorm_double_backward(
             raise ValueError(f"{name} must have shape {stored.shape}, got {array.shape}")
         given.append(array)
     g, u = given
-    a, b = (
-        np.zeros_like(mean)
-        if values is None
-        else _parameter(values, name, mean.size).astype(dtype).reshape(mean.shape)
-        for name, values in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
-    )
+    shapes = _parameter_shapes(cache, mean.size)
+    for name, values, shape in zip(("ddgamma", "ddbeta"), (ddgamma, ddbeta), shapes, strict=True):
+        if values is not None and np.shape(values) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {np.shape(values)}")
+    a, b = (_shaped(values, 0, mean) for values in (ddgamma, ddbeta))
     dx: Array
     if getattr(cache, "frozen", False):
         dx = a * r * g
@@ -753,13 +804,13 @@ def batchnorm_double_backward(
         dgamma = r * _count(stored, mean) * (product - along_u * along_g)
         ddout = gamma * r * u_mean_free + w * x_hat + b
     dx, ddout = (result.astype(stored.dtype, copy=False) for result in (dx, ddout))
-    return dx, dgamma.reshape(-1), ddout
+    return dx, _as_given(dgamma, shapes[0]), ddout
 
 
 def spatial_batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     out: Array | None = None,
@@ -873,17 +924,13 @@ def normalize(
     """
     if isinstance(mean, Moments):
         mean, var = mean.mean, mean.var()
+    like = np.asarray(x)
+    mean, var = (
+        _against(values, name, like, axis).reshape(-1)
+        for values, name in ((mean, "mean"), (var, "var"))
+    )
     param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
-    n_features = np.shape(x)[axis]
-    gamma = np.ones(n_features) if gamma is None else gamma
-    beta = np.zeros(n_features) if beta is None else beta
     return batchnorm_forward(x, gamma, beta, param, axis=axis, out=out)[0]
-
-
-def _against(values: ArrayLike, x: Array, axis: int) -> Array:
-    """One value for each feature, in float64, in a shape that broadcasts against x."""
-    flat = _parameter(values, "a value for each feature", x.shape[axis]).astype(np.float64)
-    return flat.reshape((-1,) + (1,) * (x.ndim - 1 - normalize_axis_index(axis, x.ndim)))
 
 
 def backward_reduce(
@@ -898,7 +945,7 @@ def backward_reduce(
     (array([1.]), array([-1.]))
     """
     x, dout = _float_array(x, "x"), _float_array(dout, "dout")
-    mean = _against(mean, x, axis)
+    mean = _against(mean, "mean", x, axis)
     g = dout.astype(np.float64)
     return _sum(g, mean).reshape(-1), _sum(g * (x - mean), mean).reshape(-1)
 
@@ -908,7 +955,7 @@ def backward_apply(
     x: ArrayLike,
     mean: ArrayLike,
     inv_std: ArrayLike,
-    gamma: ArrayLike,
+    gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
     count: float,
@@ -926,8 +973,9 @@ def backward_apply(
            [-0.375]])
     """
     x, dout = _float_array(x, "x"), _float_array(dout, "dout")
-    given = mean, inv_std, gamma, sum_dout, sum_dout_xmu
-    mean, r, gamma, s, p = (_against(a, x, axis) for a in given)
+    names = "mean", "inv_std", "gamma", "sum_dout", "sum_dout_xmu"
+    given = mean, inv_std, 1 if gamma is None else gamma, sum_dout, sum_dout_xmu
+    mean, r, gamma, s, p = (_against(*a, x, axis) for a in zip(given, names, strict=True))
     m = max(count, 1)
     dx = gamma * r * (dout - s / m - (x - mean) * r**2 * (p / m))
     return _deliver(dx.astype(x.dtype), out)
