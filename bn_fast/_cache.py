@@ -6,7 +6,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ._types import Array, parameter_dtype
+from ._types import Array, Axis, parameter_dtype
+
+
+def feature_shape(x: Array, axis: Axis) -> tuple[int, ...]:
+    """That of parameters and statistics: the lengths of x along the features' axes."""
+    return (x.shape[axis],) if isinstance(axis, int) else tuple([x.shape[d] for d in axis])
+
+
+def shape_against(x: Array, axis: Axis) -> tuple[int, ...]:
+    """The shape in which they broadcast against x, from the first of these axes on."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    return tuple([x.shape[d] if d in axes else 1 for d in range(axes[0], x.ndim)])
 
 
 class Options(NamedTuple):
@@ -72,8 +83,8 @@ class Cache(_Five):
         The same, in the shapes in which they were given: those of their gradients. None: 1 and 0.
     stats : ndarray, float64, shape (4, n_features)
         Mean, the part of the mean beyond float64's digits, 1/sqrt(var + eps), var.
-    axis : int
-        The feature axis of x.
+    axis : int or tuple of int
+        The feature axis of x, or axes in ascending order.
     eps : float
         What was added to the variance; negative where that is not known.
     frozen : bool
@@ -103,7 +114,7 @@ class Cache(_Five):
         gamma: Array | None,
         beta: Array | None,
         stats: Array,
-        axis: int,
+        axis: Axis,
         eps: float,
         frozen: bool = False,
         exact_mean: bool = True,
@@ -139,7 +150,7 @@ class Cache(_Five):
 
     def _as_feature(self, values: Array) -> Array:
         """One value for each feature in the shape in which they broadcast against x."""
-        return values.reshape((-1,) + (1,) * (self.x.ndim - 1 - self.axis))
+        return values.reshape(shape_against(self.x, self.axis))
 
     def _broadcastable(self, values: Array) -> Array:
         return self._as_feature(values.astype(parameter_dtype(self.x.dtype)))
@@ -175,7 +186,8 @@ class Cache(_Five):
         if self.gamma is None:
             return None
         gamma: Array = self.gamma.astype(parameter_dtype(self.x.dtype))
-        return self._as_feature(gamma) if gamma.ndim == 1 else gamma
+        own = gamma.shape == feature_shape(self.x, self.axis)
+        return self._as_feature(gamma) if own else gamma
 
     @property
     def parameter_shapes(self) -> tuple[tuple[int, ...] | None, ...]:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.exceptions import AxisError
 from numpy.typing import NDArray
 
-from ._cache import Cache, Options
+from ._cache import Cache, Options, feature_shape, shape_against
 from ._core import core
-from ._types import DTYPES, Array, is_bfloat16, parameter_dtype
+from ._types import DTYPES, Array, Axis, is_bfloat16, parameter_dtype
 
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 RUNNING = "running_mean", "running_var"
@@ -64,7 +64,7 @@ def _input(value: Any, name: str) -> Array:
     return array
 
 
-def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+def _parameter(value: Any, name: str, n_features: int, axis: Axis) -> Array:
     """One real number per feature, as float32 or float64."""
     array = _real_array(value, name)
     if array.shape != (n_features,):
@@ -75,28 +75,30 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
     return _as_parameter(array)
 
 
-def _affine(value: Any, name: str, x: Array, axis: int) -> Array | None:
+def _affine(value: Any, name: str, x: Array, axis: Axis) -> Array | None:
     """gamma or beta as float32 or float64, in the shape given; None stays."""
     return None if value is None else _given(value, name, x, axis)
 
 
-def _given(value: Any, name: str, x: Array, axis: int) -> Array:
+def _given(value: Any, name: str, x: Array, axis: Axis) -> Array:
     """One value for each feature, in a shape that broadcasts against x or (C,), or one for all."""
     array = _real_array(value, name)
     if not _is_per_feature(array.shape, x, axis):
         raise ValueError(
-            f"{name} must have shape ({x.shape[axis]},), one value for each feature along axis"
-            f" {axis} of x, or broadcast against x along that axis, got {array.shape}"
+            f"{name} must have shape {feature_shape(x, axis)}, one value for each feature along"
+            f" axis {axis} of x, or broadcast against x along it, got {array.shape}"
         )
     array = _as_parameter(array)
     return array if array.ndim < 2 else np.ascontiguousarray(array)
 
 
-def _is_per_feature(shape: tuple[int, ...], x: Array, axis: int) -> bool:
+def _is_per_feature(shape: tuple[int, ...], x: Array, axis: Axis) -> bool:
     """Whether it says of each value to which feature it belongs."""
-    n = x.shape[axis]
-    lengths = (1,) * (x.ndim - len(shape)) + shape
-    return shape in ((), (n,)) or lengths == tuple([n if d == axis else 1 for d in range(x.ndim)])
+    if shape in ((), feature_shape(x, axis)):
+        return True
+    against_x = shape_against(x, axis)
+    against_x = (1,) * (x.ndim - len(against_x)) + against_x
+    return len(shape) <= x.ndim and (1,) * (x.ndim - len(shape)) + shape == against_x
 
 
 def _as_parameter(array: NDArray[Any]) -> Array:
@@ -115,6 +117,22 @@ def _axis(axis: Any, ndim: int) -> int:
     if not -ndim <= index < ndim:
         raise AxisError(f"axis must be in [-{ndim}, {ndim}) for x of {ndim} dimensions, got {axis}")
     return index % ndim
+
+
+def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes in ascending order; an integer is that one axis."""
+    if not isinstance(axis, tuple):
+        if not hasattr(axis, "__index__"):
+            raise TypeError(f"axis must be an integer or a tuple of integers, got {_kind(axis)}")
+        return (_axis(axis, ndim),)
+    named = sorted(_axis(a, ndim) for a in axis)
+    if not named or len(set(named)) < len(named):
+        raise ValueError(f"axis must name one or more axes, each once, got {axis}")
+    return tuple(named)
+
+
+def n_features(x: Array, axis: Axis) -> int:
+    return math.prod(feature_shape(x, axis))
 
 
 def _output(out: Any, inputs: dict[str, Any]) -> Array | None:
@@ -154,7 +172,7 @@ def is_same(a: Array, b: Array) -> bool:
 
 def forward_arrays(
     x: Any, gamma: Any, beta: Any, axis: Any, out: Any
-) -> tuple[Array, Array | None, Array | None, int, Array | None]:
+) -> tuple[Array, Array | None, Array | None, Axis, Array | None]:
     if core.is_plain(x, gamma, beta, axis, out):  # the straight road
         return x, gamma, beta, axis, out
     x, axis = array_and_axis(x, axis)
@@ -168,7 +186,7 @@ def forward_arrays(
 
 def options(
     x: Array,
-    axis: int,
+    axis: Axis,
     out: Array | None,
     activation: Any,
     negative_slope: Any,
@@ -196,7 +214,7 @@ def options(
     return Options(activation, slope, residual, weights, total, overwritten, given)
 
 
-def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float, float]:
+def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, float, float]:
     """Weights in the shape and dtype of x, and their sum (None and 0 where all are equal); and
     the sum of those that were given.
 
@@ -205,9 +223,10 @@ def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, floa
     """
     w = _real_array(value, "weights").astype(np.float64)
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
-    fits = len(lengths) == x.ndim and lengths[axis] == 1
+    axes = (axis,) if isinstance(axis, int) else axis
+    fits = len(lengths) == x.ndim and all(lengths[d] == 1 for d in axes)
     if not fits or any(m not in (1, n) for m, n in zip(lengths, x.shape, strict=True)):
-        wanted = tuple(1 if d == axis else n for d, n in enumerate(x.shape))
+        wanted = tuple(1 if d in axes else n for d, n in enumerate(x.shape))
         raise ValueError(
             f"weights must broadcast to {wanted}, which is x without axis {axis}, got {w.shape}"
         )
@@ -216,7 +235,7 @@ def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, floa
         raise ValueError(
             f"weights must be finite and at least 0, got {highest if lowest >= 0 else lowest}"
         )
-    repeats = x.size // x.shape[axis] // w.size if x.size else 0
+    repeats = x.size // n_features(x, axis) // w.size if x.size else 0
     with np.errstate(over="ignore"):
         given = float(w.sum()) * repeats
     if lowest == highest > 0 or w.size == 0:
@@ -261,7 +280,7 @@ def epsilon(value: Any, name: str = "eps") -> float:
     return eps
 
 
-def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
+def variance(value: Any, name: str, n_features: int, axis: Axis) -> Array:
     return not_negative(_parameter(value, name, n_features, axis), name)
 
 
@@ -298,9 +317,9 @@ def known_keys(param: Any, name: str, known: Container[str]) -> None:
                 raise ValueError(f"{name} has a key {key!r}: {meant!r} must be meant")
 
 
-def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tuple[Any, ...]:
+def settings(bn_param: Any, x: Array, axis: Axis, options: Options | None) -> tuple[Any, ...]:
     """What bn_param says: each value is checked, and read by the engine."""
-    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, x.shape[axis])
+    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, n_features(x, axis))
     if plain is not None:  # the straight road
         return plain
     if not isinstance(bn_param, MutableMapping):
@@ -312,7 +331,6 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
         raise KeyError("bn_param must have the key 'mode', 'train' or 'test'") from None
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
-    n_features = x.shape[axis]
     checked: dict[str, Any] = {"mode": str(mode)}
     if "eps" in bn_param:
         checked["eps"] = epsilon(bn_param["eps"], "bn_param['eps']")
@@ -328,7 +346,7 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
         not_negative(checked["running_var"], "bn_param['running_var']")
     correction = 1.0
     if mode == "train" and ddof and x.size and not (options and options.without_weight):
-        count: float = x.size // n_features
+        count: float = x.size // n_features(x, axis)
         if options is not None and options.sum_weights is not None:
             count = options.sum_weights
         correction = unbiasing(count, int(ddof))
@@ -337,16 +355,16 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
                 "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
                 f" {count:g} values for each feature"
             )
-    read: tuple[Any, ...] = core.settings_of(checked, x, n_features, correction)
+    read: tuple[Any, ...] = core.settings_of(checked, x, n_features(x, axis), correction)
     return read
 
 
-def _average(value: Any, name: str, x: Array, axis: int) -> Array:
+def _average(value: Any, name: str, x: Array, axis: Axis) -> Array:
     """A running average, which one number cannot be."""
     if _given(value, name, x, axis).ndim == 0:
         raise ValueError(
-            f"{name} must have shape ({x.shape[axis]},), one value for each feature along axis"
-            f" {axis} of x, got a single number"
+            f"{name} must have shape {feature_shape(x, axis)}, one value for each feature along"
+            f" axis {axis} of x, got a single number"
         )
     return _each(value, name, x, axis)
 
@@ -370,11 +388,13 @@ def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str
     return set(names)
 
 
-def array_and_axis(x: Any, axis: Any) -> tuple[Array, int]:
+def array_and_axis(x: Any, axis: Any) -> tuple[Array, Axis]:
+    """x, and its feature axis, or axes if they are several."""
     x = _input(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
-    return x, _axis(axis, x.ndim)
+    axes = _axes(axis, x.ndim)
+    return x, axes[0] if len(axes) == 1 else axes
 
 
 def gradient(dout: Any, x: Array) -> Array:
@@ -385,20 +405,20 @@ def gradient(dout: Any, x: Array) -> Array:
     return converted
 
 
-def mean_and_var(mean: Any, var: Any, x: Array, axis: int) -> tuple[Array, Array]:
+def mean_and_var(mean: Any, var: Any, x: Array, axis: Axis) -> tuple[Array, Array]:
     return _each(mean, "mean", x, axis), not_negative(_each(var, "var", x, axis), "var")
 
 
-def _each(value: Any, name: str, x: Array, axis: int) -> Array:
+def _each(value: Any, name: str, x: Array, axis: Axis) -> Array:
     """The same in one dimension."""
     array = _given(value, name, x, axis)
-    n = x.shape[axis]
+    n = n_features(x, axis)
     each: Array = np.broadcast_to(array, n) if array.ndim == 0 else array.reshape(n)
     return each
 
 
 def frozen_parameters(
-    x: Array, gamma: Any, beta: Any, axis: int, out: Any
+    x: Array, gamma: Any, beta: Any, axis: Axis, out: Any
 ) -> tuple[Array | None, Array | None, Array | None]:
     """gamma, beta and out of `normalize`."""
     gamma, beta = _affine(gamma, "gamma", x, axis), _affine(beta, "beta", x, axis)
@@ -408,21 +428,21 @@ def frozen_parameters(
 
 def pieces(
     dout: Any, x: Any, mean: Any, inv_std: Any, axis: Any
-) -> tuple[Array, Array, NDArray[np.float64], int]:
+) -> tuple[Array, Array, NDArray[np.float64], Axis]:
     """dout, x and axis, and stats as the engine keeps them.
 
     Their variance is 0, which lets the engine shift by the mean itself: eps may hide in inv_std.
     """
     x, axis = array_and_axis(x, axis)
     dout = gradient(dout, x)
-    stats = np.zeros((4, x.shape[axis]))
+    stats = np.zeros((4, n_features(x, axis)))
     stats[0] = _each(mean, "mean", x, axis)
     stats[2] = not_negative(_each(inv_std, "inv_std", x, axis), "inv_std")
     return dout, x, stats, axis
 
 
 def sums(
-    gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: int
+    gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: Axis
 ) -> tuple[Array | None, Array, Array]:
     return (
         _affine(gamma, "gamma", x, axis),
@@ -450,15 +470,15 @@ def moments_of(
     if not 0 <= number < math.inf:
         raise ValueError(f"count must be finite and at least 0, got {number}")
     given = _real_array(mean, "mean")
-    if given.ndim != 1:
-        raise ValueError(f"mean must have one dimension, got shape {given.shape}")
+    if given.ndim < 1:
+        raise ValueError(f"mean must have one or more dimensions, got {given}")
     squares = _real_array(m2, "m2")
     if squares.shape != given.shape:
         raise ValueError(f"m2 must have the shape of mean, {given.shape}, got {squares.shape}")
     negative = np.flatnonzero(squares < 0)
     if negative.size:
         raise ValueError(
-            f"m2 must not be negative, got {squares[negative[0]]} for feature {negative[0]}"
+            f"m2 must not be negative, got {squares.flat[negative[0]]} for feature {negative[0]}"
         )
     return number, given.astype(np.float64), squares.astype(np.float64)
 
@@ -493,8 +513,10 @@ def _check_cache(cache: Cache) -> None:
     x, axis, stats, options = cache.x, cache.axis, cache.stats, cache.options
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
     require(floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats")
-    require(type(axis) is int and 0 <= axis < x.ndim, "axis", f"in [0, {x.ndim})")
-    n = x.shape[axis]
+    axes = axis if isinstance(axis, tuple) and len(axis) > 1 else (axis,)
+    known = all(type(d) is int and 0 <= d < x.ndim for d in axes)
+    require(known and sorted(set(axes)) == list(axes), "axis", f"in [0, {x.ndim}), or of such")
+    n = n_features(x, axis)
     for name in ("gamma", "beta"):
         a = getattr(cache, name)
         fits = a is None or (
@@ -502,7 +524,7 @@ def _check_cache(cache: Cache) -> None:
             and _is_per_feature(a.shape, x, axis)
             and (a.ndim < 2 or a.flags.c_contiguous)
         )
-        require(fits, name, f"None or ({n},) of float32 or float64")
+        require(fits, name, f"None or {feature_shape(x, axis)} of float32 or float64")
     whole = _is_array(stats, (np.float64,), (4, n)) and stats.flags.c_contiguous
     require(whole, "stats", f"(4, {n}) of float64, C-contiguous")
     require(isinstance(cache.eps, float) and math.isfinite(cache.eps), "eps", "a finite number")
@@ -560,8 +582,9 @@ def second_order_arrays(
         if ddx.shape != x.shape:
             raise ValueError(f"ddx must have the shape of x, {x.shape}, got {ddx.shape}")
         ddx = ddx.astype(x.dtype, order="K", copy=False)
-    ddgamma = _as_gradient(ddgamma, "ddgamma", cache.gamma, x.shape[axis])
-    ddbeta = _as_gradient(ddbeta, "ddbeta", cache.beta, x.shape[axis])
+    n = n_features(x, axis)
+    ddgamma = _as_gradient(ddgamma, "ddgamma", cache.gamma, n)
+    ddbeta = _as_gradient(ddbeta, "ddbeta", cache.beta, n)
     return ddx, ddgamma, ddbeta, dout, cache
 
 
@@ -581,7 +604,7 @@ def _as_gradient(value: Any, name: str, parameter: Array | None, n: int) -> NDAr
 def _foreign_cache(cache: Any) -> Cache:
     """A five-tuple (mean, inv_var, x, x_hat, gamma) that NumPy code made.
 
-    The feature axis is the one that mean stretches over when it broadcasts against x.
+    The feature axes are those that mean stretches over when it broadcasts against x.
     """
     try:
         mean, inv_var, x, _, gamma = cache
@@ -598,52 +621,56 @@ def _foreign_cache(cache: Any) -> Cache:
     stretched = [d for d, n in enumerate(shape) if n != 1]
     if not stretched:  # one feature: the axis that has length 1 in x, the course's if it may be
         stretched = [d for d in (x.ndim - 1, 1, *range(x.ndim)) if x.shape[d] == 1][:1]
-    if len(shape) != x.ndim or len(stretched) != 1 or mean.size != x.shape[stretched[0]]:
+    fits = len(shape) == x.ndim and 0 < len(stretched) < x.ndim
+    if not fits or any(shape[d] != x.shape[d] for d in stretched):
         raise ValueError(
-            f"cache's mean must broadcast against x {x.shape} along one axis, got {mean.shape}"
+            f"cache's mean must broadcast against x {x.shape} along the features' axes, got"
+            f" {mean.shape}"
         )
-    axis = stretched[0]
-    n_features = x.shape[axis]
-    stats = np.zeros((4, n_features))
+    axis: Axis = stretched[0] if len(stretched) == 1 else tuple(stretched)
+    own = feature_shape(x, axis)
+    stats = np.zeros((4, math.prod(own)))
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
-        stats[row] = _flat_parameter(value, name, n_features, axis)
+        stats[row] = _flat_parameter(value, name, math.prod(own), axis)
     # The reference's cache says more, by attributes.
     frozen = bool(getattr(cache, "frozen", False))
-    shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", (None, (n_features,)))
-    shape, beta_shape = shapes
-    gamma = _foreign_parameter(gamma, "gamma", shape, n_features, axis)
+    shape, beta_shape = getattr(cache, "parameter_shapes", (own if np.ndim(gamma) else (), own))
+    gamma = _foreign_parameter(gamma, "gamma", shape, axis, math.prod(own))
     beta = None
     if beta_shape is not None:
-        beta = getattr(cache, "beta", np.zeros(n_features))
-        beta = _foreign_parameter(beta, "beta", beta_shape, n_features, axis)
+        beta = getattr(cache, "beta", np.zeros(own))
+        beta = _foreign_parameter(beta, "beta", beta_shape, axis, math.prod(own))
     options = _foreign_options(cache, x, axis)
     return Cache(x, gamma, beta, stats, axis, -1.0, frozen, False, options=options)
 
 
 def _foreign_parameter(
-    value: Any, name: str, shape: tuple[int, ...] | None, n_features: int, axis: int
+    value: Any, name: str, shape: tuple[int, ...], axis: Axis, n_features: int
 ) -> Array | None:
-    """gamma or beta of a five-tuple, in the shape that is known to have been given."""
+    """gamma or beta of a five-tuple, in the shape that its gradient shall have."""
     if value is None:
         return None
     array = _as_parameter(_real_array(value, f"cache's {name}"))
     if array.ndim:
         array = _flat_parameter(array, name, n_features, axis)
-    return array.reshape(shape) if shape else array
+    return array.reshape(shape)
 
 
-def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
+def _foreign_options(cache: Any, x: Array, axis: Axis) -> Options | None:
     """Those of the reference's cache, which has them as attributes."""
     names = ("activation", "residual", "weights")
     activation, residual, weights = (getattr(cache, name, None) for name in names)
     if activation is None and residual is None and weights is None:
         return None
     if weights is not None:
-        weights = np.asarray(weights).take([0], axis)
+        first = [slice(None)] * x.ndim
+        for d in (axis,) if isinstance(axis, int) else axis:
+            first[d] = slice(1)
+        weights = np.asarray(weights)[tuple(first)]
     return options(x, axis, None, activation, cache.negative_slope, residual, weights)
 
 
-def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+def _flat_parameter(value: Any, name: str, n_features: int, axis: Axis) -> Array:
     """A parameter of a five-tuple, which may carry axes of length 1."""
     array = _real_array(value, f"cache's {name}")
     flat = array.reshape(-1) if array.size == n_features else array

@@ -24,7 +24,12 @@ def backward_dx(
     dout: Array, cache: Cache, sums: Array, total: float, out: Array | None, n_threads: int
 ) -> Array: ...
 def backward_sums(
-    dout: Array, x: Array, stats: Array, axis: int, n_threads: int, normalized: bool = False
+    dout: Array,
+    x: Array,
+    stats: Array,
+    axis: int | tuple[int, ...],
+    n_threads: int,
+    normalized: bool = False,
 ) -> Array: ...
 def double_backward(
     ddx: Array | None,
@@ -38,7 +43,7 @@ def forward(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    axis: int,
+    axis: int | tuple[int, ...],
     out: Array | None,
     settings: tuple[Any, ...] | None,
     options: tuple[Any, ...] | None,
@@ -49,7 +54,11 @@ def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) 
 def is_same(a: Array, b: Array) -> bool: ...
 def is_plain_gradient(dout: object, x: Array, gamma: Array | None, out: object) -> bool: ...
 def moments(
-    x: Array, axis: int, n_threads: int, weights: Array | None = None, total: float = 0.0
+    x: Array,
+    axis: int | tuple[int, ...],
+    n_threads: int,
+    weights: Array | None = None,
+    total: float = 0.0,
 ) -> Array: ...
 def norm_backward(
     dout: Array,
@@ -93,7 +102,7 @@ def normalize(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    axis: int,
+    axis: int | tuple[int, ...],
     stats: Array,
     out: Array | None,
     n_threads: int,

@@ -24,14 +24,14 @@ class Moments:
     ----------
     count : float
         M, how many values each feature has; at least 0.
-    mean, m2 : array_like, shape (C,)
+    mean, m2 : array_like, shape (C,) or of more dimensions
         Mean, and ``sum((x - mean)**2)``, of each feature. Without values m2 is 0 and mean is not
         read.
 
     Attributes
     ----------
     count : float
-    mean, m2 : ndarray, float64, shape (C,), read-only
+    mean, m2 : ndarray, float64, of the shape given, read-only
         mean is NaN where there are no values. m2 is infinite or 0 where it leaves float64's range;
         variances and standard deviations, and merged moments, do not on that account.
 
@@ -95,7 +95,7 @@ class Moments:
     def __init__(self, count: float, mean: ArrayLike, m2: ArrayLike) -> None:
         count, mean, m2 = _checks.moments_of(count, mean, m2)
         zeros = np.zeros_like(mean)
-        self._set(count, mean, zeros, m2, zeros, np.zeros(mean.size, np.intc))
+        self._set(count, mean, zeros, m2, zeros, np.zeros(mean.shape, np.intc))
 
     def _set(
         self,
@@ -108,7 +108,7 @@ class Moments:
     ) -> None:
         if count == 0:
             mean = np.full_like(mean, np.nan)
-            mean_low, m2, m2_low = np.zeros((3, mean.size))
+            mean_low, m2, m2_low = np.zeros((3, *mean.shape))
         none = _size(m2) == _NO_SIZE
         step = np.where(none, 0, (_size(m2) - _count_size(count)) // 2)
         exponent = np.where(none, 0, exponent + step)
@@ -133,7 +133,7 @@ class Moments:
         return self._m2 / divisor if divisor > 0 else np.full_like(self._m2, np.nan)
 
     def var(self, ddof: float = 0) -> Float64:
-        """Variance ``m2 / (count - ddof)``, shape (C,); NaN where that is not above 0."""
+        """Variance ``m2 / (count - ddof)``, in the shape of mean; NaN where that is not above 0."""
         with np.errstate(over="ignore", under="ignore"):
             return np.ldexp(self._scaled_var(ddof), 2 * self._exponent)
 
@@ -149,7 +149,7 @@ class Moments:
             raise TypeError(f"other must be Moments, got {type(other).__name__}")
         if self.mean.shape != other.mean.shape:
             raise ValueError(
-                f"other must have as many features, {self.mean.size}, got {other.mean.size}"
+                f"other must have features of shape {self.mean.shape}, got {other.mean.shape}"
             )
         if other.count == 0:
             return self
@@ -287,12 +287,12 @@ def deviation(m: Moments, eps: float) -> Float64:
 
 
 def statistics(m: Moments, eps: float) -> Array:
-    """Mean, its low part, inv_std and var, shape (4, C), as the engine takes them: inv_std is 0 for
-    a feature without deviation, which then becomes beta."""
+    """Mean, its low part, inv_std and var, shape (4, n_features), as the engine takes them: inv_std
+    is 0 for a feature without deviation, which then becomes beta."""
     std = deviation(m, eps)
     with np.errstate(over="ignore"):
         inv_std = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    return np.array([m.mean, m._mean_low, inv_std, m.var()])
+    return np.array([m.mean, m._mean_low, inv_std, m.var()]).reshape(4, -1)
 
 
 def pack(m: Moments) -> Float64:
@@ -325,7 +325,7 @@ def _unpickled(*state: Any) -> Moments:
         "".join(a.dtype.kind for a in arrays) == kinds
         and all(a.dtype.itemsize == 8 for a in arrays[:5])
         and [a.shape for a in arrays] == [(), *[shape] * 5]
-        and len(shape) == 1
+        and len(shape) >= 1
         and arrays[0] >= 0
         and not (arrays[3] < 0).any()
     )

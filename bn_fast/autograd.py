@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from . import norms
 from ._cache import Cache, NormCache
 from ._checks import GRADIENTS
-from ._types import Array
+from ._types import Array, Axis
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -28,7 +28,7 @@ def batch_norm(
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     eps: float = 1e-5,
 ) -> Array:
     r"""Batch normalization that autograd can differentiate with respect to x, gamma and beta.
@@ -44,8 +44,8 @@ def batch_norm(
         Statistics to normalize with, those of a whole data set for example (the test mode of
         `bn_fast.batchnorm_forward`). Constants: autograd refuses to differentiate with respect to
         them. Without them those of x are used, and the gradient flows through them.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis, or axes, as in `bn_fast.batchnorm_forward`.
     eps : float, default 1e-5
         Added to the variance; at least 0.
 
@@ -98,7 +98,7 @@ def _forward(
     beta: ArrayLike | None,
     mean: ArrayLike | None,
     var: ArrayLike | None,
-    axis: int,
+    axis: Axis,
     eps: float,
     kept: list[Cache],
 ) -> Array:

@@ -281,7 +281,7 @@ def _like(x: Any, axis: int) -> tuple[Array, int]:
         raise TypeError(f"x must be a dask array, got {_checks._kind(x)}")
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
-    like, axis = _checks.array_and_axis(np.empty((0,) * x.ndim, x.dtype), axis)
+    like, axis = _checks._input(np.empty((0,) * x.ndim, x.dtype), "x"), _checks._axis(axis, x.ndim)
     if np.isnan(x.shape[axis]):
         raise ValueError(
             f"x must have a known number of features along axis {axis}, got shape {x.shape}: call"

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _checks
-from ._cache import Cache, Options
+from ._cache import Cache, Options, feature_shape
 from ._checks import GRADIENTS, RUNNING
 from ._core import core
 from ._threads import get_num_threads
-from ._types import Array, BNParam, MaybeArray
+from ._types import Array, Axis, BNParam, MaybeArray
 
 __all__ = [
     "batchnorm_backward",
@@ -39,7 +39,7 @@ def batchnorm_forward(
     beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -72,8 +72,10 @@ def batchnorm_forward(
         - ``running_mean``, ``running_var``: shape (C,), or one that broadcasts as gamma's; default
           zeros, shape (C,). Stored back as new arrays in both modes, updated in train mode only,
           and not by an empty batch.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: each place along them is a feature
+        of its own, and in all that is said of shape (C,) here stand their lengths, in ascending
+        order: (C, H, W) for (1, 2, 3), batch norm of every activation.
     out : ndarray, optional
         Where to write the result: shape and dtype of the result, writable. It may be x itself (the
         result is exact, but the cache is then of no use to `batchnorm_backward`, which says so), or
@@ -195,7 +197,7 @@ def batchnorm_forward(
             options = _checks.options(x, axis, out, activation, negative_slope, residual, weights)
         if bn_param is not None:
             settings = _checks.settings(bn_param, x, axis, options)
-        with _stored(bn_param, settings):
+        with _stored(bn_param, settings, feature_shape(x, axis)):
             y, stats, eps, frozen = core.forward(
                 x, gamma, beta, axis, out, settings, options, n_threads_for(x)
             )
@@ -204,9 +206,11 @@ def batchnorm_forward(
 
 
 @contextmanager
-def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator[None]:
-    """Store the averages, in the shapes given, before something is done that cannot be taken back:
-    a mapping may refuse. Where one or the other fails it is as before."""
+def _stored(
+    param: BNParam | None, settings: tuple[Any, ...] | None, shape: tuple[int, ...]
+) -> Iterator[None]:
+    """Store the averages, in the shapes given or this one, before something is done that cannot be
+    taken back: a mapping may refuse. Where one or the other fails it is as before."""
     if param is None or settings is None:
         yield
         return
@@ -214,11 +218,8 @@ def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator
     try:
         for name, average in zip(RUNNING, settings[3:5], strict=True):
             given = before.get(name)
-            param[name] = (
-                average
-                if given is None
-                else average.reshape(_checks._real_array(given, name).shape)
-            )
+            own = shape if given is None else _checks._real_array(given, name).shape
+            param[name] = average.reshape(own)
         yield
     except BaseException:
         with suppress(Exception):

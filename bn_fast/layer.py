@@ -440,7 +440,7 @@ class BatchNorm:
         )
         n_values = x.size // self._num_features
         if cache.weights is not None:  # else they are all equal, and not 0
-            n_values = int(np.count_nonzero(cache.weights.take(0, cache.axis)))
+            n_values = int(np.count_nonzero(cache.weights.take(0, self._axis)))
         mean, var = cache.stats[0], cache.stats[3]
         return out, cache, n_values, cache.count, mean if cache.count else var, var  # NaN
 

@@ -31,11 +31,12 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_index
+from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Array = NDArray[np.floating[Any]]
 BNParam = MutableMapping[str, Any]
+Axis = int | tuple[int, ...]  # a tuple: several feature axes
 Gradients = tuple[Array, Any, Any]  # those of gamma and beta are None where these were
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 
@@ -118,7 +119,7 @@ def batchnorm_forward(
     beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -171,9 +172,7 @@ def batchnorm_forward(
     x = _computable(stored)
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got shape {x.shape}")
-    axis = normalize_axis_index(axis, x.ndim)
-    n_features = x.shape[axis]
-    against_x = (n_features,) + (1,) * (x.ndim - 1 - axis)
+    own, against_x = _feature_shapes(x, axis)
     shapes, given_beta = (_shape(gamma), _shape(beta)), beta
     scale = _against(1 if gamma is None else gamma, "gamma", x, axis, x.dtype)
     beta = _against(0 if beta is None else beta, "beta", x, axis, x.dtype)
@@ -210,7 +209,7 @@ def batchnorm_forward(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     w = None if weights is None else _weights(weights, x, axis)
-    count = x.size // max(n_features, 1)
+    count: float = x.size // max(math.prod(own), 1)
     if weights is not None:
         count = float(np.sum(weights, dtype=np.float64)) * count / max(np.size(weights), 1)
     if train and 0 < count <= ddof:
@@ -249,7 +248,7 @@ def batchnorm_forward(
         bn_param["running_var"] = running_var
     kept = gamma if gamma is None else scale if np.ndim(gamma) else np.asarray(gamma, x.dtype)
     five = mean, inv_std, stored, x_hat, kept
-    plain = shapes == ((n_features,), (n_features,))
+    plain = len(own) == 1 and shapes == (own, own)
     if plain and activation is None and residual is None and w is None:
         return y, (Cache if train else FrozenCache)(*five)
     cache = OptionsCache(*five)
@@ -258,6 +257,21 @@ def batchnorm_forward(
     cache.beta, cache.residual, cache.weights = given_beta, residual, w
     cache.parameter_shapes = shapes
     return y, cache
+
+
+def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """Those of the features in ascending order."""
+    axes: tuple[int, ...] = tuple(sorted(normalize_axis_tuple(axis, ndim)))
+    if not axes:
+        raise ValueError("axis must name one or more axes, got none")
+    return axes
+
+
+def _feature_shapes(x: NDArray[Any], axis: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """That of values for each feature, and the shape in which they broadcast against x."""
+    axes = _axes(axis, x.ndim)
+    against_x = tuple(x.shape[d] if d in axes else 1 for d in range(axes[0], x.ndim))
+    return tuple(x.shape[d] for d in axes), against_x
 
 
 def _shape(value: ArrayLike | None) -> tuple[int, ...] | None:
@@ -271,9 +285,10 @@ def _as_given(gradient: Array, shape: tuple[int, ...] | None) -> Any:
     return gradient.sum() if shape == () else gradient.reshape(shape)
 
 
-def _parameter_shapes(cache: Sequence[Any], n_features: int) -> tuple[Any, ...]:
-    """As the cache says; a plain tuple does not."""
-    own = (n_features,)
+def _parameter_shapes(cache: Sequence[Any], mean: Array) -> tuple[Any, ...]:
+    """As the cache says; of a plain tuple those of the mean along its axes."""
+    own = tuple(n for n in mean.shape if n != 1)
+    own = own if len(own) > 1 else (mean.size,)
     known = None if cache[4] is None else own, own
     shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", known)
     return shapes
@@ -292,7 +307,7 @@ def _before_activation(
     return z if residual is None else z + np.asarray(residual, z.dtype)
 
 
-def _weights(weights: ArrayLike, x: Array, axis: int) -> Array:
+def _weights(weights: ArrayLike, x: Array, axis: Axis) -> Array:
     """The weights in the dtype and shape of x, divided by a power of two near the largest.
 
     That changes no mean, and neither squares nor sums leave the range because of it.
@@ -304,7 +319,7 @@ def _weights(weights: ArrayLike, x: Array, axis: int) -> Array:
     if not (np.isfinite(w) & (w >= 0)).all():
         raise ValueError("weights must be finite and at least 0")
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
-    if len(lengths) != x.ndim or lengths[axis] != 1:
+    if len(lengths) != x.ndim or any(lengths[d] != 1 for d in _axes(axis, x.ndim)):
         raise ValueError(f"weights must have length 1 along axis {axis} of x, got {w.shape}")
     exponent = int(np.frexp(w.max(initial=0))[1])
     w = np.ldexp(w, 1 - exponent).astype(x.dtype)
@@ -338,35 +353,31 @@ def _computable(array: Array) -> Array:
     return array.astype(np.float32) if array.itemsize == 2 else array
 
 
-def _parameter(value: ArrayLike, name: str, x: Array, axis: int) -> NDArray[Any]:
+def _parameter(value: ArrayLike, name: str, x: Array, axis: Axis) -> NDArray[Any]:
     """A value for each feature, or one for all, in the shape given."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" and not _is_bfloat16(array.dtype):
         raise TypeError(f"{name} must be an array of real numbers, got dtype {array.dtype}")
-    axis = normalize_axis_index(axis, x.ndim)
-    own = (x.shape[axis],)
+    own, against_x = _feature_shapes(x, axis)
     lengths = (1,) * (x.ndim - array.ndim) + array.shape
-    others = lengths[:axis] + lengths[axis + 1 :]
-    along = len(lengths) == x.ndim and lengths[axis] == own[0] and set(others) <= {1}
+    along = lengths == (1,) * (x.ndim - len(against_x)) + against_x
     if array.shape not in (own, ()) and not along:
         raise ValueError(f"{name} must have shape {own}, or broadcast to it, got {array.shape}")
     return array
 
 
-def _against(
-    value: Any, name: str, x: Array, axis: int, dtype: DTypeLike = np.float64
-) -> Array:
+def _against(value: Any, name: str, x: Array, axis: Axis, dtype: DTypeLike = np.float64) -> Array:
     """A value for each feature, in a shape that broadcasts against x."""
     array = _parameter(value, name, x, axis).astype(dtype)
-    each = array if array.ndim else np.full(x.shape[axis], array)
-    return each.reshape((-1,) + (1,) * (x.ndim - 1 - normalize_axis_index(axis, x.ndim)))
+    own, against_x = _feature_shapes(x, axis)
+    return (array if array.ndim else np.full(own, array)).reshape(against_x)
 
 
-def _running_average(param: BNParam, key: str, x: Array, axis: int) -> Array:
+def _running_average(param: BNParam, key: str, x: Array, axis: Axis) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
     if value is None:
-        return np.zeros(x.shape[axis], x.dtype)
+        return np.zeros(_feature_shapes(x, axis)[0], x.dtype)
     value = _parameter(value, f"bn_param[{key!r}]", x, axis)
     if value.ndim == 0:
         raise ValueError(f"bn_param[{key!r}] must have a value for each feature, got {value}")
@@ -456,7 +467,7 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
             dx = prepared.gamma * prepared.inv_std * dout
         else:
             dx, dgamma, dbeta = train_mode(dout, prepared)
-        sums = zip((dgamma, dbeta), _parameter_shapes(cache, mean.size), strict=True)
+        sums = zip((dgamma, dbeta), _parameter_shapes(cache, mean), strict=True)
         return dx.astype(stored.dtype, copy=False), *(_as_given(a, shape) for a, shape in sums)
 
     # Not functools.wraps, after which `help` would show the signature of the derivation.
@@ -784,7 +795,7 @@ def batchnorm_double_backward(
             raise ValueError(f"{name} must have shape {stored.shape}, got {array.shape}")
         given.append(array)
     g, u = given
-    shapes = _parameter_shapes(cache, mean.size)
+    shapes = _parameter_shapes(cache, mean)
     for name, values, shape in zip(("ddgamma", "ddbeta"), (ddgamma, ddbeta), shapes, strict=True):
         if values is not None and np.shape(values) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {np.shape(values)}")
@@ -878,7 +889,7 @@ class Moments(NamedTuple):
         return Moments(count, mean, self.m2 + other.m2 + d * d * (self.count * other.count / count))
 
 
-def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
+def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -> Moments:
     """Twin of `bn_fast.moments`, in two passes and float64.
 
     Examples
@@ -893,12 +904,14 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
     if weights is not None:
         w = _weights(weights, x, axis)
         given = np.max(weights, initial=0) / max(w.max(initial=0), 1)  # what _weights divided by
-    values, w = np.moveaxis(x, axis, -1), np.moveaxis(w, axis, -1)
-    values = np.where(w == 0, 0, values)
-    others = tuple(range(values.ndim - 1))
-    total = w[..., :1].sum()
-    mean = (w * values).sum(axis=others) / total if total else np.full(values.shape[-1], np.nan)
-    m2: Array = (w * (values - mean) ** 2).sum(axis=others) if total else np.zeros_like(mean)
+    axes = _axes(axis, x.ndim)
+    own = tuple(x.shape[d] for d in axes)
+    values = np.where(w == 0, 0, x)
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    total = w[tuple(slice(1) if d in axes else slice(None) for d in range(x.ndim))].sum()
+    mean = (w * values).sum(axis=others) / total if total else np.full(own, np.nan)
+    against_x = mean.reshape(tuple(n if d in axes else 1 for d, n in enumerate(x.shape)))
+    m2: Array = (w * (values - against_x) ** 2).sum(axis=others) if total else np.zeros(own)
     return Moments(float(total * given), mean, m2 * given)
 
 
@@ -910,7 +923,7 @@ def normalize(
     beta: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     """Twin of `bn_fast.normalize`: test mode with the statistics as arguments, or in a `Moments`.
@@ -926,15 +939,14 @@ def normalize(
         mean, var = mean.mean, mean.var()
     like = np.asarray(x)
     mean, var = (
-        _against(values, name, like, axis).reshape(-1)
-        for values, name in ((mean, "mean"), (var, "var"))
+        _against(values, name, like, axis) for values, name in ((mean, "mean"), (var, "var"))
     )
     param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
     return batchnorm_forward(x, gamma, beta, param, axis=axis, out=out)[0]
 
 
 def backward_reduce(
-    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: int = 1
+    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: Axis = 1
 ) -> tuple[Array, Array]:
     """Twin of `bn_fast.backward_reduce`; `inv_std` is not read.
 
@@ -947,7 +959,8 @@ def backward_reduce(
     x, dout = _float_array(x, "x"), _float_array(dout, "dout")
     mean = _against(mean, "mean", x, axis)
     g = dout.astype(np.float64)
-    return _sum(g, mean).reshape(-1), _sum(g * (x - mean), mean).reshape(-1)
+    own = _feature_shapes(x, axis)[0]
+    return _sum(g, mean).reshape(own), _sum(g * (x - mean), mean).reshape(own)
 
 
 def backward_apply(
@@ -960,7 +973,7 @@ def backward_apply(
     sum_dout_xmu: ArrayLike,
     count: float,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     """Twin of `bn_fast.backward_apply`, in float64.
@@ -991,7 +1004,7 @@ def oracle_forward(
     beta: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -1004,8 +1017,8 @@ def oracle_forward(
         Input, of any real dtype.
     gamma, beta : array_like, shape (C,)
     eps : float, default 1e-5
-    axis : int, default 1
-        The feature axis of x; ``C = x.shape[axis]``.
+    axis : int or tuple of int, default 1
+        The feature axis of x; ``C = x.shape[axis]``. Several: C places along them in C order.
     mean, var : array_like, shape (C,), optional
         Given statistics, as in test mode; both or none. Without them those of x, var being the
         biased variance.
@@ -1065,7 +1078,7 @@ def oracle_backward(
     gamma: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -1078,8 +1091,8 @@ def oracle_backward(
         Gradient with respect to the output, and input; of any real dtype.
     gamma : array_like, shape (C,)
     eps : float, default 1e-5
-    axis : int, default 1
-        The feature axis of x; ``C = x.shape[axis]``.
+    axis : int or tuple of int, default 1
+        The feature axis of x; ``C = x.shape[axis]``. Several: C places along them in C order.
     mean, var : array_like, shape (C,), optional
         Given statistics, through which no gradient passes; both or none.
     weights : array_like, optional
@@ -1154,7 +1167,7 @@ def oracle_double_backward(
     gamma: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
 ) -> Gradients:
@@ -1218,7 +1231,7 @@ def oracle_double_backward(
 def _oracle_statistics(
     x: ArrayLike,
     eps: float,
-    axis: int,
+    axis: Axis,
     mean: ArrayLike | None,
     var: ArrayLike | None,
     w: Array | None,
@@ -1236,7 +1249,7 @@ def _oracle_statistics(
     return rows, given_mean, given_var, _inv_std(given_var, eps, False)
 
 
-def _oracle_weights(weights: ArrayLike | None, x: ArrayLike, axis: int) -> Array | None:
+def _oracle_weights(weights: ArrayLike | None, x: ArrayLike, axis: Axis) -> Array | None:
     """The weights as rows (C, M)."""
     return None if weights is None else _as_rows(np.broadcast_to(weights, np.shape(x)), axis)
 
@@ -1264,17 +1277,21 @@ def _center(rows: Array, w: Array | None = None) -> Array:
     return mean
 
 
-def _as_rows(a: ArrayLike, axis: int) -> Array:
+def _as_rows(a: ArrayLike, axis: Axis) -> Array:
     """A copy in long double of shape (C, M), the values of each feature side by side."""
-    moved = np.moveaxis(np.asarray(a), axis, 0)
+    array = np.asarray(a)
+    axes = _axes(axis, array.ndim)
+    moved = np.moveaxis(array, axes, range(len(axes)))
     rows = np.array(moved, np.longdouble, order="C")
-    return rows.reshape(len(moved), math.prod(moved.shape[1:]))
+    n = len(axes)
+    return rows.reshape(math.prod(moved.shape[:n]), math.prod(moved.shape[n:]))
 
 
-def _from_rows(rows: Array, x: ArrayLike, axis: int) -> Array:
+def _from_rows(rows: Array, x: ArrayLike, axis: Axis) -> Array:
     """Undo `_as_rows`: the shape of x."""
-    shape = np.moveaxis(np.asarray(x), axis, 0).shape
-    return np.moveaxis(rows.reshape(shape), 0, axis)
+    axes = _axes(axis, np.ndim(x))
+    shape = np.moveaxis(np.asarray(x), axes, range(len(axes))).shape
+    return np.moveaxis(rows.reshape(shape), range(len(axes)), axes)
 
 
 def _as_column(parameter: ArrayLike, rows: Array) -> Array:
