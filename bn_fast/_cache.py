@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ._types import Array, Axis, parameter_dtype
+from ._types import Array, Axis, Count, parameter_dtype
 
 
 def feature_shape(x: Array, axis: Axis) -> tuple[int, ...]:
@@ -26,15 +26,20 @@ class Options(NamedTuple):
     activation: str | None
     negative_slope: float
     residual: Array | None
-    weights: Array | None  # of the shape and dtype of x, by a power of two smaller than given
-    total: float  # of the weights of a feature
+    weights: Array | None  # of the shape and dtype of x, by powers of two smaller than given
+    total: Count  # of the weights of a feature; of each, in one dimension, where they differ
     residual_overwritten: bool
-    sum_weights: float | None = None  # of a feature, as they were given
+    sum_weights: Count | None = None  # as they were given, in the shape of the parameters
 
     @property
     def without_weight(self) -> bool:
         """Whether there is nothing to take statistics of."""
-        return self.weights is not None and self.total == 0
+        return self.weights is not None and isinstance(self.total, float) and self.total == 0
+
+    @property
+    def counts_differ(self) -> bool:
+        """Whether each feature has a count of its own."""
+        return isinstance(self.sum_weights, np.ndarray)
 
 
 class _Five:
@@ -93,8 +98,9 @@ class Cache(_Five):
         The mean is that of x, to all digits; False for a five-tuple that other code made.
     var : ndarray, float64
         The biased variance, ``((x - mean)**2).mean()``, as it broadcasts against x.
-    count : float
-        M, how many values x has for each feature; with weights their sum.
+    count : float or ndarray
+        M, how many values x has for each feature; with weights their sum, of each feature, as it
+        broadcasts against x, if the weights differed between features.
     overwritten : str
         Which call wrote its output over x, so that no gradient can be had any more; else empty.
     options : Options or None
@@ -168,11 +174,12 @@ class Cache(_Five):
         return self._as_feature(self.stats[3].copy())
 
     @property
-    def count(self) -> float:
+    def count(self) -> Count:
         n_values: int = self.x.size // max(self.stats.shape[1], 1)
-        if self.options is not None and self.options.sum_weights is not None:
-            return self.options.sum_weights
-        return n_values
+        given = None if self.options is None else self.options.sum_weights
+        if isinstance(given, np.ndarray):
+            return self._as_feature(given.copy())
+        return n_values if given is None else given
 
     @property
     def x_hat(self) -> Array:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ._cache import Cache, Options, feature_shape, shape_against
 from ._core import core
-from ._types import DTYPES, Array, Axis, is_bfloat16, parameter_dtype
+from ._types import DTYPES, Array, Axis, Count, is_bfloat16, parameter_dtype
 
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 RUNNING = "running_mean", "running_var"
@@ -208,33 +208,40 @@ def options(
         if out is not None:
             _output(out, {"residual": residual})
             overwritten = activation is not None and core.is_same(out, residual)
-    total, given = 0.0, None
+    total: Count = 0.0
+    given: Count | None = None
     if weights is not None:
         weights, total, given = element_weights(weights, x, axis)
     return Options(activation, slope, residual, weights, total, overwritten, given)
 
 
-def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, float, float]:
-    """Weights in the shape and dtype of x, and their sum (None and 0 where all are equal); and
-    the sum of those that were given.
+def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, Count, Count]:
+    """Weights in the shape and dtype of x, and their sum (None and 0 where all of a feature are
+    equal); and the sum of those that were given. The sums are arrays where weights differ between
+    features.
 
-    The first are divided by a power of two near the largest. That changes no mean, and neither
-    squares nor sums leave the range because of it.
+    The first are divided by a power of two near the largest of the feature. That changes no mean,
+    and neither squares nor sums leave the range because of it.
     """
     w = _real_array(value, "weights").astype(np.float64)
-    lengths = (1,) * (x.ndim - w.ndim) + w.shape
     axes = (axis,) if isinstance(axis, int) else axis
-    fits = len(lengths) == x.ndim and all(lengths[d] == 1 for d in axes)
+    lengths = (1,) * (x.ndim - w.ndim) + w.shape
+    differ = any(lengths[d : d + 1] != (1,) for d in axes)
+    # (C,) could as well be meant for C samples: those that differ have all axes.
+    fits = len(lengths) == x.ndim and (w.ndim == x.ndim or not differ)
     if not fits or any(m not in (1, n) for m, n in zip(lengths, x.shape, strict=True)):
         wanted = tuple(1 if d in axes else n for d, n in enumerate(x.shape))
         raise ValueError(
-            f"weights must broadcast to {wanted}, which is x without axis {axis}, got {w.shape}"
+            f"weights must broadcast to {wanted}, which is x without axis {axis}, or have the shape"
+            f" of x, {x.shape}, got {w.shape}"
         )
     lowest, highest = w.min(initial=math.inf), w.max(initial=0)
     if not (lowest >= 0 and highest < math.inf):
         raise ValueError(
             f"weights must be finite and at least 0, got {highest if lowest >= 0 else lowest}"
         )
+    if differ:
+        return _weights_of_features(w.reshape(lengths), x, axis)
     repeats = x.size // n_features(x, axis) // w.size if x.size else 0
     with np.errstate(over="ignore"):
         given = float(w.sum()) * repeats
@@ -243,6 +250,34 @@ def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, flo
     w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
     total = float(w.sum(dtype=np.float64)) * repeats
     return np.broadcast_to(w, x.shape), total, given
+
+
+def _weights_of_features(
+    w: NDArray[np.float64], x: Array, axis: Axis
+) -> tuple[Array | None, Count, NDArray[np.float64]]:
+    """`element_weights` of those that differ between features."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    repeats = math.prod(x.shape[d] for d in others if w.shape[d] == 1)
+
+    def total_of(values: Array) -> NDArray[np.float64]:
+        """Of each feature, added up in pairs: its values side by side."""
+        rows = np.moveaxis(values, axes, range(len(axes)))
+        lengths = rows.shape[: len(axes)]
+        rows = np.array(rows, np.float64, order="C").reshape(*lengths, -1)
+        each = np.empty(feature_shape(x, axis))
+        each[...] = rows.sum(axis=-1) * repeats
+        return each
+
+    with np.errstate(over="ignore"):
+        given = total_of(w)
+    lowest = w.min(axis=others, keepdims=True, initial=math.inf)
+    highest = w.max(axis=others, keepdims=True, initial=0)
+    if x.size == 0 or ((lowest == highest).all() and (highest > 0).all()):
+        return None, 0.0, given
+    scaled = np.ldexp(w, 1 - np.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
+    total: Count = total_of(scaled).reshape(-1)
+    return np.broadcast_to(scaled, x.shape), total if highest.any() else 0.0, given
 
 
 def images(x: Any) -> Array:
@@ -344,19 +379,21 @@ def settings(bn_param: Any, x: Array, axis: Axis, options: Options | None) -> tu
             checked[name] = _average(bn_param[name], f"bn_param[{name!r}]", x, axis)
     if "running_var" in checked:
         not_negative(checked["running_var"], "bn_param['running_var']")
-    correction = 1.0
+    correction: Count = 1.0
     if mode == "train" and ddof and x.size and not (options and options.without_weight):
-        count: float = x.size // n_features(x, axis)
+        count: Count = x.size // n_features(x, axis)
         if options is not None and options.sum_weights is not None:
             count = options.sum_weights
         correction = unbiasing(count, int(ddof))
-        if not correction:
+        few = np.ravel((correction == 0) & (np.asarray(count) > 0))
+        if few.any():
             raise ValueError(
                 "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
-                f" {count:g} values for each feature"
+                f" {np.ravel(count)[few.argmax()]:g} values for"
+                f" {'each feature' if np.ndim(count) == 0 else f'feature {few.argmax()}'}"
             )
-    read: tuple[Any, ...] = core.settings_of(checked, x, n_features(x, axis), correction)
-    return read
+    read: tuple[Any, ...] = core.settings_of(checked, x, n_features(x, axis), 1.0)
+    return *read[:5], correction
 
 
 def _average(value: Any, name: str, x: Array, axis: Axis) -> Array:
@@ -369,10 +406,14 @@ def _average(value: Any, name: str, x: Array, axis: Axis) -> Array:
     return _each(value, name, x, axis)
 
 
-def unbiasing(count: float, ddof: int) -> float:
+def unbiasing(count: Count, ddof: int) -> Count:
     """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
     not above 0."""
-    return 1 + ddof / (count - ddof) if count > ddof else 0.0
+    if not isinstance(count, np.ndarray):
+        return 1 + ddof / (count - ddof) if count > ddof else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        correction: Count = np.where(count > ddof, 1 + ddof / (count - ddof), 0.0)
+    return correction
 
 
 def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:
@@ -455,8 +496,22 @@ def output(out: Any, dout: Array, x: Array, gamma: Array | None) -> Array | None
     return _output(out, {"dout": dout, "x": x, "gamma": gamma})
 
 
-def total_count(count: Any, size: int) -> float:
+def total_count(count: Any, x: Array, axis: Axis) -> Count:
     """How many values each feature has in all parts together, of which x is one."""
+    size = x.size
+    if isinstance(count, np.ndarray) and count.ndim:
+        counts = _real_array(count, "count").astype(np.float64, order="C")
+        if counts.shape != feature_shape(x, axis):
+            raise ValueError(
+                f"count must be a number, or of shape {feature_shape(x, axis)}, got {counts.shape}"
+            )
+        wrong = np.flatnonzero(~((counts >= 0) & (counts < math.inf)))
+        if wrong.size:
+            raise ValueError(
+                f"count must be finite and at least 0, got {counts.flat[wrong[0]]} for feature"
+                f" {wrong[0]}"
+            )
+        return np.where(counts == 0, 1, counts).reshape(-1)  # whose sums are 0
     total = _number(count, "count")
     if not (1 <= total < math.inf or (total == 0 and size == 0)):
         raise ValueError(f"count must be finite and at least 1, got {total}")
@@ -465,10 +520,15 @@ def total_count(count: Any, size: int) -> float:
 
 def moments_of(
     count: Any, mean: Any, m2: Any
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    number = _number(count, "count")
-    if not 0 <= number < math.inf:
-        raise ValueError(f"count must be finite and at least 0, got {number}")
+) -> tuple[Count, NDArray[np.float64], NDArray[np.float64]]:
+    if isinstance(count, np.ndarray) and count.ndim:
+        number: Count = _real_array(count, "count").astype(np.float64)
+    else:
+        number = _number(count, "count")
+    few = np.ravel(number)
+    few = few[~((few >= 0) & (few < math.inf))]
+    if few.size:
+        raise ValueError(f"count must be finite and at least 0, got {few[0]}")
     given = _real_array(mean, "mean")
     if given.ndim < 1:
         raise ValueError(f"mean must have one or more dimensions, got {given}")
@@ -479,6 +539,11 @@ def moments_of(
     if negative.size:
         raise ValueError(
             f"m2 must not be negative, got {squares.flat[negative[0]]} for feature {negative[0]}"
+        )
+    if np.ndim(number) and np.shape(number) != given.shape:
+        raise ValueError(
+            f"count must be a number, or have the shape of mean, {given.shape}, got"
+            f" {np.shape(number)}"
         )
     return number, given.astype(np.float64), squares.astype(np.float64)
 
@@ -540,6 +605,11 @@ def _check_cache(cache: Cache) -> None:
     ):  # fmt: skip
         fits = array is None or _is_array(array, (dtype,), x.shape)
         require(fits, name, f"None or {x.shape} of {dtype}")
+    total: Any = options.total
+    fits = type(total) is float or (
+        _is_array(total, (np.float64,), (n,)) and total.flags.c_contiguous
+    )
+    require(fits, "total", f"a number or ({n},) of float64")
 
 
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
@@ -663,10 +733,9 @@ def _foreign_options(cache: Any, x: Array, axis: Axis) -> Options | None:
     if activation is None and residual is None and weights is None:
         return None
     if weights is not None:
-        first = [slice(None)] * x.ndim
-        for d in (axis,) if isinstance(axis, int) else axis:
-            first[d] = slice(1)
-        weights = np.asarray(weights)[tuple(first)]
+        axes = (axis,) if isinstance(axis, int) else axis
+        first = np.asarray(weights)[tuple(slice(d in axes or None) for d in range(x.ndim))]
+        weights = first if (first == weights).all() else weights
     return options(x, axis, None, activation, cache.negative_slope, residual, weights)
 
 

@@ -2,7 +2,7 @@ from collections.abc import Container
 from typing import Any, TypeVar
 
 from ._cache import Cache
-from ._types import Array
+from ._types import Array, Count
 
 _A = TypeVar("_A", bound=Array)
 
@@ -21,7 +21,7 @@ def backward(
     small: int = -1,
 ) -> Any: ...  # a tuple; or None
 def backward_dx(
-    dout: Array, cache: Cache, sums: Array, total: float, out: Array | None, n_threads: int
+    dout: Array, cache: Cache, sums: Array, total: Count, out: Array | None, n_threads: int
 ) -> Array: ...
 def backward_sums(
     dout: Array,
@@ -58,7 +58,7 @@ def moments(
     axis: int | tuple[int, ...],
     n_threads: int,
     weights: Array | None = None,
-    total: float = 0.0,
+    total: Count = 0.0,
 ) -> Array: ...
 def norm_backward(
     dout: Array,

@@ -88,7 +88,8 @@ def batchnorm_forward(
         Added before the activation, in the same pass. Rounded to the dtype of x if it has another.
     weights : array_like, optional
         Weight of each element in the statistics: bool (a mask), or real and at least 0. Broadcasts
-        to x with length 1 along `axis`. Without effect in test mode.
+        to x: with length 1 along `axis` for all features alike, or not, as ``np.isfinite(x)``, so
+        that each has its own sum of weights W. Without effect in test mode.
 
     Returns
     -------
@@ -128,8 +129,8 @@ def batchnorm_forward(
     .. math:: \mu = \frac{1}{W} \sum w x, \qquad \sigma^2 = \frac{1}{W} \sum w (x - \mu)^2
 
     and all elements are normalized; one of weight 0 has no influence on others, not even as NaN.
-    W = 0 leaves the running averages alone, as an empty batch does, and gives beta. With the other
-    options out is
+    W = 0 leaves the running averages of the feature alone, as an empty batch does, and gives beta.
+    With the other options out is
 
     .. math:: \mathrm{activation}(y + \mathrm{residual}), \qquad
               \mathrm{leaky\_relu}(z) = z \text{ if } z > 0 \text{ else }
@@ -197,10 +198,14 @@ def batchnorm_forward(
             options = _checks.options(x, axis, out, activation, negative_slope, residual, weights)
         if bn_param is not None:
             settings = _checks.settings(bn_param, x, axis, options)
+        differ = settings and settings[0] and options is not None and options.counts_differ
+        without = (*settings[:3], None, None, 1.0) if settings and differ else settings
         with _stored(bn_param, settings, feature_shape(x, axis)):
             y, stats, eps, frozen = core.forward(
-                x, gamma, beta, axis, out, settings, options, n_threads_for(x)
+                x, gamma, beta, axis, out, without, options, n_threads_for(x)
             )
+            if differ:
+                _average_in(settings, stats, options)
     overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
     return y, Cache(x, gamma, beta, stats, axis, eps, frozen, True, overwritten, options)
 
@@ -229,6 +234,18 @@ def _stored(
                 else:
                     param.pop(name, None)
         raise
+
+
+def _average_in(settings: Any, stats: Array, options: Any) -> None:
+    """What the engine does, for features that differ in how many values they have: none leave the
+    averages of theirs alone."""
+    _, _, momentum, *averages, correction = settings
+    count = options.sum_weights.reshape(-1)
+    correction = np.broadcast_to(np.reshape(correction, -1), count.shape)
+    with np.errstate(all="ignore"):
+        for average, batch, factor in zip(averages, stats[::3], (1, correction), strict=True):
+            new = momentum * average.astype(float) + (1 - momentum) * factor * batch
+            average[...] = np.where(count > 0, new, average)
 
 
 def batchnorm_backward(

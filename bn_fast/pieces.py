@@ -19,7 +19,7 @@ from . import _checks
 from ._cache import Cache, feature_shape
 from ._core import core
 from ._moments import Moments, from_statistics, mean_low, statistics
-from ._types import Array, Axis
+from ._types import Array, Axis, Count
 from .functional import n_threads_for
 
 __all__ = ["Moments", "backward_apply", "backward_reduce", "moments", "normalize"]
@@ -38,8 +38,9 @@ def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -
     axis : int or tuple of int, default 1
         The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
     weights : array_like, optional
-        Weight of each element: bool (a mask), or real and at least 0. Broadcasts to x with length 1
-        along `axis`. Integers say how often an element occurs.
+        Weight of each element: bool (a mask), or real and at least 0. Broadcasts to x; with length
+        1 along `axis`, or not, as ``~np.isnan(x)``: then ``count`` is an array, of each feature's
+        sum. Integers say how often an element occurs.
 
     Returns
     -------
@@ -89,15 +90,15 @@ def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -
     """
     x, axis = _checks.array_and_axis(x, axis)
     shape = feature_shape(x, axis)
-    count = float(x.size // math.prod(shape)) if x.size else 0.0
-    total = 0.0
+    count: Count = float(x.size // math.prod(shape)) if x.size else 0.0
+    total: Count = 0.0
     if weights is not None:
         weights, total, count = _checks.element_weights(weights, x, axis)
-        if not count < math.inf:
+        if not np.all(count < math.inf):
             raise ValueError("weights must have a finite sum, got one above the largest float64")
-    if count == 0:
+    if not np.any(count):
         nothing = np.zeros(shape)
-        return Moments(0, nothing, nothing)
+        return Moments(count, nothing, nothing)
     stats = core.moments(x, axis, n_threads_for(x), weights, total)
     tiny = np.flatnonzero(np.isinf(stats[2]))
     if not tiny.size:
@@ -106,7 +107,8 @@ def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -
     part = np.ldexp(_features(x, axis, tiny), _TINY_POWER)
     part_weights = None if weights is None else _features(weights, axis, tiny)
     along = axis if isinstance(axis, int) else axis[0]
-    again = core.moments(part, along, n_threads_for(part), part_weights, total)
+    part_total = total[tiny] if isinstance(total, np.ndarray) else total
+    again = core.moments(part, along, n_threads_for(part), part_weights, part_total)
     again[:2] = np.ldexp(again[:2], -_TINY_POWER)
     stats[:, tiny] = again
     power = np.zeros(stats.shape[1], np.intc)
@@ -329,7 +331,7 @@ def backward_apply(
     gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
-    count: float,
+    count: Count,
     *,
     axis: Axis = 1,
     out: Array | None = None,
@@ -347,7 +349,7 @@ def backward_apply(
         Scale of each feature; None: 1.
     sum_dout, sum_dout_xmu : array_like, shape (C,)
         Sums over the whole batch.
-    count : float
+    count : float, or ndarray of shape (C,)
         M, how many values each feature has in the whole batch; at least 1, or 0 if there are none.
     axis : int or tuple of int, default 1
         The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
@@ -397,7 +399,7 @@ def backward_apply(
     """
     dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     gamma, sum_dout, sum_dout_xmu = _checks.sums(gamma, sum_dout, sum_dout_xmu, x, axis)
-    total = _checks.total_count(count, x.size)
+    total = _checks.total_count(count, x, axis)
     out = _checks.output(out, dout, x, gamma)
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)

@@ -203,6 +203,7 @@ cdef int execute(Job* job) except -1:
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = job.n_features, n_values = 0
     cdef double count
     cdef char* memory
+    cdef bint samples
     cdef int v
     if size == 0 or not (job.reduces or job.applies):
         return 0
@@ -213,10 +214,13 @@ cdef int execute(Job* job) except -1:
     if job.reduces and job.array[W] == NULL:
         job.total = count
     plan_visits(job)
+    if job.value[TOTAL] != NULL:
+        job.total = count
     # Half of the mean weight: values that have less make up less than half of the whole, and may
     # hold anything, as under a mask the padding's filler.
+    samples = job.reduces and not job.op.takes_dout and job.value[TOTAL] == NULL
     choose_sample(
-        &job.reduce, job.total / count / 2 if job.reduces and not job.op.takes_dout else 0
+        &job.reduce, 0, job.total / count / 2 if samples else 0, job.reduce.sample
     )
     job.has_options = job.reduce.gate != NONE or (
         job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
@@ -395,6 +399,15 @@ cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
     )
 
 
+cdef int take_total(Job* job, total) except -1:
+    """A number, or float64 for each feature, contiguous, which the caller keeps."""
+    if cnp.PyArray_Check(total):
+        job.value[TOTAL] = <double*> cnp.PyArray_DATA(<cnp.ndarray> total)
+    else:
+        job.total = total
+    return 0
+
+
 cdef int bring_options(Job* job, options, cnp.ndarray beta) except -1:
     """What the call was asked for besides: Options (_cache.py) or such a tuple, or None; an
     activation's gate depends on beta."""
@@ -403,7 +416,7 @@ cdef int bring_options(Job* job, options, cnp.ndarray beta) except -1:
     activation, negative_slope, residual, weights, total, _, _ = <tuple> options
     job.activation = IDENTITY if activation is None else activations[activation]
     job.negative_slope = negative_slope
-    job.total = total
+    take_total(job, total)
     set_parameter(&job.beta_given, beta, &zero)
     bring(job, R, residual)
     bring(job, W, weights)
@@ -529,7 +542,7 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
 # The pieces from which statistics and gradients over several arrays are put together.
 
 def moments(
-    cnp.ndarray x not None, axis, int n_threads, cnp.ndarray weights=None, double total=0,
+    cnp.ndarray x not None, axis, int n_threads, cnp.ndarray weights=None, total=0,
 ):
     """stats of x, as forward has them with eps = 0; x has at least one element.  weights and total
     are forward's too."""
@@ -540,7 +553,7 @@ def moments(
     bring(&job, W, weights)
     job.reduces = True
     job.eps = 0
-    job.total = total
+    take_total(&job, total)
     execute(&job)
     return stats
 
@@ -574,7 +587,7 @@ def backward_sums(
 
 
 def backward_dx(
-    cnp.ndarray dout not None, cache, cnp.ndarray sums not None, double total, cnp.ndarray out,
+    cnp.ndarray dout not None, cache, cnp.ndarray sums not None, total, cnp.ndarray out,
     int n_threads,
 ):
     """dx (in out, new if None) = gamma inv_std (dout - dbeta / total - x_hat dgamma / total), where
@@ -590,7 +603,7 @@ def backward_dx(
     set_parameter(&job.gamma_given, gamma, &one)
     job.applies = True
     job.exact_mean = False
-    job.total = total
+    take_total(&job, total)
     job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
     job.value[DBETA] = job.value[DGAMMA] + cnp.PyArray_DIMS(sums)[1]
     execute(&job)
@@ -904,7 +917,9 @@ cpdef tuple forward(
         train, eps, momentum, mean, var, correction = settings
     if not train:
         stats = given_statistics(mean, var, eps)
-    elif options is not None and (<tuple> options)[3] is not None and (<tuple> options)[4] == 0:
+    elif options is not None and (<tuple> options)[3] is not None and (
+        type((<tuple> options)[4]) is float and (<tuple> options)[4] == 0
+    ):
         stats = without_weight(n)
         train = False
     else:

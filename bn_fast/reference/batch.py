@@ -209,13 +209,12 @@ def batchnorm_forward(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     w = None if weights is None else _weights(weights, x, axis)
-    count: float = x.size // max(math.prod(own), 1)
-    if weights is not None:
-        count = float(np.sum(weights, dtype=np.float64)) * count / max(np.size(weights), 1)
-    if train and 0 < count <= ddof:
+    count = _count_of(weights, x, axis)
+    few = np.ravel(count)[(np.ravel(count) > 0) & (np.ravel(count) <= ddof)]
+    if train and few.size:
         raise ValueError(
             "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
-            f" {count:g} values for each feature"
+            f" {few[0]:g} values for a feature"
         )
 
     mean = _mean(x, scale, w) if train else running_mean.astype(x.dtype).reshape(against_x)
@@ -226,15 +225,21 @@ def batchnorm_forward(
         else running_var.astype(x.dtype).reshape(against_x)
     )
     inv_std = _inv_std(var, eps, train)
-    is_empty = x.size == 0 or (w is not None and not w.any())
-    if train and is_empty:
-        inv_std = np.zeros_like(inv_std)
+    seen = np.broadcast_to(np.asarray(count) > 0, own)  # else it is an empty batch
+    if train:
+        inv_std = np.where(seen.reshape(against_x), inv_std, 0)
     x_hat = centered * inv_std
-    if train and not is_empty:
-        new = mean.reshape(running_mean.shape)
-        running_mean = momentum * running_mean + (1 - momentum) * new
-        new = var.reshape(running_var.shape) * (1 + ddof / (count - ddof))
-        running_var = momentum * running_var + (1 - momentum) * new
+    if train:
+        unbiased = 1 + ddof / np.where(np.asarray(count) > ddof, count - ddof, np.inf)
+        batch = mean.reshape(own), var.reshape(own) * unbiased
+        running_mean, running_var = (
+            np.where(
+                seen.reshape(old.shape),
+                momentum * old + (1 - momentum) * new.reshape(old.shape),
+                old,
+            )
+            for old, new in zip((running_mean, running_var), batch, strict=True)
+        )
 
     if out is not None and np.may_share_memory(out, stored):
         stored = stored.copy()
@@ -308,7 +313,8 @@ def _before_activation(
 
 
 def _weights(weights: ArrayLike, x: Array, axis: Axis) -> Array:
-    """The weights in the dtype and shape of x, divided by a power of two near the largest.
+    """The weights in the dtype and shape of x, each feature's divided by a power of two near the
+    largest.
 
     That changes no mean, and neither squares nor sums leave the range because of it.
     """
@@ -318,15 +324,34 @@ def _weights(weights: ArrayLike, x: Array, axis: Axis) -> Array:
     w = w.astype(np.float64)
     if not (np.isfinite(w) & (w >= 0)).all():
         raise ValueError("weights must be finite and at least 0")
+    axes = _axes(axis, x.ndim)
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
-    if len(lengths) != x.ndim or any(lengths[d] != 1 for d in _axes(axis, x.ndim)):
-        raise ValueError(f"weights must have length 1 along axis {axis} of x, got {w.shape}")
-    exponent = int(np.frexp(w.max(initial=0))[1])
-    w = np.ldexp(w, 1 - exponent).astype(x.dtype)
+    if w.ndim != x.ndim and any(lengths[d : d + 1] != (1,) for d in axes):
+        raise ValueError(
+            f"weights must have length 1 along axis {axis} of x, or the shape of x, got {w.shape}"
+        )
     try:
-        return np.broadcast_to(w, x.shape)
+        w = np.broadcast_to(w, x.shape)
     except ValueError:
         raise ValueError(f"weights must broadcast to x {x.shape}, got {w.shape}") from None
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    exponent = np.frexp(w.max(axis=others, keepdims=True, initial=0))[1]
+    scaled: Array = np.ldexp(w, 1 - exponent).astype(x.dtype)
+    return scaled
+
+
+def _count_of(weights: ArrayLike | None, x: Array, axis: Axis) -> Any:
+    """M, or the sum of weights; an array where these differ between features."""
+    axes = _axes(axis, x.ndim)
+    n_values = x.size // max(math.prod(x.shape[d] for d in axes), 1)
+    if weights is None:
+        return n_values
+    w = np.asarray(weights, np.float64)
+    lengths = (1,) * (x.ndim - w.ndim) + w.shape
+    if all(lengths[d] == 1 for d in axes):
+        return float(w.sum()) * n_values / max(w.size, 1)
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    return np.broadcast_to(w, x.shape).sum(axis=others)
 
 
 def _float_array(value: ArrayLike, name: str) -> Array:
@@ -868,25 +893,24 @@ spatial_batchnorm_backward = batchnorm_backward
 class Moments(NamedTuple):
     """Twin of `bn_fast.Moments`: count, mean and sum of squared deviations, in float64."""
 
-    count: float  # type: ignore[assignment]
+    count: Any
     mean: Array
     m2: Array
 
     def var(self, ddof: float = 0) -> Array:
-        divisor = self.count - ddof
-        return self.m2 / divisor if divisor > 0 else np.full_like(self.m2, np.nan)
+        divisor = np.asarray(self.count - ddof)
+        return self.m2 / np.where(divisor > 0, divisor, np.nan)
 
     def std(self, ddof: float = 0) -> Array:
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both parts together, by Chan, Golub and LeVeque's formulas."""
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
         count = self.count + other.count
-        d = other.mean - self.mean
-        mean = self.mean + d * (other.count / count)
-        return Moments(count, mean, self.m2 + other.m2 + d * d * (self.count * other.count / count))
+        share = other.count / np.where(count == 0, 1, count)
+        a, b = (np.where(np.asarray(m.count) == 0, 0, m.mean) for m in (self, other))
+        mean = np.where(np.asarray(count) == 0, np.nan, a + (b - a) * share)
+        return Moments(count, mean, self.m2 + other.m2 + (b - a) ** 2 * (self.count * share))
 
 
 def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -> Moments:
@@ -900,19 +924,21 @@ def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -
     array([  1., 100.])
     """
     x = _float_array(x, "x").astype(np.float64)
-    w, given = np.ones_like(x), 1.0
-    if weights is not None:
-        w = _weights(weights, x, axis)
-        given = np.max(weights, initial=0) / max(w.max(initial=0), 1)  # what _weights divided by
+    w = np.ones_like(x) if weights is None else _weights(weights, x, axis)
+    count = _count_of(weights, x, axis)
     axes = _axes(axis, x.ndim)
-    own = tuple(x.shape[d] for d in axes)
     values = np.where(w == 0, 0, x)
     others = tuple(d for d in range(x.ndim) if d not in axes)
-    total = w[tuple(slice(1) if d in axes else slice(None) for d in range(x.ndim))].sum()
-    mean = (w * values).sum(axis=others) / total if total else np.full(own, np.nan)
+
+    def mean_of(values: Array) -> Array:
+        total = w.sum(axis=others)
+        mean: Array = (w * values).sum(axis=others) / np.where(total > 0, total, np.nan)
+        return mean
+
+    mean = mean_of(values)
     against_x = mean.reshape(tuple(n if d in axes else 1 for d, n in enumerate(x.shape)))
-    m2: Array = (w * (values - against_x) ** 2).sum(axis=others) if total else np.zeros(own)
-    return Moments(float(total * given), mean, m2 * given)
+    var = mean_of((values - against_x) ** 2)
+    return Moments(count, mean, np.where(np.asarray(count) > 0, var * count, 0))
 
 
 def normalize(
@@ -971,7 +997,7 @@ def backward_apply(
     gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
-    count: float,
+    count: Any,
     *,
     axis: Axis = 1,
     out: Array | None = None,
@@ -989,7 +1015,8 @@ def backward_apply(
     names = "mean", "inv_std", "gamma", "sum_dout", "sum_dout_xmu"
     given = mean, inv_std, 1 if gamma is None else gamma, sum_dout, sum_dout_xmu
     mean, r, gamma, s, p = (_against(*a, x, axis) for a in zip(given, names, strict=True))
-    m = max(count, 1)
+    m = np.maximum(count, 1)
+    m = _against(m, "count", x, axis)
     dx = gamma * r * (dout - s / m - (x - mean) * r**2 * (p / m))
     return _deliver(dx.astype(x.dtype), out)
 
