@@ -18,6 +18,7 @@ from ._core import core
 from ._types import DTYPES, Array, Axis, Count, is_bfloat16, parameter_dtype
 
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
+STATISTICS = "dmean", "dvar"  # where mean and var were given
 RUNNING = "running_mean", "running_var"
 
 
@@ -416,7 +417,7 @@ def unbiasing(count: Count, ddof: int) -> Count:
     return correction
 
 
-def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:
+def needs(value: Any, out: Any, gradients: Sequence[str] = (*GRADIENTS, *STATISTICS)) -> set[str]:
     """Which gradients are wanted."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise TypeError(f"needs must be a sequence of names of gradients, got {_kind(value)}")
@@ -610,6 +611,16 @@ def _check_cache(cache: Cache) -> None:
         _is_array(total, (np.float64,), (n,)) and total.flags.c_contiguous
     )
     require(fits, "total", f"a number or ({n},) of float64")
+
+
+def statistics_given(cache: Cache, wanted: set[str]) -> None:
+    """Whether there is a gradient with respect to mean and var, where one is wanted."""
+    without = cache.options is not None and cache.options.without_weight
+    if wanted.intersection(STATISTICS) and (without or not cache.frozen):
+        raise ValueError(
+            "needs may name dmean and dvar after a forward call in test mode alone, where mean and"
+            " var are given; this cache is of train mode"
+        )
 
 
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:

@@ -10,11 +10,12 @@ try:
 except ImportError as error:
     raise ImportError("bn_fast.autograd needs autograd: pip install autograd") from error
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from . import norms
 from ._cache import Cache, NormCache
-from ._checks import GRADIENTS
+from ._checks import GRADIENTS, STATISTICS
 from ._types import Array, Axis
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
@@ -42,8 +43,8 @@ def batch_norm(
         `bn_fast.batchnorm_forward`.
     mean, var : array_like, shape (C,), optional
         Statistics to normalize with, those of a whole data set for example (the test mode of
-        `bn_fast.batchnorm_forward`). Constants: autograd refuses to differentiate with respect to
-        them. Without them those of x are used, and the gradient flows through them.
+        `bn_fast.batchnorm_forward`), with respect to which autograd can differentiate once. Without
+        them those of x are used, and the gradient flows through them.
     axis : int or tuple of int, default 1
         The feature axis, or axes, as in `bn_fast.batchnorm_forward`.
     eps : float, default 1e-5
@@ -59,8 +60,8 @@ def batch_norm(
     TypeError, ValueError
         As `bn_fast.batchnorm_forward`; also if only one of `mean` and `var` is given.
     NotImplementedError
-        By autograd, for derivatives of third order, of forward mode, and with respect to `mean` and
-        `var`.
+        By autograd, for derivatives of third order, of second order with respect to `mean` and
+        `var`, and of forward mode.
 
     See Also
     --------
@@ -112,11 +113,20 @@ def _forward(
     return y
 
 
+_GRADIENTS = (*GRADIENTS[:3], *STATISTICS)
+
+
 @primitive
 def _backward(
-    dout: Array, x: Array, gamma: Array | None, kept: list[Cache], needs: tuple[str, ...]
+    dout: Array,
+    x: Array,
+    gamma: Array | None,
+    mean: Array | None,
+    var: Array | None,
+    kept: list[Cache],
+    needs: tuple[str, ...],
 ) -> tuple[Array, ...]:
-    """Those of dx, dgamma, dbeta that are needed, as a function of dout, x and gamma, although the
+    """Those that are needed, in their order, as a function of dout, x and gamma, although the
     latter are in `kept`: so autograd knows what a second derivative depends on."""
     found = batchnorm_backward(dout, kept[0], needs=needs)
     return tuple(gradient for gradient in found if gradient is not None)
@@ -125,22 +135,22 @@ def _backward(
 def _vjp(
     argnums: Sequence[int], y: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Array], tuple[Array, ...]]:
-    """One backward pass for all of x, gamma and beta that are asked for."""
-    x, gamma, _, _, _, _, _, kept = args
-    if any(argnum > 2 for argnum in argnums):
-        raise NotImplementedError("only x, gamma and beta can be differentiated")
-    needs = tuple(GRADIENTS[i] for i in sorted(argnums))
+    """One backward pass for all that are asked for."""
+    x, gamma, _, mean, var, _, _, kept = args
+    needs = tuple(_GRADIENTS[i] for i in sorted(argnums))
 
     def gradients(dout: Array) -> tuple[Array, ...]:
-        found = dict(zip(needs, _backward(dout, x, gamma, kept, needs), strict=True))
-        return tuple(_as(args[i], found[GRADIENTS[i]]) for i in argnums)
+        given = dout, x, gamma, mean, var
+        found = dict(zip(needs, _backward(*given, kept, needs), strict=True))
+        return tuple(_as(args[i], found[_GRADIENTS[i]]) for i in argnums)
 
     return gradients
 
 
 def _as(value: Any, gradient: Array) -> Array:
-    """The gradient in the dtype of what it is with respect to, be that a number."""
-    return gradient.astype(getattr(value, "dtype", float), copy=False)
+    """The gradient in the dtype and shape of what it is with respect to, be that a number."""
+    found = gradient.astype(getattr(value, "dtype", float), copy=False)
+    return found.reshape(np.shape(value))
 
 
 defvjp_argnums(_forward, _vjp)
@@ -163,7 +173,9 @@ def _double_backward(
 def _second_vjp(
     argnums: Sequence[int], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], tuple[Array, ...]]:
-    dout, x, gamma, kept, needs = args
+    dout, x, gamma, _, _, kept, needs = args
+    if max(argnums) > 2 or not set(needs) <= set(GRADIENTS):
+        raise NotImplementedError("there is no second derivative with respect to mean and var")
 
     def gradients(second: Any) -> tuple[Array, ...]:
         given = dict(zip(needs, second, strict=True))

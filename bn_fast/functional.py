@@ -268,8 +268,9 @@ def batchnorm_backward(
     out : ndarray, optional
         Where to write dx. It may be dout itself, or the x of the cache, which is then spent.
     needs : sequence of str
-        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual'. What is not named is
-        not computed, and None comes in its place.
+        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual', and after a forward
+        pass in test mode 'dmean', 'dvar': those with respect to the running averages that it was
+        given. What is not named is not computed, and None comes in its place.
 
     Returns
     -------
@@ -279,13 +280,16 @@ def batchnorm_backward(
         the sum of their gradients.
     dresidual : ndarray, shape and dtype of x
         Only if the forward call had a residual.
+    dmean, dvar : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+        Only if `needs` names one of them.
 
     Raises
     ------
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If a shape is wrong, `out` overlaps dout or x in part, or x has been overwritten.
+        If a shape is wrong, `out` overlaps dout or x in part, or x has been overwritten; if `needs`
+        names dmean or dvar after a forward pass in train mode.
     MemoryError
         If `out` or the scratch memory cannot be had.
 
@@ -302,7 +306,9 @@ def batchnorm_backward(
               dx = \gamma r \left(dy - \frac{d\beta}{M} - \hat{x} \frac{d\gamma}{M}\right)
 
     After a forward pass in test mode the statistics do not depend on x, and
-    :math:`dx = \gamma r\,dy`.
+
+    .. math:: dx = \gamma r\,dy \qquad d\mu = -\gamma r\,d\beta \qquad
+              d\sigma^2 = -\frac{1}{2} \gamma r^2\,d\gamma
 
     After an activation dy is dout times its slope, which is found again from x, gamma, beta and
     residual as the forward call had them, to the bit; dy is also dresidual. With weights
@@ -347,6 +353,13 @@ def batchnorm_backward(
     array([[0.],
            [0.],
            [3.]])
+
+    With respect to given statistics:
+
+    >>> param = {"mode": "test", "running_mean": [2.0], "running_var": [4.0], "eps": 0.0}
+    >>> out, cache = batchnorm_forward(x, bn_param=param)
+    >>> batchnorm_backward(dout, cache, needs=["dmean", "dvar"])
+    (None, None, None, array([-3.]), array([-0.6875]))
     """
     gradients: tuple[Any, ...] | None = None
     if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:
@@ -354,11 +367,13 @@ def batchnorm_backward(
     if gradients is None:
         wanted = _checks.needs(needs, out)
         dout, kept, out = _checks.backward_arrays(dout, cache, out)
-        dx, dgamma, dbeta, *dresidual = core.backward(
-            dout, kept, out, wanted, n_threads_for(kept.x)
-        )
+        _checks.statistics_given(kept, wanted)
+        dx, dgamma, dbeta, *more = core.backward(dout, kept, out, wanted, n_threads_for(kept.x))
         dgamma, dbeta = as_given(dgamma, kept.gamma), as_given(dbeta, kept.beta)
-        gradients = dx, dgamma, dbeta, *dresidual
+        if wanted.intersection(_checks.STATISTICS):
+            shape = feature_shape(kept.x, kept.axis)
+            more[-2:] = (None if a is None else a.reshape(shape) for a in more[-2:])
+        gradients = dx, dgamma, dbeta, *more
     return gradients
 
 

@@ -49,6 +49,21 @@ def test_check_grads(shape, axis, frozen):
     check_grads(function, (0, 1, 2), modes=["rev"], order=2)(x, gamma, beta)
 
 
+@pytest.mark.parametrize("shapes", [(None, (3,)), ((1, 3, 1), (3,)), ((3, 1), (1, 3, 1))])
+def test_given_statistics_have_gradients(shapes):
+    """Once, and in the shapes given."""
+    x, gamma, beta, mean = problem((6, 3, 2), 1)
+    given = [mean, mean**2 + 0.5]
+    given = [a if shape is None else a.reshape(shape) for a, shape in zip(given, shapes)]
+
+    def function(x, gamma, mean, var):
+        return batch_norm(x, gamma, beta, mean, var, eps=1e-3)
+
+    check_grads(function, (0, 1, 2, 3), modes=["rev"], order=1)(x, gamma, *given)
+    with pytest.raises(NotImplementedError, match="no second derivative with respect to mean"):
+        check_grads(function, 2, modes=["rev"], order=2)(x, gamma, *given)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_agrees_with_the_expression(shape, axis, frozen):
@@ -198,8 +213,9 @@ def test_errors():
         batch_norm(x, gamma[:2], beta)
     with pytest.raises(TypeError, match="x must be an array of real numbers"):
         batch_norm(None, gamma, beta)
-    with pytest.raises(NotImplementedError, match="only x, gamma and beta"):
-        grad(lambda mean: np.sum(batch_norm(x, gamma, beta, mean, mean**2)))(mean)
+    of_mean = grad(lambda mean: np.sum(batch_norm(x, gamma, beta, mean, mean**2) ** 2))
+    with pytest.raises(NotImplementedError, match="no second derivative with respect to mean"):
+        grad(lambda mean: np.sum(of_mean(mean)))(mean)
     with pytest.raises(NotImplementedError, match="not defined"):
         make_jvp(lambda x: batch_norm(x, gamma, beta))(x)(x)
     first = elementwise_grad(lambda x: batch_norm(x, gamma, beta) ** 2)

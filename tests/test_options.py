@@ -718,6 +718,121 @@ def test_errors(options, error, message):
     np.testing.assert_array_equal(out, np.full_like(X, 7))
 
 
+# Gradients with respect to given statistics
+
+
+def given_statistics(shape, axis, dtype):
+    n = shape[axis]
+    mean, var = 2.9 + normal(n, np.float64, 5) / 8, 4 + normal(n, np.float64, 6) ** 2
+    return {"mode": "test", "running_mean": mean.astype(dtype), "running_var": var.astype(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
+@pytest.mark.parametrize("parameters", ["arrays", "None", "numbers"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((40, 5), 1), ((3, 70), 1), ((9, 6, 7, 7), 1), ((3, 4, 300), -1), ((700, 300), 0)], ids=str,
+)  # fmt: skip
+def test_gradients_of_given_statistics(shape, axis, parameters, dtype):
+    """Chainer's rule for its fixed batch normalization, in long double: dmean = -gamma r dbeta,
+    dvar = -gamma r^2 dgamma / 2."""
+    x, dout, gamma, beta = problem(shape, axis, np.float32)
+    x, dout = x.astype(dtype), dout.astype(dtype)
+    scale = gamma
+    if parameters == "None":
+        gamma = beta = None
+        scale = np.ones(shape[axis])
+    elif parameters == "numbers":
+        gamma, beta, scale = 1.5, 0.5, np.full(shape[axis], 1.5)
+    param = given_statistics(shape, axis, np.float32)
+    mean, var = param["running_mean"], param["running_var"]
+    _, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
+    dx, dgamma, dbeta, dmean, dvar = batchnorm_backward(
+        dout, cache, needs=("dx", "dgamma", "dbeta", "dmean", "dvar")
+    )
+    assert_same_bits(
+        [a for a in (dx, dgamma, dbeta) if a is not None],
+        [a for a in batchnorm_backward(dout, cache) if a is not None],
+    )
+    expected = oracle.backward(dout, x, scale, axis, 1e-5, mean, var)
+    r = 1 / np.sqrt(var.astype(np.longdouble) + 1e-5)
+    like = dmean if x.dtype.itemsize == 2 else x
+    factor = -scale * r
+    limit = 1e-18 + 8 * np.finfo(like.dtype).eps
+    for got, should, size in (
+        (dmean, factor * expected.dbeta, np.abs(factor).max() * expected.dbeta_scale),
+        (dvar, factor * r / 2 * expected.dgamma, np.abs(factor * r).max() * expected.dgamma_scale),
+    ):
+        assert got.dtype == like.dtype
+        assert got.shape == (shape[axis],)
+        assert np.abs(got - should).max() <= limit * max(np.abs(should).max(), size)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_finite_differences_of_given_statistics(module, activation, has_residual):
+    x, dout, gamma, beta = problem((7, 3, 2), 1, np.float64)
+    residual = normal(x.shape, np.float64, 8) if has_residual else None
+    param = given_statistics(x.shape, 1, np.float64)
+
+    def forward(mean, var):
+        given = {"mode": "test", "running_mean": mean, "running_var": var}
+        return module.batchnorm_forward(
+            x, gamma, beta, given, activation=activation, residual=residual
+        )
+
+    mean, var = param["running_mean"], param["running_var"]
+    _, cache = forward(mean, var)
+    names = ["dx", "dgamma", "dbeta", "dresidual"][: 4 if has_residual else 3]
+    gradients = module.batchnorm_backward(dout, cache, needs=[*names, "dvar", "dmean"])
+    assert len(gradients) == len(names) + 2
+    for index in range(3):
+        for which, found in ((0, gradients[-2]), (1, gradients[-1])):
+            h = 1e-5
+            sides = []
+            for step in (-h, h):
+                given = [mean.copy(), var.copy()]
+                given[which][index] += step
+                sides.append((forward(*given)[0] * dout).sum())
+            assert found[index] == pytest.approx(
+                (sides[1] - sides[0]) / (2 * h), rel=1e-6, abs=1e-7
+            )
+    alone = module.batchnorm_backward(dout, cache, needs=["dvar"])
+    assert alone[:-1] == (None,) * (len(names) + 1)
+    np.testing.assert_array_equal(alone[-1], gradients[-1])
+    other = reference if module is bn_fast else bn_fast
+    again = other.batchnorm_backward(dout, cache, needs=["dmean", "dvar"])
+    np.testing.assert_allclose(again[-2:], gradients[-2:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_statistics_of_the_batch_have_no_gradient_of_their_own(module):
+    for options in ({}, {"weights": np.zeros((4, 1))}, {"activation": "relu"}):
+        _, cache = module.batchnorm_forward(X, np.ones(3), np.zeros(3), **options)
+        for name in ("dmean", "dvar"):
+            with pytest.raises(ValueError, match=r"dmean and dvar .* test mode alone"):
+                module.batchnorm_backward(X, cache, needs=["dx", name])
+
+
+def test_given_statistics_beyond_the_range():
+    """Of values of 1e25 and 1e-25: what float64 says of the sums, rounded once."""
+    for size in (1e25, 1e-18):
+        x, dout = size * normal((50, 4), np.float64), normal((50, 4), np.float32, 1)
+        x = x.astype(np.float32)
+        mean, var = x.mean(0, np.float64), x.var(0, np.float64)
+        param = {"mode": "test", "eps": 0.0, "running_mean": mean, "running_var": var}
+        _, cache = batchnorm_forward(x, bn_param=param)
+        dmean, dvar = batchnorm_backward(dout, cache, needs=["dmean", "dvar"])[-2:]
+        expected = [a / s for a, s in zip(
+            batchnorm_backward(dout, batchnorm_forward(
+                x.astype(np.float64), np.ones(4), np.zeros(4), param)[1])[1:],
+            (-2 * var, -np.sqrt(var)), strict=True,
+        )]  # fmt: skip
+        np.testing.assert_allclose(dmean, expected[1].astype(np.float32), rtol=1e-5)
+        np.testing.assert_allclose(dvar, expected[0].astype(np.float32), rtol=1e-5)
+
+
 def test_errors_of_needs():
     _, cache = batchnorm_forward(X, np.ones(3), np.zeros(3))
     with pytest.raises(ValueError, match=r"needs must be of dx, dgamma.*got 'dz'"):

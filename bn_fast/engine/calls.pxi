@@ -462,6 +462,19 @@ def normalize(
     return run_forward(&job, gamma, beta, out, None)
 
 
+cdef void differentiate_statistics(
+    const Parameter* gamma, const double* inv_std, Py_ssize_t n, double* dgamma, double* dbeta,
+    double* scale,
+) noexcept:
+    """dvar in place of dgamma, and dmean in that of dbeta, where mean and var were given."""
+    cdef Py_ssize_t f
+    read_parameter(gamma, 0, n, scale)
+    for f in range(n):
+        scale[f] *= -inv_std[f]
+        dgamma[f] = scale[f] * dgamma[f] * (inv_std[f] / 2)
+        dbeta[f] *= scale[f]
+
+
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(target)[0]
     cdef float* narrow = <float*> cnp.PyArray_DATA(target)
@@ -474,7 +487,8 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
 
 def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     """Gradients dx (in out, new if None), dgamma, dbeta, and dresidual where there was a residual:
-    what `needs` names (None: all), and None for the others and where gamma or beta was None.
+    what `needs` names (None: all of these), and None for the others and where gamma or beta was
+    None.  Where it names one of dmean and dvar, both follow.
 
     cache: a Cache (_cache.py), told if its x is overwritten.  small: see plain_forward; negative
     where all has been checked.
@@ -483,9 +497,9 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     cdef unsigned long long features
     cdef Py_ssize_t n
     cdef cnp.npy_intp length
-    cdef cnp.ndarray dgamma, dbeta, dresidual = None
+    cdef cnp.ndarray dgamma, dbeta, dresidual = None, dmean = None, dvar = None
     cdef double* sums
-    cdef bint needs_dx, needs_sums, frozen = cache.frozen
+    cdef bint needs_dx, needs_sums, needs_given = False, frozen = cache.frozen
     x, gamma, beta, stats = cache.x, cache.gamma, cache.beta, cache.stats
     axis, eps, options = cache.axis, cache.eps, cache.options
     if small >= 0 and not (
@@ -497,7 +511,9 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     features = mask_of(axis)
     residual = None if options is None else (<tuple> options)[2]
     needs_dx = needs is None or "dx" in needs
-    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs
+    if needs is not None:
+        needs_given = "dmean" in needs or "dvar" in needs
+    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs or needs_given
     if residual is not None and (needs is None or "dresidual" in needs):
         dresidual = new_result(x)
     if out is None and needs_dx:
@@ -506,7 +522,10 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     length = n = cnp.PyArray_DIMS(stats)[1]
     dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
     dbeta = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
-    sums = <double*> calloc(2 * n + 1, sizeof(double))
+    if needs_given:
+        dmean = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+        dvar = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+    sums = <double*> calloc((3 if needs_given else 2) * n + 1, sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
     try:
@@ -526,6 +545,12 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         execute(&job)
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
+        if needs_given:
+            differentiate_statistics(
+                &job.gamma_given, job.value[INV_STD], n, sums, sums + n, sums + 2 * n
+            )
+            store_parameter(sums + n, dmean)
+            store_parameter(sums, dvar)
     finally:
         free(sums)
     if out is not None and is_same_buffer(out, x):
@@ -534,7 +559,10 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         dgamma = None
     if beta is None or (needs is not None and "dbeta" not in needs):
         dbeta = None
-    return (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
+    found = (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
+    if needs_given:
+        found += (dmean if "dmean" in needs else None, dvar if "dvar" in needs else None)
+    return found
 
 
 # ---------------------------------------------------------------- one visit alone

@@ -39,6 +39,7 @@ BNParam = MutableMapping[str, Any]
 Axis = int | tuple[int, ...]  # a tuple: several feature axes
 Gradients = tuple[Array, Any, Any]  # those of gamma and beta are None where these were
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
+STATISTICS = "dmean", "dvar"
 
 
 class Cache(NamedTuple):
@@ -294,7 +295,7 @@ def _parameter_shapes(cache: Sequence[Any], mean: Array) -> tuple[Any, ...]:
     """As the cache says; of a plain tuple those of the mean along its axes."""
     own = tuple(n for n in mean.shape if n != 1)
     own = own if len(own) > 1 else (mean.size,)
-    known = None if cache[4] is None else own, own
+    known = None if cache[4] is None else own if np.ndim(cache[4]) else (), own
     shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", known)
     return shapes
 
@@ -724,7 +725,10 @@ def batchnorm_backward(
 
     Notes
     -----
-    After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout.
+    After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout. Then
+    `needs` may name dmean and dvar, which come last::
+
+        dmean = -gamma*r*dbeta          dvar = -gamma*r**2*dgamma/2
 
     dout goes through the activation first. That is dresidual, and the dout of all formulas. With
     weights 1/M is w/W in dx; the sums are over all elements, but for those of weight 0 whose x or
@@ -748,19 +752,40 @@ def batchnorm_backward(
     >>> dbeta
     array([1.])
     """
-    unknown = [name for name in needs if name not in GRADIENTS]
+    known = *GRADIENTS, *STATISTICS
+    unknown = [name for name in needs if name not in known]
     if unknown:
-        raise ValueError(f"needs must be of {', '.join(GRADIENTS)}, got {unknown[0]!r}")
+        raise ValueError(f"needs must be of {', '.join(known)}, got {unknown[0]!r}")
     dx, dgamma, dbeta = batchnorm_backward_element_wise(dout, cache)
     gradients = [dx, dgamma, dbeta]
     if getattr(cache, "residual", None) is not None:
         mean, _, _, x_hat, gamma = cache
         dout, gamma = np.array(dout, dx.dtype), _shaped(gamma, 1, np.asarray(mean, dx.dtype))
         gradients.append(_through_activation(dout, gamma, np.asarray(x_hat), cache))
+    given = _statistics_gradients(dout, cache) if set(STATISTICS).intersection(needs) else ()
     if "dx" in needs:
         gradients[0] = _deliver(dx, out)
-    named = zip(GRADIENTS, gradients, strict=False)
+    named = *zip(GRADIENTS, gradients, strict=False), *zip(STATISTICS, given, strict=False)
     return tuple(a if name in needs else None for name, a in named)
+
+
+def _statistics_gradients(dout: ArrayLike, cache: Sequence[Any]) -> tuple[Array, Array]:
+    """dmean and dvar of test mode, from y = gamma*(x - mean)*(var + eps)**(-1/2) + beta."""
+    weights = getattr(cache, "weights", None)
+    without = weights is not None and not np.any(weights)
+    if without or not getattr(cache, "frozen", False):
+        raise ValueError("needs may name dmean and dvar after a forward call in test mode alone")
+    mean, inv_std, x, _, gamma = cache
+    mean, inv_std = (np.asarray(a, _computable(np.asarray(x)).dtype) for a in (mean, inv_std))
+    # With gamma and beta that are there, of each feature.
+    each = OptionsCache(mean, inv_std, x, cache[3], _shaped(gamma, 1, mean))
+    for name in ("frozen", "activation", "negative_slope", "beta", "residual", "weights"):
+        setattr(each, name, getattr(cache, name, None))
+    own = tuple(n for n in mean.shape if n != 1) or (1,)
+    each.parameter_shapes = own, own
+    _, dgamma, dbeta = batchnorm_backward_element_wise(dout, each)
+    scale = (each[4] * inv_std.reshape(mean.shape)).reshape(own)
+    return -scale * dbeta, -scale * inv_std.reshape(own) * dgamma / 2
 
 
 batchnorm_backward_alt = batchnorm_backward
