@@ -91,11 +91,10 @@ class Cache(_Five):
     axis : int or tuple of int
         The feature axis of x, or axes in ascending order.
     eps : float
-        What was added to the variance; negative where that is not known.
+        What was added to the variance; negative where that is not known, nor whether the mean is
+        that of x to all digits: for a five-tuple that other code made.
     frozen : bool
         The statistics were given (test mode), so x has no influence on them.
-    exact_mean : bool
-        The mean is that of x, to all digits; False for a five-tuple that other code made.
     var : ndarray, float64
         The biased variance, ``((x - mean)**2).mean()``, as it broadcasts against x.
     count : float or ndarray
@@ -108,8 +107,7 @@ class Cache(_Five):
     """
 
     __slots__ = (
-        "axis", "beta", "eps", "exact_mean", "frozen", "gamma", "options", "overwritten", "stats",
-        "x",
+        "axis", "beta", "eps", "frozen", "gamma", "options", "overwritten", "stats", "x",
     )  # fmt: skip
 
     _names = ("mean", "inv_var", "x", "x_hat", "gamma")
@@ -123,7 +121,6 @@ class Cache(_Five):
         axis: Axis,
         eps: float,
         frozen: bool = False,
-        exact_mean: bool = True,
         overwritten: str = "",
         options: Options | None = None,
     ) -> None:
@@ -134,7 +131,6 @@ class Cache(_Five):
         self.axis = axis
         self.eps = eps
         self.frozen = frozen
-        self.exact_mean = exact_mean
         self.overwritten = overwritten
         self.options = options
 

@@ -264,8 +264,8 @@ def _weights_of_features(
     def total_of(values: Array) -> NDArray[np.float64]:
         """Of each feature, added up in pairs: its values side by side."""
         rows = np.moveaxis(values, axes, range(len(axes)))
-        lengths = rows.shape[: len(axes)]
-        rows = np.array(rows, np.float64, order="C").reshape(*lengths, -1)
+        lengths, n_values = rows.shape[: len(axes)], math.prod(rows.shape[len(axes) :])
+        rows = np.array(rows, np.float64, order="C").reshape(*lengths, n_values)
         each = np.empty(feature_shape(x, axis))
         each[...] = rows.sum(axis=-1) * repeats
         return each
@@ -410,11 +410,10 @@ def _average(value: Any, name: str, x: Array, axis: Axis) -> Array:
 def unbiasing(count: Count, ddof: int) -> Count:
     """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
     not above 0."""
-    if not isinstance(count, np.ndarray):
-        return 1 + ddof / (count - ddof) if count > ddof else 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        correction: Count = np.where(count > ddof, 1 + ddof / (count - ddof), 0.0)
-    return correction
+    if type(count) is not int and isinstance(count, np.ndarray):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(count > ddof, 1 + ddof / (count - ddof), 0.0)
+    return 1 + ddof / (count - ddof) if count > ddof else 0.0
 
 
 def needs(value: Any, out: Any, gradients: Sequence[str] = (*GRADIENTS, *STATISTICS)) -> set[str]:
@@ -722,7 +721,7 @@ def _foreign_cache(cache: Any) -> Cache:
         beta = getattr(cache, "beta", np.zeros(own))
         beta = _foreign_parameter(beta, "beta", beta_shape, axis, math.prod(own))
     options = _foreign_options(cache, x, axis)
-    return Cache(x, gamma, beta, stats, axis, -1.0, frozen, False, options=options)
+    return Cache(x, gamma, beta, stats, axis, -1.0, frozen, options=options)
 
 
 def _foreign_parameter(

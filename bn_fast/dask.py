@@ -471,7 +471,7 @@ def _dx(
     whole = from_rows(packed)
     gamma = _checks._affine(gamma, "gamma", x, axis)
     sums = np.ascontiguousarray(sums)
-    cache = _cache.Cache(x, gamma, None, statistics(whole, eps), axis, eps, exact_mean=False)
+    cache = _cache.Cache(x, gamma, None, statistics(whole, eps), axis, eps)
     dx: Array = core.backward_dx(dout, cache, sums, whole.count, None, n_threads_for(x))
     return dx
 

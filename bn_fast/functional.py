@@ -207,7 +207,7 @@ def batchnorm_forward(
             if differ:
                 _average_in(settings, stats, options)
     overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
-    return y, Cache(x, gamma, beta, stats, axis, eps, frozen, True, overwritten, options)
+    return y, Cache(x, gamma, beta, stats, axis, eps, frozen, overwritten, options)
 
 
 @contextmanager

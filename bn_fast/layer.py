@@ -427,7 +427,7 @@ class BatchNorm:
         out, stats, _, _ = core.forward(
             x, gamma, self._beta, axis, out, settings, None, n_threads_for(x)
         )
-        cache = Cache(x, gamma, self._beta, stats, axis, self._eps, False, True)
+        cache = Cache(x, gamma, self._beta, stats, axis, self._eps)
         count = x.size // self._num_features
         return out, cache, count, count, stats[0], stats[3]
 
@@ -458,15 +458,17 @@ class BatchNorm:
     ) -> None:
         """Average a training batch into the running statistics."""
         what = ""
-        correction = _checks.unbiasing(count, self._ddof)
-        if np.min(n_values) < 2:  # one value has no variance: its 0 would pull running_var down
-            which = f"feature {np.argmin(n_values)}" if np.ndim(n_values) else "each feature"
-            what = f"the batch has {np.min(n_values)} values for {which}, and a variance needs 2"
-        elif np.min(correction) == 0:
-            what = (
-                f"the batch's weights sum to {np.min(count):g}, and an unbiased variance needs more"
-            )
-        elif not core.are_finite(mean, var):
+        correction: Any = 1.0
+        if self._ddof or type(count) is not int:
+            correction = _checks.unbiasing(count, self._ddof)
+        alike = type(correction) is float  # in all features
+        if not alike:
+            what = _few_values(n_values, count, correction)
+        elif n_values < 2:  # one value has no variance: its 0 would pull running_var down
+            what = f"the batch has {n_values} values for each feature, and a variance needs 2"
+        elif not correction:
+            what = f"the batch's weights sum to {count:g}, and an unbiased variance needs more"
+        if not what and not core.are_finite(mean, var):
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:
@@ -486,11 +488,11 @@ class BatchNorm:
         m = self._momentum
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
         running_mean = core.averaged(self._running_mean, mean, old, new)
-        if isinstance(correction, np.ndarray):
+        if alike:
+            running_var = core.averaged(self._running_var, var, old, new * (correction or np.nan))
+        else:
             share = new * np.where(correction == 0, np.nan, correction)
             running_var = old * self._running_var + share * var
-        else:
-            running_var = core.averaged(self._running_var, var, old, new * (correction or np.nan))
         self._running_mean, self._running_var = running_mean, running_var
         self._num_batches = n + 1 if n < MOST_BATCHES else n
 
@@ -817,6 +819,20 @@ def _stacklevel_outside() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "bn_fast":
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _few_values(n_values: Any, count: Any, correction: Array) -> str:
+    """What is wrong with a batch whose features differ in how many values they have, if it is."""
+    f = int(np.argmin(n_values))
+    if np.min(n_values) < 2:
+        return f"the batch has {np.min(n_values)} values for feature {f}, and a variance needs 2"
+    f = int(np.argmin(count))
+    if correction[f] == 0:
+        return (
+            f"the batch's weights of feature {f} sum to {count[f]:g}, and an unbiased variance"
+            " needs more"
+        )
+    return ""
 
 
 def _layout(x: Array) -> object:

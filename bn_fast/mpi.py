@@ -177,7 +177,7 @@ class SyncBatchNorm(BatchNorm):
         for row in gathered:  # in rank order; MPI's own sum may add in another
             sums = sums + row
         sums = sums.reshape(2, -1)
-        batch = Cache(x, gamma, None, stats, axis, self.eps, exact_mean=False)
+        batch = Cache(x, gamma, None, stats, axis, self.eps)
         dx = core.backward_dx(dout, batch, sums, total, out, n_threads_for(x))
         dgamma, dbeta = sums.astype(parameter_dtype(x.dtype))
         return dx, dgamma, dbeta

@@ -403,5 +403,5 @@ def backward_apply(
     out = _checks.output(out, dout, x, gamma)
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)
-    cache = Cache(x, gamma, None, stats, axis, -1.0, exact_mean=False)
+    cache = Cache(x, gamma, None, stats, axis, -1.0)
     return core.backward_dx(dout, cache, sums, total, out, n_threads_for(x))

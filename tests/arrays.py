@@ -155,8 +155,7 @@ def spread_weights(shape, axis, kind, seed=5):
     if not each:
         shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
     w = np.random.default_rng(seed).integers(0, 4, shape)
-    np.moveaxis(w, axis, -1).reshape(-1, w.shape[axis])[:1] = 2
-    np.moveaxis(w, axis, -1)[(0,) * (w.ndim - 1)] = 2
+    np.moveaxis(w, axis, -1)[(slice(1),) * (w.ndim - 1)] = 2
     return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]
 
 

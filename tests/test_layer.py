@@ -275,7 +275,7 @@ def test_weights_are_those_of_the_function(shape, axis, training, ddof, differ):
         ([[0.25], [0.5], [0.25]], 1, "weights sum to 1, and an unbiased variance needs more"),
         ([[1, 0, 1], [1, 0, 1], [1, 1, 1]], 0, "has 1 values for feature 1"),
         ([[1, 1, 0], [1, 1, 0], [1, 1, 0]], 0, "has 0 values for feature 2"),
-        ([[1, 0.5, 1], [1, 0.2, 1], [1, 0.1, 1]], 1, r"weights sum to 0.8, .* needs more"),
+        ([[1, 0.5, 1], [1, 0.2, 1], [1, 0.1, 1]], 1, r"weights of feature 1 sum to 0.8, .* more"),
     ],
 )
 def test_weights_may_leave_a_bad_batch(weights, ddof, message):

@@ -538,7 +538,7 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         job.reduces = needs_sums or dresidual is not None or (needs_dx and not frozen)
         job.applies = needs_dx
         # With weights dout has no shift, and M = 2 no form of its own.
-        job.exact_mean = cache.exact_mean and job.array[W] == NULL
+        job.exact_mean = <double> eps >= 0 and job.array[W] == NULL
         job.eps = eps if job.array[W] == NULL else -1
         job.value[DGAMMA] = sums
         job.value[DBETA] = sums + n
@@ -677,7 +677,7 @@ cdef int sum_pairs(
     cdef Job job
     cdef cnp.ndarray x = cache.x, stats = cache.stats
     cdef unsigned long long features = mask_of(cache.axis)
-    cdef bint frozen = cache.frozen, exact_mean = cache.exact_mean
+    cdef bint frozen = cache.frozen, exact_mean = <double> cache.eps >= 0
     cdef Py_ssize_t f, n = cnp.PyArray_DIMS(stats)[1]
     cdef double m = <double> (cnp.PyArray_SIZE(x) // n)
     cdef double* inv_std = <double*> cnp.PyArray_DATA(stats) + 2 * n
@@ -741,8 +741,8 @@ def double_backward(
         set_parameter(&job.gamma_given, ddgamma, NULL)
         job.reduces = not frozen
         job.applies = True
-        job.exact_mean = cache.exact_mean
         job.eps = cache.eps
+        job.exact_mean = job.eps >= 0
         job.value[DGAMMA] = v + 7 * n
         job.value[DBETA] = v + 8 * n
         execute(&job)
