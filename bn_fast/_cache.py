@@ -6,7 +6,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ._types import Array, parameter_dtype
+from ._types import Array, Axis, Count, parameter_dtype
+
+
+def feature_shape(x: Array, axis: Axis) -> tuple[int, ...]:
+    """That of parameters and statistics: the lengths of x along the features' axes."""
+    return (x.shape[axis],) if isinstance(axis, int) else tuple([x.shape[d] for d in axis])
+
+
+def shape_against(x: Array, axis: Axis) -> tuple[int, ...]:
+    """The shape in which they broadcast against x, from the first of these axes on."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    return tuple([x.shape[d] if d in axes else 1 for d in range(axes[0], x.ndim)])
 
 
 class Options(NamedTuple):
@@ -14,17 +25,21 @@ class Options(NamedTuple):
 
     activation: str | None
     negative_slope: float
-    beta: Array
     residual: Array | None
-    weights: Array | None  # of the shape and dtype of x, by a power of two smaller than given
-    total: float  # of the weights of a feature
+    weights: Array | None  # of the shape and dtype of x, by powers of two smaller than given
+    total: Count  # of the weights of a feature; of each, in one dimension, where they differ
     residual_overwritten: bool
-    sum_weights: float | None = None  # of a feature, as they were given
+    sum_weights: Count | None = None  # as they were given, in the shape of the parameters
 
     @property
     def without_weight(self) -> bool:
         """Whether there is nothing to take statistics of."""
-        return self.weights is not None and self.total == 0
+        return self.weights is not None and isinstance(self.total, float) and self.total == 0
+
+    @property
+    def counts_differ(self) -> bool:
+        """Whether each feature has a count of its own."""
+        return isinstance(self.sum_weights, np.ndarray)
 
 
 class _Five:
@@ -62,26 +77,29 @@ class Cache(_Five):
 
     Unpacks as the five-tuple ``(mean, inv_var, x, x_hat, gamma)`` that hand-written NumPy code
     passes around, where ``inv_var`` is 1/sqrt(var + eps). The small arrays broadcast against x, and
-    are float32 for an x of 16 bits; x_hat is computed when it is asked for.
+    are float32 for an x of 16 bits; x_hat is computed when it is asked for, and gamma is None where
+    none was given.
 
     Attributes
     ----------
-    x, gamma : ndarray
+    x : ndarray
         As given to the forward call, or converted.
+    gamma, beta : ndarray or None
+        The same, in the shapes in which they were given: those of their gradients. None: 1 and 0.
     stats : ndarray, float64, shape (4, n_features)
         Mean, the part of the mean beyond float64's digits, 1/sqrt(var + eps), var.
-    axis : int
-        The feature axis of x.
+    axis : int or tuple of int
+        The feature axis of x, or axes in ascending order.
     eps : float
-        What was added to the variance; negative where that is not known.
+        What was added to the variance; negative where that is not known, nor whether the mean is
+        that of x to all digits: for a five-tuple that other code made.
     frozen : bool
         The statistics were given (test mode), so x has no influence on them.
-    exact_mean : bool
-        The mean is that of x, to all digits; False for a five-tuple that other code made.
     var : ndarray, float64
         The biased variance, ``((x - mean)**2).mean()``, as it broadcasts against x.
-    count : float
-        M, how many values x has for each feature; with weights their sum.
+    count : float or ndarray
+        M, how many values x has for each feature; with weights their sum, of each feature, as it
+        broadcasts against x, if the weights differed between features.
     overwritten : str
         Which call wrote its output over x, so that no gradient can be had any more; else empty.
     options : Options or None
@@ -89,7 +107,7 @@ class Cache(_Five):
     """
 
     __slots__ = (
-        "axis", "eps", "exact_mean", "frozen", "gamma", "options", "overwritten", "stats", "x",
+        "axis", "beta", "eps", "frozen", "gamma", "options", "overwritten", "stats", "x",
     )  # fmt: skip
 
     _names = ("mean", "inv_var", "x", "x_hat", "gamma")
@@ -97,22 +115,22 @@ class Cache(_Five):
     def __init__(
         self,
         x: Array,
-        gamma: Array,
+        gamma: Array | None,
+        beta: Array | None,
         stats: Array,
-        axis: int,
+        axis: Axis,
         eps: float,
         frozen: bool = False,
-        exact_mean: bool = True,
         overwritten: str = "",
         options: Options | None = None,
     ) -> None:
         self.x = x
         self.gamma = gamma
+        self.beta = beta
         self.stats = stats
         self.axis = axis
         self.eps = eps
         self.frozen = frozen
-        self.exact_mean = exact_mean
         self.overwritten = overwritten
         self.options = options
 
@@ -125,10 +143,6 @@ class Cache(_Five):
         return self.options.negative_slope if self.options else 0.01
 
     @property
-    def beta(self) -> Array | None:
-        return self.options.beta if self.options else None
-
-    @property
     def residual(self) -> Array | None:
         return self.options.residual if self.options else None
 
@@ -138,7 +152,7 @@ class Cache(_Five):
 
     def _as_feature(self, values: Array) -> Array:
         """One value for each feature in the shape in which they broadcast against x."""
-        return values.reshape((-1,) + (1,) * (self.x.ndim - 1 - self.axis))
+        return values.reshape(shape_against(self.x, self.axis))
 
     def _broadcastable(self, values: Array) -> Array:
         return self._as_feature(values.astype(parameter_dtype(self.x.dtype)))
@@ -156,11 +170,12 @@ class Cache(_Five):
         return self._as_feature(self.stats[3].copy())
 
     @property
-    def count(self) -> float:
+    def count(self) -> Count:
         n_values: int = self.x.size // max(self.stats.shape[1], 1)
-        if self.options is not None and self.options.sum_weights is not None:
-            return self.options.sum_weights
-        return n_values
+        given = None if self.options is None else self.options.sum_weights
+        if isinstance(given, np.ndarray):
+            return self._as_feature(given.copy())
+        return n_values if given is None else given
 
     @property
     def x_hat(self) -> Array:
@@ -170,8 +185,17 @@ class Cache(_Five):
         x_hat: Array = ((self.x - mean) - mean_low) * inv_std
         return x_hat.astype(self.x.dtype, copy=False)
 
-    def _gamma(self) -> Array:
-        return self._broadcastable(self.gamma)
+    def _gamma(self) -> Array | None:
+        if self.gamma is None:
+            return None
+        gamma: Array = self.gamma.astype(parameter_dtype(self.x.dtype))
+        own = gamma.shape == feature_shape(self.x, self.axis)
+        return self._as_feature(gamma) if own else gamma
+
+    @property
+    def parameter_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Those of gamma and beta, and so of their gradients; None where there was none."""
+        return tuple([None if a is None else a.shape for a in (self.gamma, self.beta)])
 
     def __repr__(self) -> str:
         kind = "frozen statistics" if self.frozen else "batch statistics"

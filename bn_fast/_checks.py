@@ -13,11 +13,12 @@ import numpy as np
 from numpy.exceptions import AxisError
 from numpy.typing import NDArray
 
-from ._cache import Cache, Options
+from ._cache import Cache, Options, feature_shape, shape_against
 from ._core import core
-from ._types import DTYPES, Array, is_bfloat16, parameter_dtype
+from ._types import DTYPES, Array, Axis, Count, is_bfloat16, parameter_dtype
 
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
+STATISTICS = "dmean", "dvar"  # where mean and var were given
 RUNNING = "running_mean", "running_var"
 
 
@@ -64,7 +65,7 @@ def _input(value: Any, name: str) -> Array:
     return array
 
 
-def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+def _parameter(value: Any, name: str, n_features: int, axis: Axis) -> Array:
     """One real number per feature, as float32 or float64."""
     array = _real_array(value, name)
     if array.shape != (n_features,):
@@ -73,6 +74,32 @@ def _parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
             f" of x, got {array.shape}"
         )
     return _as_parameter(array)
+
+
+def _affine(value: Any, name: str, x: Array, axis: Axis) -> Array | None:
+    """gamma or beta as float32 or float64, in the shape given; None stays."""
+    return None if value is None else _given(value, name, x, axis)
+
+
+def _given(value: Any, name: str, x: Array, axis: Axis) -> Array:
+    """One value for each feature, in a shape that broadcasts against x or (C,), or one for all."""
+    array = _real_array(value, name)
+    if not _is_per_feature(array.shape, x, axis):
+        raise ValueError(
+            f"{name} must have shape {feature_shape(x, axis)}, one value for each feature along"
+            f" axis {axis} of x, or broadcast against x along it, got {array.shape}"
+        )
+    array = _as_parameter(array)
+    return array if array.ndim < 2 else np.ascontiguousarray(array)
+
+
+def _is_per_feature(shape: tuple[int, ...], x: Array, axis: Axis) -> bool:
+    """Whether it says of each value to which feature it belongs."""
+    if shape in ((), feature_shape(x, axis)):
+        return True
+    against_x = shape_against(x, axis)
+    against_x = (1,) * (x.ndim - len(against_x)) + against_x
+    return len(shape) <= x.ndim and (1,) * (x.ndim - len(shape)) + shape == against_x
 
 
 def _as_parameter(array: NDArray[Any]) -> Array:
@@ -93,7 +120,23 @@ def _axis(axis: Any, ndim: int) -> int:
     return index % ndim
 
 
-def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
+def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes in ascending order; an integer is that one axis."""
+    if not isinstance(axis, tuple):
+        if not hasattr(axis, "__index__"):
+            raise TypeError(f"axis must be an integer or a tuple of integers, got {_kind(axis)}")
+        return (_axis(axis, ndim),)
+    named = sorted(_axis(a, ndim) for a in axis)
+    if not named or len(set(named)) < len(named):
+        raise ValueError(f"axis must name one or more axes, each once, got {axis}")
+    return tuple(named)
+
+
+def n_features(x: Array, axis: Axis) -> int:
+    return math.prod(feature_shape(x, axis))
+
+
+def _output(out: Any, inputs: dict[str, Any]) -> Array | None:
     """The caller's output: like the first input in shape and dtype, apart from it or exactly it."""
     if out is None:
         return None
@@ -114,7 +157,7 @@ def _output(out: Any, inputs: dict[str, Array]) -> Array | None:
         reach += (length - 1) * stride
     output: Array = np.asarray(out)
     for name, array in inputs.items():
-        if not np.may_share_memory(output, array):
+        if array is None or not np.may_share_memory(output, array):
             continue
         may_be_out = name in ("x", "dout", "residual")
         if not (may_be_out and is_same(output, array)) and np.shares_memory(output, array):
@@ -130,22 +173,21 @@ def is_same(a: Array, b: Array) -> bool:
 
 def forward_arrays(
     x: Any, gamma: Any, beta: Any, axis: Any, out: Any
-) -> tuple[Array, Array, Array, int, Array | None]:
+) -> tuple[Array, Array | None, Array | None, Axis, Array | None]:
     if core.is_plain(x, gamma, beta, axis, out):  # the straight road
         return x, gamma, beta, axis, out
     x, axis = array_and_axis(x, axis)
-    gamma = _parameter(gamma, "gamma", x.shape[axis], axis)
-    beta = _parameter(beta, "beta", x.shape[axis], axis)
+    gamma = _affine(gamma, "gamma", x, axis)
+    beta = _affine(beta, "beta", x, axis)
     out = _output(out, {"x": x, "gamma": gamma})
-    if out is not None and np.may_share_memory(out, beta):
+    if out is not None and beta is not None and np.may_share_memory(out, beta):
         beta = beta.copy()  # it is read tile by tile, when there is output already
     return x, gamma, beta, axis, out
 
 
 def options(
     x: Array,
-    beta: Array,
-    axis: int,
+    axis: Axis,
     out: Array | None,
     activation: Any,
     negative_slope: Any,
@@ -167,33 +209,41 @@ def options(
         if out is not None:
             _output(out, {"residual": residual})
             overwritten = activation is not None and core.is_same(out, residual)
-    total, given = 0.0, None
+    total: Count = 0.0
+    given: Count | None = None
     if weights is not None:
         weights, total, given = element_weights(weights, x, axis)
-    return Options(activation, slope, beta, residual, weights, total, overwritten, given)
+    return Options(activation, slope, residual, weights, total, overwritten, given)
 
 
-def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, float, float]:
-    """Weights in the shape and dtype of x, and their sum (None and 0 where all are equal); and
-    the sum of those that were given.
+def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, Count, Count]:
+    """Weights in the shape and dtype of x, and their sum (None and 0 where all of a feature are
+    equal); and the sum of those that were given. The sums are arrays where weights differ between
+    features.
 
-    The first are divided by a power of two near the largest. That changes no mean, and neither
-    squares nor sums leave the range because of it.
+    The first are divided by a power of two near the largest of the feature. That changes no mean,
+    and neither squares nor sums leave the range because of it.
     """
     w = _real_array(value, "weights").astype(np.float64)
+    axes = (axis,) if isinstance(axis, int) else axis
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
-    fits = len(lengths) == x.ndim and lengths[axis] == 1
+    differ = any(lengths[d : d + 1] != (1,) for d in axes)
+    # (C,) could as well be meant for C samples: those that differ have all axes.
+    fits = len(lengths) == x.ndim and (w.ndim == x.ndim or not differ)
     if not fits or any(m not in (1, n) for m, n in zip(lengths, x.shape, strict=True)):
-        wanted = tuple(1 if d == axis else n for d, n in enumerate(x.shape))
+        wanted = tuple(1 if d in axes else n for d, n in enumerate(x.shape))
         raise ValueError(
-            f"weights must broadcast to {wanted}, which is x without axis {axis}, got {w.shape}"
+            f"weights must broadcast to {wanted}, which is x without axis {axis}, or have the shape"
+            f" of x, {x.shape}, got {w.shape}"
         )
     lowest, highest = w.min(initial=math.inf), w.max(initial=0)
     if not (lowest >= 0 and highest < math.inf):
         raise ValueError(
             f"weights must be finite and at least 0, got {highest if lowest >= 0 else lowest}"
         )
-    repeats = x.size // x.shape[axis] // w.size if x.size else 0
+    if differ:
+        return _weights_of_features(w.reshape(lengths), x, axis)
+    repeats = x.size // n_features(x, axis) // w.size if x.size else 0
     with np.errstate(over="ignore"):
         given = float(w.sum()) * repeats
     if lowest == highest > 0 or w.size == 0:
@@ -201,6 +251,34 @@ def element_weights(value: Any, x: Array, axis: int) -> tuple[Array | None, floa
     w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
     total = float(w.sum(dtype=np.float64)) * repeats
     return np.broadcast_to(w, x.shape), total, given
+
+
+def _weights_of_features(
+    w: NDArray[np.float64], x: Array, axis: Axis
+) -> tuple[Array | None, Count, NDArray[np.float64]]:
+    """`element_weights` of those that differ between features."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    repeats = math.prod(x.shape[d] for d in others if w.shape[d] == 1)
+
+    def total_of(values: Array) -> NDArray[np.float64]:
+        """Of each feature, added up in pairs: its values side by side."""
+        rows = np.moveaxis(values, axes, range(len(axes)))
+        lengths, n_values = rows.shape[: len(axes)], math.prod(rows.shape[len(axes) :])
+        rows = np.array(rows, np.float64, order="C").reshape(*lengths, n_values)
+        each = np.empty(feature_shape(x, axis))
+        each[...] = rows.sum(axis=-1) * repeats
+        return each
+
+    with np.errstate(over="ignore"):
+        given = total_of(w)
+    lowest = w.min(axis=others, keepdims=True, initial=math.inf)
+    highest = w.max(axis=others, keepdims=True, initial=0)
+    if x.size == 0 or ((lowest == highest).all() and (highest > 0).all()):
+        return None, 0.0, given
+    scaled = np.ldexp(w, 1 - np.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
+    total: Count = total_of(scaled).reshape(-1)
+    return np.broadcast_to(scaled, x.shape), total if highest.any() else 0.0, given
 
 
 def images(x: Any) -> Array:
@@ -238,8 +316,11 @@ def epsilon(value: Any, name: str = "eps") -> float:
     return eps
 
 
-def variance(value: Any, name: str, n_features: int, axis: int) -> Array:
-    var = _parameter(value, name, n_features, axis)
+def variance(value: Any, name: str, n_features: int, axis: Axis) -> Array:
+    return not_negative(_parameter(value, name, n_features, axis), name)
+
+
+def not_negative(var: Array, name: str) -> Array:
     negative = np.flatnonzero(var < 0)
     if negative.size:
         raise ValueError(
@@ -272,9 +353,9 @@ def known_keys(param: Any, name: str, known: Container[str]) -> None:
                 raise ValueError(f"{name} has a key {key!r}: {meant!r} must be meant")
 
 
-def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tuple[Any, ...]:
+def settings(bn_param: Any, x: Array, axis: Axis, options: Options | None) -> tuple[Any, ...]:
     """What bn_param says: each value is checked, and read by the engine."""
-    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, axis)
+    plain: tuple[Any, ...] | None = core.settings_of(bn_param, x, n_features(x, axis))
     if plain is not None:  # the straight road
         return plain
     if not isinstance(bn_param, MutableMapping):
@@ -286,7 +367,6 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
         raise KeyError("bn_param must have the key 'mode', 'train' or 'test'") from None
     if not isinstance(mode, str) or mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
-    n_features = x.shape[axis]
     checked: dict[str, Any] = {"mode": str(mode)}
     if "eps" in bn_param:
         checked["eps"] = epsilon(bn_param["eps"], "bn_param['eps']")
@@ -295,31 +375,48 @@ def settings(bn_param: Any, x: Array, axis: int, options: Options | None) -> tup
     ddof = _number(bn_param.get("ddof", 0), "bn_param['ddof']")
     if ddof not in (0, 1):
         raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof:g}")
-    for name, check in zip(RUNNING, (_parameter, variance), strict=True):
+    for name in RUNNING:
         if bn_param.get(name) is not None:
-            checked[name] = check(bn_param[name], f"bn_param[{name!r}]", n_features, axis)
-    correction = 1.0
+            checked[name] = _average(bn_param[name], f"bn_param[{name!r}]", x, axis)
+    if "running_var" in checked:
+        not_negative(checked["running_var"], "bn_param['running_var']")
+    correction: Count = 1.0
     if mode == "train" and ddof and x.size and not (options and options.without_weight):
-        count: float = x.size // n_features
+        count: Count = x.size // n_features(x, axis)
         if options is not None and options.sum_weights is not None:
             count = options.sum_weights
         correction = unbiasing(count, int(ddof))
-        if not correction:
+        few = np.ravel((correction == 0) & (np.asarray(count) > 0))
+        if few.any():
             raise ValueError(
                 "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
-                f" {count:g} values for each feature"
+                f" {np.ravel(count)[few.argmax()]:g} values for"
+                f" {'each feature' if np.ndim(count) == 0 else f'feature {few.argmax()}'}"
             )
-    read: tuple[Any, ...] = core.settings_of(checked, x, axis, correction)
-    return read
+    read: tuple[Any, ...] = core.settings_of(checked, x, n_features(x, axis), 1.0)
+    return *read[:5], correction
 
 
-def unbiasing(count: float, ddof: int) -> float:
+def _average(value: Any, name: str, x: Array, axis: Axis) -> Array:
+    """A running average, which one number cannot be."""
+    if _given(value, name, x, axis).ndim == 0:
+        raise ValueError(
+            f"{name} must have shape {feature_shape(x, axis)}, one value for each feature along"
+            f" axis {axis} of x, got a single number"
+        )
+    return _each(value, name, x, axis)
+
+
+def unbiasing(count: Count, ddof: int) -> Count:
     """What the biased variance is multiplied by, so that it divides by count - ddof; 0: that is
     not above 0."""
+    if type(count) is not int and isinstance(count, np.ndarray):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(count > ddof, 1 + ddof / (count - ddof), 0.0)
     return 1 + ddof / (count - ddof) if count > ddof else 0.0
 
 
-def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str]:
+def needs(value: Any, out: Any, gradients: Sequence[str] = (*GRADIENTS, *STATISTICS)) -> set[str]:
     """Which gradients are wanted."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise TypeError(f"needs must be a sequence of names of gradients, got {_kind(value)}")
@@ -332,11 +429,13 @@ def needs(value: Any, out: Any, gradients: Sequence[str] = GRADIENTS) -> set[str
     return set(names)
 
 
-def array_and_axis(x: Any, axis: Any) -> tuple[Array, int]:
+def array_and_axis(x: Any, axis: Any) -> tuple[Array, Axis]:
+    """x, and its feature axis, or axes if they are several."""
     x = _input(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
-    return x, _axis(axis, x.ndim)
+    axes = _axes(axis, x.ndim)
+    return x, axes[0] if len(axes) == 1 else axes
 
 
 def gradient(dout: Any, x: Array) -> Array:
@@ -347,54 +446,72 @@ def gradient(dout: Any, x: Array) -> Array:
     return converted
 
 
-def mean_and_var(mean: Any, var: Any, x: Array, axis: int) -> tuple[Array, Array]:
-    n = x.shape[axis]
-    return _parameter(mean, "mean", n, axis), variance(var, "var", n, axis)
+def mean_and_var(mean: Any, var: Any, x: Array, axis: Axis) -> tuple[Array, Array]:
+    return _each(mean, "mean", x, axis), not_negative(_each(var, "var", x, axis), "var")
+
+
+def _each(value: Any, name: str, x: Array, axis: Axis) -> Array:
+    """The same in one dimension."""
+    array = _given(value, name, x, axis)
+    n = n_features(x, axis)
+    each: Array = np.broadcast_to(array, n) if array.ndim == 0 else array.reshape(n)
+    return each
 
 
 def frozen_parameters(
-    x: Array, gamma: Any, beta: Any, axis: int, out: Any
-) -> tuple[Array, Array, Array | None]:
-    """gamma, beta (None: 1 and 0) and out of `normalize`."""
-    n, kind = x.shape[axis], parameter_dtype(x.dtype)
-    gamma = np.ones(n, kind) if gamma is None else _parameter(gamma, "gamma", n, axis)
-    beta = np.zeros(n, kind) if beta is None else _parameter(beta, "beta", n, axis)
+    x: Array, gamma: Any, beta: Any, axis: Axis, out: Any
+) -> tuple[Array | None, Array | None, Array | None]:
+    """gamma, beta and out of `normalize`."""
+    gamma, beta = _affine(gamma, "gamma", x, axis), _affine(beta, "beta", x, axis)
     # gamma and beta are read tile by tile, when there is output already.
     return gamma, beta, _output(out, {"x": x, "gamma": gamma, "beta": beta})
 
 
 def pieces(
     dout: Any, x: Any, mean: Any, inv_std: Any, axis: Any
-) -> tuple[Array, Array, NDArray[np.float64], int]:
+) -> tuple[Array, Array, NDArray[np.float64], Axis]:
     """dout, x and axis, and stats as the engine keeps them.
 
     Their variance is 0, which lets the engine shift by the mean itself: eps may hide in inv_std.
     """
     x, axis = array_and_axis(x, axis)
     dout = gradient(dout, x)
-    stats = np.zeros((4, x.shape[axis]))
-    stats[0] = _parameter(mean, "mean", x.shape[axis], axis)
-    stats[2] = variance(inv_std, "inv_std", x.shape[axis], axis)
+    stats = np.zeros((4, n_features(x, axis)))
+    stats[0] = _each(mean, "mean", x, axis)
+    stats[2] = not_negative(_each(inv_std, "inv_std", x, axis), "inv_std")
     return dout, x, stats, axis
 
 
 def sums(
-    gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: int
-) -> tuple[Array, Array, Array]:
-    n = x.shape[axis]
+    gamma: Any, sum_dout: Any, sum_dout_xmu: Any, x: Array, axis: Axis
+) -> tuple[Array | None, Array, Array]:
     return (
-        _parameter(gamma, "gamma", n, axis),
-        _parameter(sum_dout, "sum_dout", n, axis),
-        _parameter(sum_dout_xmu, "sum_dout_xmu", n, axis),
+        _affine(gamma, "gamma", x, axis),
+        _each(sum_dout, "sum_dout", x, axis),
+        _each(sum_dout_xmu, "sum_dout_xmu", x, axis),
     )
 
 
-def output(out: Any, dout: Array, x: Array, gamma: Array) -> Array | None:
+def output(out: Any, dout: Array, x: Array, gamma: Array | None) -> Array | None:
     return _output(out, {"dout": dout, "x": x, "gamma": gamma})
 
 
-def total_count(count: Any, size: int) -> float:
+def total_count(count: Any, x: Array, axis: Axis) -> Count:
     """How many values each feature has in all parts together, of which x is one."""
+    size = x.size
+    if isinstance(count, np.ndarray) and count.ndim:
+        counts = _real_array(count, "count").astype(np.float64, order="C")
+        if counts.shape != feature_shape(x, axis):
+            raise ValueError(
+                f"count must be a number, or of shape {feature_shape(x, axis)}, got {counts.shape}"
+            )
+        wrong = np.flatnonzero(~((counts >= 0) & (counts < math.inf)))
+        if wrong.size:
+            raise ValueError(
+                f"count must be finite and at least 0, got {counts.flat[wrong[0]]} for feature"
+                f" {wrong[0]}"
+            )
+        return np.where(counts == 0, 1, counts).reshape(-1)  # whose sums are 0
     total = _number(count, "count")
     if not (1 <= total < math.inf or (total == 0 and size == 0)):
         raise ValueError(f"count must be finite and at least 1, got {total}")
@@ -403,20 +520,30 @@ def total_count(count: Any, size: int) -> float:
 
 def moments_of(
     count: Any, mean: Any, m2: Any
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    number = _number(count, "count")
-    if not 0 <= number < math.inf:
-        raise ValueError(f"count must be finite and at least 0, got {number}")
+) -> tuple[Count, NDArray[np.float64], NDArray[np.float64]]:
+    if isinstance(count, np.ndarray) and count.ndim:
+        number: Count = _real_array(count, "count").astype(np.float64)
+    else:
+        number = _number(count, "count")
+    few = np.ravel(number)
+    few = few[~((few >= 0) & (few < math.inf))]
+    if few.size:
+        raise ValueError(f"count must be finite and at least 0, got {few[0]}")
     given = _real_array(mean, "mean")
-    if given.ndim != 1:
-        raise ValueError(f"mean must have one dimension, got shape {given.shape}")
+    if given.ndim < 1:
+        raise ValueError(f"mean must have one or more dimensions, got {given}")
     squares = _real_array(m2, "m2")
     if squares.shape != given.shape:
         raise ValueError(f"m2 must have the shape of mean, {given.shape}, got {squares.shape}")
     negative = np.flatnonzero(squares < 0)
     if negative.size:
         raise ValueError(
-            f"m2 must not be negative, got {squares[negative[0]]} for feature {negative[0]}"
+            f"m2 must not be negative, got {squares.flat[negative[0]]} for feature {negative[0]}"
+        )
+    if np.ndim(number) and np.shape(number) != given.shape:
+        raise ValueError(
+            f"count must be a number, or have the shape of mean, {given.shape}, got"
+            f" {np.shape(number)}"
         )
     return number, given.astype(np.float64), squares.astype(np.float64)
 
@@ -451,10 +578,18 @@ def _check_cache(cache: Cache) -> None:
     x, axis, stats, options = cache.x, cache.axis, cache.stats, cache.options
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
     require(floats and x.ndim >= 2 and _is_array(x, (x.dtype,), x.shape), "x", "an array of floats")
-    require(type(axis) is int and 0 <= axis < x.ndim, "axis", f"in [0, {x.ndim})")
-    n = x.shape[axis]
-    parameters = np.float32, np.float64
-    require(_is_array(cache.gamma, parameters, (n,)), "gamma", f"({n},) of float32 or float64")
+    axes = axis if isinstance(axis, tuple) and len(axis) > 1 else (axis,)
+    known = all(type(d) is int and 0 <= d < x.ndim for d in axes)
+    require(known and sorted(set(axes)) == list(axes), "axis", f"in [0, {x.ndim}), or of such")
+    n = n_features(x, axis)
+    for name in ("gamma", "beta"):
+        a = getattr(cache, name)
+        fits = a is None or (
+            _is_array(a, DTYPES[1:], np.shape(a))
+            and _is_per_feature(a.shape, x, axis)
+            and (a.ndim < 2 or a.flags.c_contiguous)
+        )
+        require(fits, name, f"None or {feature_shape(x, axis)} of float32 or float64")
     whole = _is_array(stats, (np.float64,), (4, n)) and stats.flags.c_contiguous
     require(whole, "stats", f"(4, {n}) of float64, C-contiguous")
     require(isinstance(cache.eps, float) and math.isfinite(cache.eps), "eps", "a finite number")
@@ -465,12 +600,26 @@ def _check_cache(cache: Cache) -> None:
     known = activation is None or (isinstance(activation, str) and activation in core.activations)
     require(known, "activation", "None or a name that bn_fast knows")
     require(isinstance(options.negative_slope, float), "negative_slope", "a number")
-    require(_is_array(options.beta, parameters, (n,)), "beta", f"({n},) of float32 or float64")
     for name, array, dtype in (
         ("residual", residual, x.dtype), ("weights", weights, parameter_dtype(x.dtype)),
     ):  # fmt: skip
         fits = array is None or _is_array(array, (dtype,), x.shape)
         require(fits, name, f"None or {x.shape} of {dtype}")
+    total: Any = options.total
+    fits = type(total) is float or (
+        _is_array(total, (np.float64,), (n,)) and total.flags.c_contiguous
+    )
+    require(fits, "total", f"a number or ({n},) of float64")
+
+
+def statistics_given(cache: Cache, wanted: set[str]) -> None:
+    """Whether there is a gradient with respect to mean and var, where one is wanted."""
+    without = cache.options is not None and cache.options.without_weight
+    if wanted.intersection(STATISTICS) and (without or not cache.frozen):
+        raise ValueError(
+            "needs may name dmean and dvar after a forward call in test mode alone, where mean and"
+            " var are given; this cache is of train mode"
+        )
 
 
 def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Array | None]:
@@ -487,7 +636,7 @@ def backward_arrays(dout: Any, cache: Any, out: Any) -> tuple[Array, Cache, Arra
         )
     inputs = {"x": cache.x, "gamma": cache.gamma}
     if cache.options:
-        inputs["beta"] = cache.options.beta
+        inputs["beta"] = cache.beta
     if cache.options and cache.options.activation and cache.options.residual is not None:
         if cache.options.residual_overwritten:
             raise ValueError(
@@ -513,19 +662,29 @@ def second_order_arrays(
         if ddx.shape != x.shape:
             raise ValueError(f"ddx must have the shape of x, {x.shape}, got {ddx.shape}")
         ddx = ddx.astype(x.dtype, order="K", copy=False)
-    ddgamma, ddbeta = (
-        np.zeros(x.shape[axis])
-        if value is None
-        else np.ascontiguousarray(_parameter(value, name, x.shape[axis], axis), np.float64)
-        for name, value in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
-    )
+    n = n_features(x, axis)
+    ddgamma = _as_gradient(ddgamma, "ddgamma", cache.gamma, n)
+    ddbeta = _as_gradient(ddbeta, "ddbeta", cache.beta, n)
     return ddx, ddgamma, ddbeta, dout, cache
+
+
+def _as_gradient(value: Any, name: str, parameter: Array | None, n: int) -> NDArray[np.float64]:
+    """The gradient of a parameter's gradient, for each feature; None: zeros."""
+    if value is None:
+        return np.zeros(n)
+    array = _real_array(value, name)
+    expected = "be None, as" if parameter is None else f"have shape {parameter.shape}, that of"
+    if parameter is None or array.shape != parameter.shape:
+        raise ValueError(f"{name} must {expected} {name[2:]}, got {array.shape}")
+    each: NDArray[np.float64] = np.empty(n)
+    each[...] = array.reshape(-1)
+    return each
 
 
 def _foreign_cache(cache: Any) -> Cache:
     """A five-tuple (mean, inv_var, x, x_hat, gamma) that NumPy code made.
 
-    The feature axis is the one that mean stretches over when it broadcasts against x.
+    The feature axes are those that mean stretches over when it broadcasts against x.
     """
     try:
         mean, inv_var, x, _, gamma = cache
@@ -542,35 +701,55 @@ def _foreign_cache(cache: Any) -> Cache:
     stretched = [d for d, n in enumerate(shape) if n != 1]
     if not stretched:  # one feature: the axis that has length 1 in x, the course's if it may be
         stretched = [d for d in (x.ndim - 1, 1, *range(x.ndim)) if x.shape[d] == 1][:1]
-    if len(shape) != x.ndim or len(stretched) != 1 or mean.size != x.shape[stretched[0]]:
+    fits = len(shape) == x.ndim and 0 < len(stretched) < x.ndim
+    if not fits or any(shape[d] != x.shape[d] for d in stretched):
         raise ValueError(
-            f"cache's mean must broadcast against x {x.shape} along one axis, got {mean.shape}"
+            f"cache's mean must broadcast against x {x.shape} along the features' axes, got"
+            f" {mean.shape}"
         )
-    axis = stretched[0]
-    n_features = x.shape[axis]
-    stats = np.zeros((4, n_features))
+    axis: Axis = stretched[0] if len(stretched) == 1 else tuple(stretched)
+    own = feature_shape(x, axis)
+    stats = np.zeros((4, math.prod(own)))
     for row, name, value in ((0, "mean", mean), (2, "inv_var", inv_var)):
-        stats[row] = _flat_parameter(value, name, n_features, axis)
-    gamma = _flat_parameter(gamma, "gamma", n_features, axis)
-    frozen = bool(getattr(cache, "frozen", False))  # as the reference's cache of test mode says
-    return Cache(
-        x, gamma, stats, axis, -1.0, frozen, False, options=_foreign_options(cache, x, axis)
-    )
+        stats[row] = _flat_parameter(value, name, math.prod(own), axis)
+    # The reference's cache says more, by attributes.
+    frozen = bool(getattr(cache, "frozen", False))
+    shape, beta_shape = getattr(cache, "parameter_shapes", (own if np.ndim(gamma) else (), own))
+    gamma = _foreign_parameter(gamma, "gamma", shape, axis, math.prod(own))
+    beta = None
+    if beta_shape is not None:
+        beta = getattr(cache, "beta", np.zeros(own))
+        beta = _foreign_parameter(beta, "beta", beta_shape, axis, math.prod(own))
+    options = _foreign_options(cache, x, axis)
+    return Cache(x, gamma, beta, stats, axis, -1.0, frozen, options=options)
 
 
-def _foreign_options(cache: Any, x: Array, axis: int) -> Options | None:
+def _foreign_parameter(
+    value: Any, name: str, shape: tuple[int, ...], axis: Axis, n_features: int
+) -> Array | None:
+    """gamma or beta of a five-tuple, in the shape that its gradient shall have."""
+    if value is None:
+        return None
+    array = _as_parameter(_real_array(value, f"cache's {name}"))
+    if array.ndim:
+        array = _flat_parameter(array, name, n_features, axis)
+    return array.reshape(shape)
+
+
+def _foreign_options(cache: Any, x: Array, axis: Axis) -> Options | None:
     """Those of the reference's cache, which has them as attributes."""
     names = ("activation", "residual", "weights")
     activation, residual, weights = (getattr(cache, name, None) for name in names)
     if activation is None and residual is None and weights is None:
         return None
-    beta = _flat_parameter(cache.beta, "beta", x.shape[axis], axis)
     if weights is not None:
-        weights = np.asarray(weights).take([0], axis)
-    return options(x, beta, axis, None, activation, cache.negative_slope, residual, weights)
+        axes = (axis,) if isinstance(axis, int) else axis
+        first = np.asarray(weights)[tuple(slice(d in axes or None) for d in range(x.ndim))]
+        weights = first if (first == weights).all() else weights
+    return options(x, axis, None, activation, cache.negative_slope, residual, weights)
 
 
-def _flat_parameter(value: Any, name: str, n_features: int, axis: int) -> Array:
+def _flat_parameter(value: Any, name: str, n_features: int, axis: Axis) -> Array:
     """A parameter of a five-tuple, which may carry axes of length 1."""
     array = _real_array(value, f"cache's {name}")
     flat = array.reshape(-1) if array.size == n_features else array

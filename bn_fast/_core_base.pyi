@@ -2,7 +2,7 @@ from collections.abc import Container
 from typing import Any, TypeVar
 
 from ._cache import Cache
-from ._types import Array
+from ._types import Array, Count
 
 _A = TypeVar("_A", bound=Array)
 
@@ -21,10 +21,15 @@ def backward(
     small: int = -1,
 ) -> Any: ...  # a tuple; or None
 def backward_dx(
-    dout: Array, cache: Cache, sums: Array, total: float, out: Array | None, n_threads: int
+    dout: Array, cache: Cache, sums: Array, total: Count, out: Array | None, n_threads: int
 ) -> Array: ...
 def backward_sums(
-    dout: Array, x: Array, stats: Array, axis: int, n_threads: int, normalized: bool = False
+    dout: Array,
+    x: Array,
+    stats: Array,
+    axis: int | tuple[int, ...],
+    n_threads: int,
+    normalized: bool = False,
 ) -> Array: ...
 def double_backward(
     ddx: Array | None,
@@ -36,9 +41,9 @@ def double_backward(
 ) -> tuple[Array, Array, Array]: ...
 def forward(
     x: Array,
-    gamma: Array,
-    beta: Array,
-    axis: int,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int | tuple[int, ...],
     out: Array | None,
     settings: tuple[Any, ...] | None,
     options: tuple[Any, ...] | None,
@@ -49,9 +54,13 @@ def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) 
 def note_wait(worked: int, waited: int) -> None: ...
 def coming(n_threads: int) -> int: ...
 def is_same(a: Array, b: Array) -> bool: ...
-def is_plain_gradient(dout: object, x: Array, gamma: Array, out: object) -> bool: ...
+def is_plain_gradient(dout: object, x: Array, gamma: Array | None, out: object) -> bool: ...
 def moments(
-    x: Array, axis: int, n_threads: int, weights: Array | None = None, total: float = 0.0
+    x: Array,
+    axis: int | tuple[int, ...],
+    n_threads: int,
+    weights: Array | None = None,
+    total: Count = 0.0,
 ) -> Array: ...
 def norm_backward(
     dout: Array,
@@ -93,9 +102,9 @@ def plain_rows(
 ) -> tuple[Array, Any] | None: ...
 def normalize(
     x: Array,
-    gamma: Array,
-    beta: Array,
-    axis: int,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int | tuple[int, ...],
     stats: Array,
     out: Array | None,
     n_threads: int,
@@ -111,6 +120,17 @@ def plain_forward(
     negative_slope: object,
     residual: object,
     small: int,
-) -> tuple[Array, Array, tuple[Any, ...] | None, tuple[Array, Array, float, bool]] | None: ...
+) -> (
+    tuple[
+        Array,
+        Array | None,
+        Array | None,
+        tuple[Any, ...] | None,
+        tuple[Array, Array, float, bool],
+    ]
+    | None
+): ...
 def set_caches(l1: int, l2: int, l3: int) -> tuple[int, int, int]: ...
-def settings_of(bn_param: object, x: Array, axis: int, correction: float = 0.0) -> Any: ...
+def settings_of(
+    bn_param: object, x: Array, n_features: int, correction: float = 0.0
+) -> Any: ...  # a tuple; or None

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
-from ._types import Array
+from ._types import Array, Count
 
 __all__ = ["Moments"]
 
@@ -22,18 +22,19 @@ class Moments:
 
     Parameters
     ----------
-    count : float
+    count : float, or ndarray of the shape of mean
         M, how many values each feature has; at least 0.
-    mean, m2 : array_like, shape (C,)
+    mean, m2 : array_like, shape (C,) or of more dimensions
         Mean, and ``sum((x - mean)**2)``, of each feature. Without values m2 is 0 and mean is not
         read.
 
     Attributes
     ----------
-    count : float
-    mean, m2 : ndarray, float64, shape (C,), read-only
+    count : float or ndarray
+    mean, m2 : ndarray, float64, of the shape given, read-only
         mean is NaN where there are no values. m2 is infinite or 0 where it leaves float64's range;
-        variances and standard deviations, and merged moments, do not on that account.
+        variances and standard deviations, and merged moments, do not on that account. count is an
+        array, read-only too, where it was given as one or weights differed between features.
 
     Raises
     ------
@@ -83,7 +84,7 @@ class Moments:
 
     __slots__ = ("_exponent", "_m2", "_m2_low", "_mean_low", "count", "m2", "mean")
 
-    count: float
+    count: Count
     mean: Float64
     m2: Float64
     _mean_low: Float64
@@ -92,23 +93,29 @@ class Moments:
     _m2_low: Float64
     _exponent: Exponent
 
-    def __init__(self, count: float, mean: ArrayLike, m2: ArrayLike) -> None:
+    def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         count, mean, m2 = _checks.moments_of(count, mean, m2)
         zeros = np.zeros_like(mean)
-        self._set(count, mean, zeros, m2, zeros, np.zeros(mean.size, np.intc))
+        self._set(count, mean, zeros, m2, zeros, np.zeros(mean.shape, np.intc))
 
     def _set(
         self,
-        count: float,
+        count: Count,
         mean: Float64,
         mean_low: Float64,
         m2: Float64,
         m2_low: Float64,
         exponent: Exponent,
     ) -> None:
-        if count == 0:
+        if isinstance(count, np.ndarray):
+            count = count.copy()
+            count.flags.writeable = False
+            nothing = count == 0
+            mean = np.where(nothing, np.nan, mean)
+            mean_low, m2, m2_low = (np.where(nothing, 0.0, a) for a in (mean_low, m2, m2_low))
+        elif count == 0:
             mean = np.full_like(mean, np.nan)
-            mean_low, m2, m2_low = np.zeros((3, mean.size))
+            mean_low, m2, m2_low = np.zeros((3, *mean.shape))
         none = _size(m2) == _NO_SIZE
         step = np.where(none, 0, (_size(m2) - _count_size(count)) // 2)
         exponent = np.where(none, 0, exponent + step)
@@ -130,10 +137,14 @@ class Moments:
     def _scaled_var(self, ddof: float) -> Float64:
         """The variance over 4^_exponent."""
         divisor = self.count - _checks.ddof(ddof)
+        if isinstance(divisor, np.ndarray):
+            var = np.full_like(self._m2, np.nan)
+            np.divide(self._m2, divisor, out=var, where=divisor > 0)
+            return var
         return self._m2 / divisor if divisor > 0 else np.full_like(self._m2, np.nan)
 
     def var(self, ddof: float = 0) -> Float64:
-        """Variance ``m2 / (count - ddof)``, shape (C,); NaN where that is not above 0."""
+        """Variance ``m2 / (count - ddof)``, in the shape of mean; NaN where that is not above 0."""
         with np.errstate(over="ignore", under="ignore"):
             return np.ldexp(self._scaled_var(ddof), 2 * self._exponent)
 
@@ -149,11 +160,11 @@ class Moments:
             raise TypeError(f"other must be Moments, got {type(other).__name__}")
         if self.mean.shape != other.mean.shape:
             raise ValueError(
-                f"other must have as many features, {self.mean.size}, got {other.mean.size}"
+                f"other must have features of shape {self.mean.shape}, got {other.mean.shape}"
             )
-        if other.count == 0:
+        if not np.any(other.count):
             return self
-        if self.count == 0:
+        if not np.any(self.count):
             return other
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # as in x: infinity, NaN
             return _merged(self, other)
@@ -168,7 +179,8 @@ class Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         return (
-            self.count == other.count
+            self.mean.shape == other.mean.shape
+            and bool(np.all(self.count == other.count))
             and np.array_equal(self.mean, other.mean, equal_nan=True)
             and np.array_equal(self._m2, other._m2, equal_nan=True)
             and np.array_equal(self._exponent, other._exponent)
@@ -180,17 +192,20 @@ class Moments:
         return _unpickled, (self.count, *_rows(self), self._exponent)
 
     def __repr__(self) -> str:
-        whole = math.isfinite(self.count) and self.count == int(self.count)
-        count = int(self.count) if whole else self.count
-        mean, m2 = (
+        count: Any = self.count
+        if not isinstance(count, np.ndarray):
+            count = int(count) if math.isfinite(count) and count == int(count) else count
+        count, mean, m2 = (
             np.array2string(a, precision=4, threshold=6, edgeitems=2, separator=" ")
-            for a in (self.mean, self.m2)
+            if isinstance(a, np.ndarray)
+            else a
+            for a in (count, self.mean, self.m2)
         )
         return f"Moments(count={count}, mean={mean}, m2={m2})"
 
 
 def _moments(
-    count: float,
+    count: Count,
     mean: Float64,
     mean_low: Float64,
     m2: Float64,
@@ -206,7 +221,7 @@ def _moments(
 def _merged(a: Moments, b: Moments) -> Moments:
     """Of two parts that have values; nothing is known of more values than float64 counts."""
     count = a.count + b.count
-    share = b.count / count if count < math.inf else math.nan
+    share: Any = np.where(count < math.inf, b.count / count, math.nan)[()]
     # Means at both ends of the range are farther apart than it is wide, their halves are not.
     far = np.maximum(np.abs(a.mean), np.abs(b.mean)) > 1e307
     unit = np.where(far, 0.5, 1.0)
@@ -214,7 +229,7 @@ def _merged(a: Moments, b: Moments) -> Moments:
     # The means' low parts may be 1e-8 of d: without its digits in order d^2 lost some.
     d, d_low = _two_sum(d, d_low + (b._mean_low - a._mean_low) * unit)
     # From here on in units of 2^exponent, in which the largest term of m2 is near count.
-    square_size = 2 * (_size(d) + far) + math.frexp(a.count)[1] + math.frexp(share)[1]
+    square_size = 2 * (_size(d) + far) + np.frexp(a.count)[1] + np.frexp(share)[1]
     size = np.maximum(2 * a._exponent + _size(a._m2), 2 * b._exponent + _size(b._m2))
     size = np.maximum(size, square_size)
     exponent = np.where(size < _NO_SIZE // 2, 0, (size - _count_size(count)) // 2)
@@ -234,7 +249,17 @@ def _merged(a: Moments, b: Moments) -> Moments:
     square_low += d * _product_rest(a.count, step)
     m2, m2_low = _add(*_in_units(a, exponent), *_in_units(b, exponent))
     m2, m2_low = _add(m2, m2_low, square, square_low)
-    return _moments(count, mean, mean_low, m2, m2_low, exponent)
+    values: tuple[Any, ...] = mean, mean_low, m2, m2_low, exponent
+    if not (np.all(a.count) and np.all(b.count)):  # of some features one part has none
+        values = tuple(
+            np.where(np.asarray(b.count) == 0, own, np.where(np.asarray(a.count) == 0, other, both))
+            for own, other, both in zip(_all_rows(a), _all_rows(b), values, strict=True)
+        )
+    return _moments(count, *values)
+
+
+def _all_rows(m: Moments) -> tuple[Any, ...]:
+    return *_rows(m), m._exponent
 
 
 def _in_units(m: Moments, exponent: Exponent) -> tuple[Float64, Float64]:
@@ -252,12 +277,12 @@ def _size(values: Float64) -> Exponent:
 _NO_SIZE = -20000
 
 
-def _count_size(count: float) -> int:
+def _count_size(count: Count) -> Any:
     """Its exponent, kept where as many squares near 1 neither overflow nor sink."""
-    return max(-900, min(900, math.frexp(count)[1]))
+    return np.clip(np.frexp(count)[1], -900, 900)
 
 
-def from_statistics(count: float, stats: Array, power: Exponent | int = 0) -> Moments:
+def from_statistics(count: Count, stats: Array, power: Exponent | int = 0) -> Moments:
     """Moments of x from what the engine found with eps = 0: mean and its low part; inv_std and var
     of 2^power x."""
     mean, low, inv_std, var = stats
@@ -287,21 +312,34 @@ def deviation(m: Moments, eps: float) -> Float64:
 
 
 def statistics(m: Moments, eps: float) -> Array:
-    """Mean, its low part, inv_std and var, shape (4, C), as the engine takes them: inv_std is 0 for
-    a feature without deviation, which then becomes beta."""
+    """Mean, its low part, inv_std and var, shape (4, n_features), as the engine takes them: inv_std
+    is 0 for a feature without deviation, which then becomes beta."""
     std = deviation(m, eps)
     with np.errstate(over="ignore"):
         inv_std = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    return np.array([m.mean, m._mean_low, inv_std, m.var()])
+    return np.array([m.mean, m._mean_low, inv_std, m.var()]).reshape(4, -1)
 
 
 def pack(m: Moments) -> Float64:
-    """All of it as one row of numbers, to send to other processes."""
+    """All of it as one row of numbers, to send to other processes; its count is a number."""
     return np.concatenate([[m.count], *_rows(m), m._exponent])
 
 
 def _rows(m: Moments) -> tuple[Float64, ...]:
     return m.mean, m._mean_low, m._m2, m._m2_low
+
+
+def to_rows(m: Moments) -> Float64:
+    """All of it as rows of a number for each feature, shape (6, C), the first the counts."""
+    return np.vstack([np.broadcast_to(m.count, m.mean.shape), *_all_rows(m)])
+
+
+def from_rows(rows: Array) -> Moments:
+    """The same back; one count where all are alike."""
+    counts, mean, low, m2, m2_low, exponent = np.array(rows)
+    alike = counts.size == 0 or (counts == counts[0]).all()
+    count = float(counts.max(initial=0)) if alike else counts
+    return _moments(count, mean, low, m2, m2_low, exponent.astype(np.intc))
 
 
 def merge_packed(rows: Float64) -> Moments:
@@ -324,15 +362,17 @@ def _unpickled(*state: Any) -> Moments:
     fits = (
         "".join(a.dtype.kind for a in arrays) == kinds
         and all(a.dtype.itemsize == 8 for a in arrays[:5])
-        and [a.shape for a in arrays] == [(), *[shape] * 5]
-        and len(shape) == 1
-        and arrays[0] >= 0
+        and [a.shape for a in arrays[1:]] == [shape] * 5
+        and arrays[0].shape in ((), shape)
+        and len(shape) >= 1
+        and bool((arrays[0] >= 0).all())
         and not (arrays[3] < 0).any()
     )
     if not fits:
         raise ValueError("this pickle of Moments does not fit itself, or is of another version")
     mean, low, m2, m2_low = (a.astype(np.float64) for a in arrays[1:5])
-    return _moments(float(arrays[0]), mean, low, m2, m2_low, arrays[5].astype(np.intc))
+    count = arrays[0].astype(np.float64) if arrays[0].ndim else float(arrays[0])
+    return _moments(count, mean, low, m2, m2_low, arrays[5].astype(np.intc))
 
 
 # Double-double arithmetic (Knuth 1969; Dekker 1971): a result and its rounding error, both float64.
@@ -358,10 +398,9 @@ def _two_product(a: Any, b: Any) -> tuple[Any, Any]:
     return a * b, _product_rest(a, b)
 
 
-def _quotient_rest(a: float, b: float, quotient: float) -> float:
+def _quotient_rest(a: Any, b: Any, quotient: Any) -> Any:
     """a/b minus its rounding."""
-    rest: float = ((a - b * quotient) - _product_rest(b, quotient)) / b
-    return rest
+    return ((a - b * quotient) - _product_rest(b, quotient)) / b
 
 
 def _add(a: Float64, a_low: Float64, b: Float64, b_low: Float64) -> tuple[Float64, Float64]:

@@ -15,7 +15,17 @@ import numpy as np
 
 from . import _checks
 from ._cache import Axes, NormCache
-from ._checks import _as_parameter, _axis, _input, _is_array, _kind, _output, _real_array, _unfit
+from ._checks import (
+    _as_parameter,
+    _axes,
+    _axis,
+    _input,
+    _is_array,
+    _kind,
+    _output,
+    _real_array,
+    _unfit,
+)
 from ._types import DTYPES, Array, is_bfloat16
 
 P = ParamSpec("P")
@@ -181,18 +191,6 @@ def _integer(value: Any, name: str) -> int:
     except TypeError:
         pass
     raise TypeError(f"{name} must be an integer, got {_kind(value)}")
-
-
-def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """The axes in ascending order; an integer is that one axis."""
-    if not isinstance(axis, tuple):
-        if not hasattr(axis, "__index__"):
-            raise TypeError(f"axis must be an integer or a tuple of integers, got {_kind(axis)}")
-        return (_axis(axis, ndim),)
-    named = sorted(_axis(a, ndim) for a in axis)
-    if not named or len(set(named)) < len(named):
-        raise ValueError(f"axis must name one or more axes, each once, got {axis}")
-    return tuple(named)
 
 
 def _channels(x: Any, axis: Any) -> tuple[Array, int]:

@@ -11,6 +11,9 @@ Array = NDArray[np.floating[Any]]
 # An array that may be None, for which a type checker need not see a test before each use.
 MaybeArray = Array | Any
 BNParam = MutableMapping[str, Any]
+# M, or the sum of weights; an array where these differ between features.
+Count = float | Array
+Axis = int | tuple[int, ...]  # a tuple: several feature axes
 
 DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 

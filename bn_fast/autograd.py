@@ -10,12 +10,13 @@ try:
 except ImportError as error:
     raise ImportError("bn_fast.autograd needs autograd: pip install autograd") from error
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from . import norms
 from ._cache import Cache, NormCache
-from ._checks import GRADIENTS
-from ._types import Array
+from ._checks import GRADIENTS, STATISTICS
+from ._types import Array, Axis
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -23,12 +24,12 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"
 
 def batch_norm(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     eps: float = 1e-5,
 ) -> Array:
     r"""Batch normalization that autograd can differentiate with respect to x, gamma and beta.
@@ -37,14 +38,15 @@ def batch_norm(
     ----------
     x : array_like, 2 or more dimensions
         Input, M values for each of ``C = x.shape[axis]`` features, float32 or float64, any strides.
-    gamma, beta : array_like, shape (C,)
-        Scale and shift of each feature.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each feature; None: 1 and 0. Other shapes as in
+        `bn_fast.batchnorm_forward`.
     mean, var : array_like, shape (C,), optional
         Statistics to normalize with, those of a whole data set for example (the test mode of
-        `bn_fast.batchnorm_forward`). Constants: autograd refuses to differentiate with respect to
-        them. Without them those of x are used, and the gradient flows through them.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+        `bn_fast.batchnorm_forward`), with respect to which autograd can differentiate once. Without
+        them those of x are used, and the gradient flows through them.
+    axis : int or tuple of int, default 1
+        The feature axis, or axes, as in `bn_fast.batchnorm_forward`.
     eps : float, default 1e-5
         Added to the variance; at least 0.
 
@@ -58,8 +60,8 @@ def batch_norm(
     TypeError, ValueError
         As `bn_fast.batchnorm_forward`; also if only one of `mean` and `var` is given.
     NotImplementedError
-        By autograd, for derivatives of third order, of forward mode, and with respect to `mean` and
-        `var`.
+        By autograd, for derivatives of third order, of second order with respect to `mean` and
+        `var`, and of forward mode.
 
     See Also
     --------
@@ -93,11 +95,11 @@ def batch_norm(
 @primitive
 def _forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
     mean: ArrayLike | None,
     var: ArrayLike | None,
-    axis: int,
+    axis: Axis,
     eps: float,
     kept: list[Cache],
 ) -> Array:
@@ -111,31 +113,44 @@ def _forward(
     return y
 
 
+_GRADIENTS = (*GRADIENTS[:3], *STATISTICS)
+
+
 @primitive
 def _backward(
-    dout: Array, x: Array, gamma: Array, kept: list[Cache], needs: tuple[str, ...]
+    dout: Array,
+    x: Array,
+    gamma: Array | None,
+    mean: Array | None,
+    var: Array | None,
+    kept: list[Cache],
+    needs: tuple[str, ...],
 ) -> tuple[Array, ...]:
-    """Those of dx, dgamma, dbeta that are needed, as a function of dout, x and gamma, although the
+    """Those that are needed, in their order, as a function of dout, x and gamma, although the
     latter are in `kept`: so autograd knows what a second derivative depends on."""
-    return batchnorm_backward(dout, kept[0], needs=needs)[-len(needs) :]
+    found = batchnorm_backward(dout, kept[0], needs=needs)
+    return tuple(gradient for gradient in found if gradient is not None)
 
 
 def _vjp(
     argnums: Sequence[int], y: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Array], tuple[Array, ...]]:
-    """One backward pass for all of x, gamma and beta that are asked for."""
-    x, gamma, _, _, _, _, _, kept = args
-    if any(argnum > 2 for argnum in argnums):
-        raise NotImplementedError("only x, gamma and beta can be differentiated")
-
-    needs = GRADIENTS[:3] if 0 in argnums else GRADIENTS[1:3]  # without dx no second pass
+    """One backward pass for all that are asked for."""
+    x, gamma, _, mean, var, _, _, kept = args
+    needs = tuple(_GRADIENTS[i] for i in sorted(argnums))
 
     def gradients(dout: Array) -> tuple[Array, ...]:
-        found = _backward(dout, x, gamma, kept, needs)
-        first = 3 - len(needs)
-        return tuple(found[i - first].astype(args[i].dtype, copy=False) for i in argnums)
+        given = dout, x, gamma, mean, var
+        found = dict(zip(needs, _backward(*given, kept, needs), strict=True))
+        return tuple(_as(args[i], found[_GRADIENTS[i]]) for i in argnums)
 
     return gradients
+
+
+def _as(value: Any, gradient: Array) -> Array:
+    """The gradient in the dtype and shape of what it is with respect to, be that a number."""
+    found = gradient.astype(getattr(value, "dtype", float), copy=False)
+    return found.reshape(np.shape(value))
 
 
 defvjp_argnums(_forward, _vjp)
@@ -144,13 +159,13 @@ defvjp_argnums(_forward, _vjp)
 @primitive
 def _double_backward(
     ddx: Array | None,
-    ddgamma: Array,
-    ddbeta: Array,
+    ddgamma: Array | None,
+    ddbeta: Array | None,
     dout: Array,
     x: Array,
-    gamma: Array,
+    gamma: Array | None,
     kept: list[Cache],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array | None, Array]:
     """dx, dgamma, ddout. A third derivative is not defined, and autograd says so."""
     return batchnorm_double_backward(ddx, ddgamma, ddbeta, dout, kept[0])
 
@@ -158,13 +173,16 @@ def _double_backward(
 def _second_vjp(
     argnums: Sequence[int], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], tuple[Array, ...]]:
-    dout, x, gamma, kept, needs = args
+    dout, x, gamma, _, _, kept, needs = args
+    if max(argnums) > 2 or not set(needs) <= set(GRADIENTS):
+        raise NotImplementedError("there is no second derivative with respect to mean and var")
 
     def gradients(second: Any) -> tuple[Array, ...]:
-        ddx = second[0] if len(needs) == 3 else None
-        found = _double_backward(ddx, second[-2], second[-1], dout, x, gamma, kept)
+        given = dict(zip(needs, second, strict=True))
+        ddx, ddgamma, ddbeta = (given.get(name) for name in GRADIENTS[:3])
+        found = _double_backward(ddx, ddgamma, ddbeta, dout, x, gamma, kept)
         in_order = found[2], found[0], found[1]
-        return tuple(in_order[i].astype(args[i].dtype, copy=False) for i in argnums)
+        return tuple(_as(args[i], in_order[i]) for i in argnums)
 
     return gradients
 
@@ -313,7 +331,7 @@ def _norm_vjp(
 
     def gradients(dout: Array) -> tuple[Array, ...]:
         found = dict(zip(needs, _norm_backward(dout, x, gamma, kept, needs), strict=True))
-        return tuple(found[GRADIENTS[i]].astype(args[i].dtype, copy=False) for i in argnums)
+        return tuple(_as(args[i], found[GRADIENTS[i]]) for i in argnums)
 
     return gradients
 

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _cache, _checks, pieces
 from ._core import core
-from ._moments import Moments, merge_packed, pack, statistics
+from ._moments import Moments, from_rows, statistics, to_rows
 from ._types import Array, parameter_dtype
 from .functional import n_threads_for
 
@@ -281,7 +281,7 @@ def _like(x: Any, axis: int) -> tuple[Array, int]:
         raise TypeError(f"x must be a dask array, got {_checks._kind(x)}")
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got {x.ndim}: shape {x.shape}")
-    like, axis = _checks.array_and_axis(np.empty((0,) * x.ndim, x.dtype), axis)
+    like, axis = _checks._input(np.empty((0,) * x.ndim, x.dtype), "x"), _checks._axis(axis, x.ndim)
     if np.isnan(x.shape[axis]):
         raise ValueError(
             f"x must have a known number of features along axis {axis}, got shape {x.shape}: call"
@@ -389,7 +389,7 @@ def _moments_of_blocks(x: Any, axis: int) -> Any:
 def _delayed_moments(packed: Any) -> Any:
     # Not optimized, which renames the tasks: those that other results share would run twice.
     ((whole,),) = packed.rechunk(-1).to_delayed(optimize_graph=False)
-    return dask.delayed(_unpacked)(whole)
+    return dask.delayed(from_rows)(whole)
 
 
 def _of_block(function: Callable[..., Array], *arrays: Array, axis: int, **settings: Any) -> Array:
@@ -438,7 +438,7 @@ def _moments_of_block(x: Array, axis: int) -> Array:
 def _normalized(
     x: Array, packed: Array, gamma: Array | None, beta: Array | None, axis: int, eps: float
 ) -> Array:
-    moments = _unpacked(packed)
+    moments = from_rows(packed)
     return pieces.normalize(_block(x), moments, gamma=gamma, beta=beta, eps=eps, axis=axis)
 
 
@@ -458,7 +458,7 @@ def _sums_of_block(dout: Array, x: Array, packed: Array, axis: int, eps: float) 
     """dgamma and dbeta, as far as this block goes."""
     x = _block(x)
     dout = _checks.gradient(_block(dout, "dout"), x)
-    stats = statistics(_unpacked(packed), eps)
+    stats = statistics(from_rows(packed), eps)
     sums: Array = core.backward_sums(dout, x, stats, axis, n_threads_for(x), True)
     return sums
 
@@ -468,11 +468,10 @@ def _dx(
 ) -> Array:
     x = _block(x)
     dout = _checks.gradient(_block(dout, "dout"), x)
-    whole = _unpacked(packed)
-    n = x.shape[axis]
-    gamma = np.ones(n) if gamma is None else _checks._parameter(gamma, "gamma", n, axis)
+    whole = from_rows(packed)
+    gamma = _checks._affine(gamma, "gamma", x, axis)
     sums = np.ascontiguousarray(sums)
-    cache = _cache.Cache(x, gamma, statistics(whole, eps), axis, eps, exact_mean=False)
+    cache = _cache.Cache(x, gamma, None, statistics(whole, eps), axis, eps)
     dx: Array = core.backward_dx(dout, cache, sums, whole.count, None, n_threads_for(x))
     return dx
 
@@ -484,19 +483,11 @@ def _packed(m: Moments, n_features: int | None = None) -> NDArray[np.float64]:
     """Count and all of the moments, shape (6, C)."""
     if n_features not in (None, m.mean.size):
         raise ValueError(f"moments must have {n_features} features, as x, got {m.mean.size}")
-    return np.vstack([np.full_like(m.mean, m.count), pack(m)[1:].reshape(5, -1)])
-
-
-def _unpacked(packed: Array) -> Moments:
-    return merge_packed(_row(packed)[np.newaxis])
-
-
-def _row(packed: Array) -> NDArray[np.float64]:
-    return np.concatenate([[packed[0].max(initial=0)], packed[1:].reshape(-1)])
+    return to_rows(m)
 
 
 def _merged_moments(parts: list[Array]) -> NDArray[np.float64]:
-    return _packed(merge_packed(np.array([_row(part) for part in parts])))
+    return _packed(reduce(Moments.merge, map(from_rows, parts)))
 
 
 def _added(parts: list[Array]) -> Array:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _checks
-from ._cache import Cache, Options
+from ._cache import Cache, Options, feature_shape
 from ._checks import GRADIENTS, RUNNING
 from ._core import core
 from ._threads import get_num_threads
-from ._types import Array, BNParam
+from ._types import Array, Axis, BNParam, MaybeArray
 
 __all__ = [
     "batchnorm_backward",
@@ -35,11 +35,11 @@ def n_threads_for(x: Array) -> int:
 
 def batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -55,8 +55,10 @@ def batchnorm_forward(
         as such, integers and bool as float64; float16 and bfloat16 (of ml_dtypes) as float32, to
         which only results of x's size are rounded back, too large ones to infinity. Any strides;
         never modified (but see `out`).
-    gamma, beta : array_like, shape (C,)
-        Scale and shift of each feature; any real dtype, best float32 for an x of 16 bits.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each feature; any real dtype, best float32 for an x of 16 bits. None: 1
+        and 0. Other shapes in which they broadcast against x along `axis` are taken too, as
+        (1, C, 1, 1) for images, and a number for all features.
     bn_param : dict, optional
         The settings of CS231n's assignments; None: train mode, no running averages.
 
@@ -67,10 +69,13 @@ def batchnorm_forward(
         - ``ddof``: 0 (default) or 1; the running variance averages
           ``sum((x - mean)**2) / (M - ddof)``, with 1 as PyTorch and Chainer. The output does not
           depend on it.
-        - ``running_mean``, ``running_var``: shape (C,), default zeros. Stored back as new arrays in
-          both modes, updated in train mode only, and not by an empty batch.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+        - ``running_mean``, ``running_var``: shape (C,), or one that broadcasts as gamma's; default
+          zeros, shape (C,). Stored back as new arrays in both modes, updated in train mode only,
+          and not by an empty batch.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: each place along them is a feature
+        of its own, and in all that is said of shape (C,) here stand their lengths, in ascending
+        order: (C, H, W) for (1, 2, 3), batch norm of every activation.
     out : ndarray, optional
         Where to write the result: shape and dtype of the result, writable. It may be x itself (the
         result is exact, but the cache is then of no use to `batchnorm_backward`, which says so), or
@@ -83,7 +88,8 @@ def batchnorm_forward(
         Added before the activation, in the same pass. Rounded to the dtype of x if it has another.
     weights : array_like, optional
         Weight of each element in the statistics: bool (a mask), or real and at least 0. Broadcasts
-        to x with length 1 along `axis`. Without effect in test mode.
+        to x: with length 1 along `axis` for all features alike, or not, as ``np.isfinite(x)``, so
+        that each has its own sum of weights W. Without effect in test mode.
 
     Returns
     -------
@@ -97,7 +103,7 @@ def batchnorm_forward(
     Raises
     ------
     TypeError
-        If an argument is not real-valued (None, str, object, complex, a masked array).
+        If an argument is not real-valued (str, object, complex, a masked array).
     ValueError
         If a shape, size or value is wrong, or `out` overlaps x or residual in part; or for a batch
         of one value, whose variance with ``ddof`` 1 is none.
@@ -123,8 +129,8 @@ def batchnorm_forward(
     .. math:: \mu = \frac{1}{W} \sum w x, \qquad \sigma^2 = \frac{1}{W} \sum w (x - \mu)^2
 
     and all elements are normalized; one of weight 0 has no influence on others, not even as NaN.
-    W = 0 leaves the running averages alone, as an empty batch does, and gives beta. With the other
-    options out is
+    W = 0 leaves the running averages of the feature alone, as an empty batch does, and gives beta.
+    With the other options out is
 
     .. math:: \mathrm{activation}(y + \mathrm{residual}), \qquad
               \mathrm{leaky\_relu}(z) = z \text{ if } z > 0 \text{ else }
@@ -183,36 +189,42 @@ def batchnorm_forward(
         x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, _SERIAL_SIZE
     )
     if plain:  # the straight road
-        x, gamma, asked, (y, stats, eps, frozen) = plain
+        x, gamma, beta, asked, (y, stats, eps, frozen) = plain
         options = None if asked is None else Options(*asked)
     else:
         x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
         options = settings = None
         if activation is not None or residual is not None or weights is not None:
-            options = _checks.options(
-                x, beta, axis, out, activation, negative_slope, residual, weights
-            )
+            options = _checks.options(x, axis, out, activation, negative_slope, residual, weights)
         if bn_param is not None:
             settings = _checks.settings(bn_param, x, axis, options)
-        with _stored(bn_param, settings):
+        differ = settings and settings[0] and options is not None and options.counts_differ
+        without = (*settings[:3], None, None, 1.0) if settings and differ else settings
+        with _stored(bn_param, settings, feature_shape(x, axis)):
             y, stats, eps, frozen = core.forward(
-                x, gamma, beta, axis, out, settings, options, n_threads_for(x)
+                x, gamma, beta, axis, out, without, options, n_threads_for(x)
             )
+            if differ:
+                _average_in(settings, stats, options)
     overwritten = "batchnorm_forward" if out is not None and core.is_same(out, x) else ""
-    return y, Cache(x, gamma, stats, axis, eps, frozen, True, overwritten, options)
+    return y, Cache(x, gamma, beta, stats, axis, eps, frozen, overwritten, options)
 
 
 @contextmanager
-def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator[None]:
-    """Store the averages before something is done that cannot be taken back: a mapping may refuse.
-    Where one or the other fails it is as before."""
+def _stored(
+    param: BNParam | None, settings: tuple[Any, ...] | None, shape: tuple[int, ...]
+) -> Iterator[None]:
+    """Store the averages, in the shapes given or this one, before something is done that cannot be
+    taken back: a mapping may refuse. Where one or the other fails it is as before."""
     if param is None or settings is None:
         yield
         return
     before = {name: param[name] for name in RUNNING if name in param}
     try:
         for name, average in zip(RUNNING, settings[3:5], strict=True):
-            param[name] = average
+            given = before.get(name)
+            own = shape if given is None else _checks._real_array(given, name).shape
+            param[name] = average.reshape(own)
         yield
     except BaseException:
         with suppress(Exception):
@@ -224,9 +236,21 @@ def _stored(param: BNParam | None, settings: tuple[Any, ...] | None) -> Iterator
         raise
 
 
+def _average_in(settings: Any, stats: Array, options: Any) -> None:
+    """What the engine does, for features that differ in how many values they have: none leave the
+    averages of theirs alone."""
+    _, _, momentum, *averages, correction = settings
+    count = options.sum_weights.reshape(-1)
+    correction = np.broadcast_to(np.reshape(correction, -1), count.shape)
+    with np.errstate(all="ignore"):
+        for average, batch, factor in zip(averages, stats[::3], (1, correction), strict=True):
+            new = momentum * average.astype(float) + (1 - momentum) * factor * batch
+            average[...] = np.where(count > 0, new, average)
+
+
 def batchnorm_backward(
     dout: ArrayLike,
-    cache: Cache | Sequence[ArrayLike],
+    cache: Cache | Sequence[Any],
     *,
     out: Array | None = None,
     needs: Sequence[str] = GRADIENTS,
@@ -239,26 +263,33 @@ def batchnorm_backward(
         Gradient with respect to the output of `batchnorm_forward`.
     cache : Cache or sequence of five arrays
         From `batchnorm_forward`, or ``(mean, inv_var, x, x_hat, gamma)`` as NumPy code makes it for
-        the train mode, where mean and the others broadcast against x and x_hat is not read.
+        the train mode, where mean and the others broadcast against x and x_hat is not read; gamma
+        may be None.
     out : ndarray, optional
         Where to write dx. It may be dout itself, or the x of the cache, which is then spent.
     needs : sequence of str
-        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual'. What is not named is
-        not computed, and None comes in its place.
+        Which gradients are wanted, of 'dx', 'dgamma', 'dbeta', 'dresidual', and after a forward
+        pass in test mode 'dmean', 'dvar': those with respect to the running averages that it was
+        given. What is not named is not computed, and None comes in its place.
 
     Returns
     -------
     dx : ndarray, shape and dtype of x
-    dgamma, dbeta : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+    dgamma, dbeta : ndarray, shapes of gamma and beta, dtype of x (float32 for an x of 16 bits)
+        None for one that was None. Shape (C,) after a plain tuple. Of one number for all features
+        the sum of their gradients.
     dresidual : ndarray, shape and dtype of x
         Only if the forward call had a residual.
+    dmean, dvar : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
+        Only if `needs` names one of them.
 
     Raises
     ------
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If a shape is wrong, `out` overlaps dout or x in part, or x has been overwritten.
+        If a shape is wrong, `out` overlaps dout or x in part, or x has been overwritten; if `needs`
+        names dmean or dvar after a forward pass in train mode.
     MemoryError
         If `out` or the scratch memory cannot be had.
 
@@ -275,7 +306,9 @@ def batchnorm_backward(
               dx = \gamma r \left(dy - \frac{d\beta}{M} - \hat{x} \frac{d\gamma}{M}\right)
 
     After a forward pass in test mode the statistics do not depend on x, and
-    :math:`dx = \gamma r\,dy`.
+
+    .. math:: dx = \gamma r\,dy \qquad d\mu = -\gamma r\,d\beta \qquad
+              d\sigma^2 = -\frac{1}{2} \gamma r^2\,d\gamma
 
     After an activation dy is dout times its slope, which is found again from x, gamma, beta and
     residual as the forward call had them, to the bit; dy is also dresidual. With weights
@@ -320,6 +353,13 @@ def batchnorm_backward(
     array([[0.],
            [0.],
            [3.]])
+
+    With respect to given statistics:
+
+    >>> param = {"mode": "test", "running_mean": [2.0], "running_var": [4.0], "eps": 0.0}
+    >>> out, cache = batchnorm_forward(x, bn_param=param)
+    >>> batchnorm_backward(dout, cache, needs=["dmean", "dvar"])
+    (None, None, None, array([-3.]), array([-0.6875]))
     """
     gradients: tuple[Any, ...] | None = None
     if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:
@@ -327,8 +367,24 @@ def batchnorm_backward(
     if gradients is None:
         wanted = _checks.needs(needs, out)
         dout, kept, out = _checks.backward_arrays(dout, cache, out)
-        gradients = core.backward(dout, kept, out, wanted, n_threads_for(kept.x))
+        _checks.statistics_given(kept, wanted)
+        dx, dgamma, dbeta, *more = core.backward(dout, kept, out, wanted, n_threads_for(kept.x))
+        dgamma, dbeta = as_given(dgamma, kept.gamma), as_given(dbeta, kept.beta)
+        if wanted.intersection(_checks.STATISTICS):
+            shape = feature_shape(kept.x, kept.axis)
+            more[-2:] = (None if a is None else a.reshape(shape) for a in more[-2:])
+        gradients = dx, dgamma, dbeta, *more
     return gradients
+
+
+def as_given(gradient: Array | None, parameter: Array | None) -> Array | None:
+    """The gradient in the shape of its parameter, whose one value for all features has their sum;
+    None where one of them is."""
+    if gradient is None or parameter is None or gradient.shape == parameter.shape:
+        return None if parameter is None else gradient
+    if parameter.ndim == 0:
+        return np.asarray(gradient.sum(dtype=np.float64), gradient.dtype)
+    return gradient.reshape(parameter.shape)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -339,8 +395,8 @@ def batchnorm_double_backward(
     ddgamma: ArrayLike | None,
     ddbeta: ArrayLike | None,
     dout: ArrayLike,
-    cache: Cache | Sequence[ArrayLike],
-) -> tuple[Array, Array, Array]:
+    cache: Cache | Sequence[Any],
+) -> tuple[Array, MaybeArray, Array]:
     r"""Gradients of batch normalization's gradients: the second order, for gradient penalties.
 
     With ``dx, dgamma, dbeta = batchnorm_backward(dout, cache)`` and a loss that depends on these
@@ -350,8 +406,8 @@ def batchnorm_double_backward(
     ----------
     ddx : array_like, shape of x, or None
         The loss's gradient with respect to dx. None, here and below: zeros, and less work.
-    ddgamma, ddbeta : array_like, shape (C,), or None
-        The loss's gradients with respect to dgamma and dbeta.
+    ddgamma, ddbeta : array_like, shapes of gamma and beta, or None
+        The loss's gradients with respect to dgamma and dbeta; None where these are.
     dout : array_like, shape of x
         What `batchnorm_backward` was given.
     cache : Cache or sequence of five arrays
@@ -361,8 +417,8 @@ def batchnorm_double_backward(
     -------
     dx : ndarray, shape and dtype of x
         Gradient with respect to x, in train mode through the statistics too.
-    dgamma : ndarray, shape (C,), dtype of x (float32 for an x of 16 bits)
-        Gradient with respect to gamma.
+    dgamma : ndarray, shape of gamma, dtype of x (float32 for an x of 16 bits)
+        Gradient with respect to gamma; None if that was None.
     ddout : ndarray, shape and dtype of x
         Gradient with respect to dout.
 
@@ -431,13 +487,16 @@ def batchnorm_double_backward(
     ddx, ddgamma, ddbeta, dout, kept = _checks.second_order_arrays(
         ddx, ddgamma, ddbeta, dout, cache
     )
-    return core.double_backward(ddx, ddgamma, ddbeta, dout, kept, n_threads_for(kept.x))
+    dx, dgamma, ddout = core.double_backward(
+        ddx, ddgamma, ddbeta, dout, kept, n_threads_for(kept.x)
+    )
+    return dx, as_given(dgamma, kept.gamma), ddout
 
 
 def spatial_batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     out: Array | None = None,

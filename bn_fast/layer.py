@@ -21,7 +21,7 @@ from . import _checks, _interchange, _layer_checks
 from ._cache import Cache
 from ._core import core
 from ._layer_checks import MOST_BATCHES, Setting
-from ._types import Array, MaybeArray
+from ._types import Array, Count, MaybeArray
 from .functional import batchnorm_backward, batchnorm_forward, n_threads_for
 
 __all__ = ["BatchNorm"]
@@ -320,7 +320,7 @@ class BatchNorm:
             as it is, whatever the batch.
         weights : array_like, optional
             Weight of each element in the statistics, as for `batchnorm_forward`: bool (a mask), or
-            real and at least 0; broadcasts to x with length 1 along `axis`.
+            real and at least 0; broadcasts to x, and may differ from feature to feature.
 
         Returns
         -------
@@ -413,7 +413,7 @@ class BatchNorm:
 
     def _forward_batch(
         self, x: Array, out: Array | None, weights: ArrayLike | None
-    ) -> tuple[Array, Any, int, float, NDArray[np.float64], NDArray[np.float64]]:
+    ) -> tuple[Array, Any, Count, Count, NDArray[np.float64], NDArray[np.float64]]:
         """Output and cache (with an attribute x) of a training batch.
 
         And what `_update` takes, of the batch: M, the sum of M weights, mean and biased variance.
@@ -427,22 +427,25 @@ class BatchNorm:
         out, stats, _, _ = core.forward(
             x, gamma, self._beta, axis, out, settings, None, n_threads_for(x)
         )
-        cache = Cache(x, gamma, stats, axis, self._eps, False, True)
+        cache = Cache(x, gamma, self._beta, stats, axis, self._eps)
         count = x.size // self._num_features
         return out, cache, count, count, stats[0], stats[3]
 
     def _forward_weighted(
         self, x: Array, out: Array | None, weights: ArrayLike
-    ) -> tuple[Array, Any, int, float, NDArray[np.float64], NDArray[np.float64]]:
+    ) -> tuple[Array, Any, Count, Count, NDArray[np.float64], NDArray[np.float64]]:
         param = {"mode": "train", "eps": self._eps}
         out, cache = batchnorm_forward(
             x, self._gamma.copy(), self._beta, param, axis=self._axis, out=out, weights=weights
         )
-        n_values = x.size // self._num_features
+        n_values: Count = x.size // self._num_features
+        count: Any = n_values if cache.options is None else cache.options.sum_weights
         if cache.weights is not None:  # else they are all equal, and not 0
-            n_values = int(np.count_nonzero(cache.weights.take(0, cache.axis)))
+            others = tuple(d for d in range(x.ndim) if d != cache.axis)
+            each = np.count_nonzero(cache.weights, axis=others)
+            n_values = each if isinstance(count, np.ndarray) else int(each[0])
         mean, var = cache.stats[0], cache.stats[3]
-        return out, cache, n_values, cache.count, mean if cache.count else var, var  # NaN
+        return out, cache, n_values, count, np.where(count > 0, mean, var), var  # NaN
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -451,16 +454,21 @@ class BatchNorm:
         return _backward(dout, cache, out)
 
     def _update(
-        self, n_values: int, count: float, mean: NDArray[np.float64], var: NDArray[np.float64]
+        self, n_values: Count, count: Count, mean: NDArray[np.float64], var: NDArray[np.float64]
     ) -> None:
         """Average a training batch into the running statistics."""
         what = ""
-        correction = _checks.unbiasing(count, self._ddof)
-        if n_values < 2:  # one value has no variance: its 0 would pull running_var down
+        correction: Any = 1.0
+        if self._ddof or type(count) is not int:
+            correction = _checks.unbiasing(count, self._ddof)
+        alike = type(correction) is float  # in all features
+        if not alike:
+            what = _few_values(n_values, count, correction)
+        elif n_values < 2:  # one value has no variance: its 0 would pull running_var down
             what = f"the batch has {n_values} values for each feature, and a variance needs 2"
         elif not correction:
             what = f"the batch's weights sum to {count:g}, and an unbiased variance needs more"
-        elif not core.are_finite(mean, var):
+        if not what and not core.are_finite(mean, var):
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:
@@ -479,10 +487,12 @@ class BatchNorm:
         n = self._num_batches
         m = self._momentum
         old, new = (n / (n + 1), 1 / (n + 1)) if m is None else (m, 1 - m)
-        if not correction:
-            correction = np.nan
         running_mean = core.averaged(self._running_mean, mean, old, new)
-        running_var = core.averaged(self._running_var, var, old, new * correction)
+        if alike:
+            running_var = core.averaged(self._running_var, var, old, new * (correction or np.nan))
+        else:
+            share = new * np.where(correction == 0, np.nan, correction)
+            running_var = old * self._running_var + share * var
         self._running_mean, self._running_var = running_mean, running_var
         self._num_batches = n + 1 if n < MOST_BATCHES else n
 
@@ -809,6 +819,20 @@ def _stacklevel_outside() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "bn_fast":
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _few_values(n_values: Any, count: Any, correction: Array) -> str:
+    """What is wrong with a batch whose features differ in how many values they have, if it is."""
+    f = int(np.argmin(n_values))
+    if np.min(n_values) < 2:
+        return f"the batch has {np.min(n_values)} values for feature {f}, and a variance needs 2"
+    f = int(np.argmin(count))
+    if correction[f] == 0:
+        return (
+            f"the batch's weights of feature {f} sum to {count[f]:g}, and an unbiased variance"
+            " needs more"
+        )
+    return ""
 
 
 def _layout(x: Array) -> object:

@@ -160,8 +160,9 @@ class SyncBatchNorm(BatchNorm):
         gamma = self._gamma.copy()
         stats = statistics(whole, self.eps)
         core.normalize(x, gamma, self._beta, axis, stats, out, n_threads_for(x))
-        count = int(whole.count)
-        return out, _Batch(x, gamma, stats, whole.count), count, count, stats[0], stats[3]
+        total: Any = whole.count  # a number: no weights
+        count = int(total)
+        return out, _Batch(x, gamma, stats, total), count, count, stats[0], stats[3]
 
     def _backward_batch(
         self, dout: ArrayLike, cache: Any, out: Array | None
@@ -176,7 +177,7 @@ class SyncBatchNorm(BatchNorm):
         for row in gathered:  # in rank order; MPI's own sum may add in another
             sums = sums + row
         sums = sums.reshape(2, -1)
-        batch = Cache(x, gamma, stats, axis, self.eps, exact_mean=False)
+        batch = Cache(x, gamma, None, stats, axis, self.eps)
         dx = core.backward_dx(dout, batch, sums, total, out, n_threads_for(x))
         dgamma, dbeta = sums.astype(parameter_dtype(x.dtype))
         return dx, dgamma, dbeta

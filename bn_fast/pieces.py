@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
-from ._cache import Cache
+from ._cache import Cache, feature_shape
 from ._core import core
 from ._moments import Moments, from_statistics, mean_low, statistics
-from ._types import Array
+from ._types import Array, Axis, Count
 from .functional import n_threads_for
 
 __all__ = ["Moments", "backward_apply", "backward_reduce", "moments", "normalize"]
@@ -28,18 +28,19 @@ __all__ = ["Moments", "backward_apply", "backward_reduce", "moments", "normalize
 _TINY_POWER = 600
 
 
-def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
+def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each feature, in one pass.
 
     Parameters
     ----------
     x : array_like, 2 or more dimensions
         Of any dtype that `batchnorm_forward` takes and any strides; it may be empty.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
     weights : array_like, optional
-        Weight of each element: bool (a mask), or real and at least 0. Broadcasts to x with length 1
-        along `axis`. Integers say how often an element occurs.
+        Weight of each element: bool (a mask), or real and at least 0. Broadcasts to x; with length
+        1 along `axis`, or not, as ``~np.isnan(x)``: then ``count`` is an array, of each feature's
+        sum. Integers say how often an element occurs.
 
     Returns
     -------
@@ -88,28 +89,40 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
     Moments(count=3, mean=[1.e+09 1.e+09], m2=[2.6667 2.6667])
     """
     x, axis = _checks.array_and_axis(x, axis)
-    count = float(x.size // x.shape[axis]) if x.size else 0.0
-    total = 0.0
+    shape = feature_shape(x, axis)
+    count: Count = float(x.size // math.prod(shape)) if x.size else 0.0
+    total: Count = 0.0
     if weights is not None:
         weights, total, count = _checks.element_weights(weights, x, axis)
-        if not count < math.inf:
+        if not np.all(count < math.inf):
             raise ValueError("weights must have a finite sum, got one above the largest float64")
-    if count == 0:
-        nothing = np.zeros(x.shape[axis])
-        return Moments(0, nothing, nothing)
+    if not np.any(count):
+        nothing = np.zeros(shape)
+        return Moments(count, nothing, nothing)
     stats = core.moments(x, axis, n_threads_for(x), weights, total)
     tiny = np.flatnonzero(np.isinf(stats[2]))
     if not tiny.size:
-        return from_statistics(count, stats)
+        return from_statistics(count, stats.reshape(4, *shape))
     # Deviations below 6e-309, whose inverse would say how large they are.
-    part = np.ldexp(x.take(tiny, axis), _TINY_POWER)
-    part_weights = None if weights is None else weights.take(tiny, axis)
-    again = core.moments(part, axis, n_threads_for(part), part_weights, total)
+    part = np.ldexp(_features(x, axis, tiny), _TINY_POWER)
+    part_weights = None if weights is None else _features(weights, axis, tiny)
+    along = axis if isinstance(axis, int) else axis[0]
+    part_total = total[tiny] if isinstance(total, np.ndarray) else total
+    again = core.moments(part, along, n_threads_for(part), part_weights, part_total)
     again[:2] = np.ldexp(again[:2], -_TINY_POWER)
     stats[:, tiny] = again
     power = np.zeros(stats.shape[1], np.intc)
     power[tiny] = _TINY_POWER
-    return from_statistics(count, stats, power)
+    return from_statistics(count, stats.reshape(4, *shape), power.reshape(shape))
+
+
+def _features(x: Array, axis: Axis, which: NDArray[np.intp]) -> Array:
+    """Some features, along one axis."""
+    if isinstance(axis, int):
+        return x.take(which, axis)
+    first = np.moveaxis(x, axis, range(len(axis)))
+    found = first[np.unravel_index(which, feature_shape(x, axis))]
+    return np.ascontiguousarray(np.moveaxis(found, 0, axis[0]))
 
 
 @overload
@@ -121,7 +134,7 @@ def normalize(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array: ...
 @overload
@@ -133,7 +146,7 @@ def normalize(
     beta: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array: ...
 def normalize(
@@ -144,7 +157,7 @@ def normalize(
     beta: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     """Normalize with statistics that are given: ``gamma * (x - mean) / sqrt(var + eps) + beta``.
@@ -161,11 +174,12 @@ def normalize(
     var : array_like, shape (C,)
         Any real dtype, at least 0. Left out after a Moments.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; None: 1 and 0. Named after a Moments.
+        Scale and shift; None: 1 and 0. Named after a Moments. Other shapes as in
+        `batchnorm_forward`; mean and var may have them too.
     eps : float, default 1e-5
         Added to the variance; at least 0.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
     out : ndarray, optional
         Where to write the result: shape and dtype of the result, writable; it may be x itself.
 
@@ -223,7 +237,7 @@ def normalize_by(
     x: Array,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
-    axis: int,
+    axis: Axis,
     out: Array | None,
 ) -> Array:
     """Normalize by statistics as a cache keeps them: mean, its low part, inv_std, var."""
@@ -232,21 +246,23 @@ def normalize_by(
 
 
 def _given(
-    dout: ArrayLike, x: ArrayLike, mean: Moments | ArrayLike, inv_std: ArrayLike, axis: int
-) -> tuple[Array, Array, Array, int]:
+    dout: ArrayLike, x: ArrayLike, mean: Moments | ArrayLike, inv_std: ArrayLike, axis: Axis
+) -> tuple[Array, Array, Array, Axis]:
     """dout, x and axis, checked, and the statistics of both backward pieces."""
     if not isinstance(mean, Moments):
         return _checks.pieces(dout, x, mean, inv_std, axis)
     m = mean
     dout, x, stats, axis = _checks.pieces(dout, x, m.mean, inv_std, axis)
-    stats[1] = mean_low(m)
+    stats[1] = mean_low(m).reshape(-1)
     return dout, x, stats, axis
 
 
-def _features_fit(m: Moments, x: Array, axis: int) -> Moments:
-    if m.mean.size != x.shape[axis]:
+def _features_fit(m: Moments, x: Array, axis: Axis) -> Moments:
+    shape = feature_shape(x, axis)
+    if m.mean.shape != shape:
+        expected, got = (str(s[0] if len(s) == 1 else s) for s in (shape, m.mean.shape))
         raise ValueError(
-            f"moments must have {x.shape[axis]} features, as x along axis {axis}, got {m.mean.size}"
+            f"moments must have {expected} features, as x along axis {axis}, got {got}"
         )
     return m
 
@@ -257,7 +273,7 @@ def backward_reduce(
     mean: Moments | ArrayLike,
     inv_std: ArrayLike,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The two sums of the backward pass over one part of a batch; those of all parts add up.
 
@@ -271,8 +287,8 @@ def backward_reduce(
     inv_std : array_like, shape (C,)
         ``1/sqrt(var + eps)`` of the whole batch, of any real dtype. It does not enter the sums;
         where they leave the range it says how to scale.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
 
     Returns
     -------
@@ -303,7 +319,8 @@ def backward_reduce(
     """
     dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     sum_dout_xmu, sum_dout = core.backward_sums(dout, x, stats, axis, n_threads_for(x))
-    return sum_dout, sum_dout_xmu
+    shape = feature_shape(x, axis)
+    return sum_dout.reshape(shape), sum_dout_xmu.reshape(shape)
 
 
 def backward_apply(
@@ -311,12 +328,12 @@ def backward_apply(
     x: ArrayLike,
     mean: Moments | ArrayLike,
     inv_std: ArrayLike,
-    gamma: ArrayLike,
+    gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
-    count: float,
+    count: Count,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     r"""Gradient dx of one part of a batch, from the sums of `backward_reduce` over all parts.
@@ -328,14 +345,14 @@ def backward_apply(
     mean : Moments or array_like, shape (C,)
     inv_std : array_like, shape (C,)
         Those of the whole batch, as given to `backward_reduce`.
-    gamma : array_like, shape (C,)
-        Scale of each feature.
+    gamma : array_like, shape (C,), or None
+        Scale of each feature; None: 1.
     sum_dout, sum_dout_xmu : array_like, shape (C,)
         Sums over the whole batch.
-    count : float
+    count : float, or ndarray of shape (C,)
         M, how many values each feature has in the whole batch; at least 1, or 0 if there are none.
-    axis : int, default 1
-        The feature axis; negative counts from the end.
+    axis : int or tuple of int, default 1
+        The feature axis; negative counts from the end. Several: see `batchnorm_forward`.
     out : ndarray, optional
         Where to write dx: shape and dtype of x, writable; it may be dout or x itself.
 
@@ -382,9 +399,9 @@ def backward_apply(
     """
     dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     gamma, sum_dout, sum_dout_xmu = _checks.sums(gamma, sum_dout, sum_dout_xmu, x, axis)
-    total = _checks.total_count(count, x.size)
+    total = _checks.total_count(count, x, axis)
     out = _checks.output(out, dout, x, gamma)
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)
-    cache = Cache(x, gamma, stats, axis, -1.0, exact_mean=False)
+    cache = Cache(x, gamma, None, stats, axis, -1.0)
     return core.backward_dx(dout, cache, sums, total, out, n_threads_for(x))

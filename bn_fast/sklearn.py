@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
 from typing import Any, Self
 
@@ -16,14 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks, _layer_checks
-from ._moments import deviation, mean_low, merge_packed, pack
+from ._moments import deviation, mean_low
 from ._types import Array
 from .pieces import Moments, moments, normalize, normalize_by
 
 __all__ = ["BatchNormalizer"]
-
-# Of what was seen: once values were missing, one for each feature.
-Seen = Moments | list[Moments]
 
 
 class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -44,9 +40,9 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     Attributes
     ----------
-    moments_ : Moments, or a list of them
-        Count, mean and sum of squared deviations of all data seen. Once values were missing, one
-        for each feature.
+    moments_ : Moments
+        Count, mean and sum of squared deviations of all data seen. Once values were missing, the
+        count is an array.
     mean_, var_ : ndarray, float64, shape (n_features,), or None
         Mean and biased variance (÷M), from `moments_`. As in StandardScaler, `var_` is None without
         `with_std`, and `mean_` with neither.
@@ -95,7 +91,7 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
            [ 1.225,  0.   ]])
     """
 
-    moments_: Seen
+    moments_: Moments
     mean_: NDArray[np.float64] | None
     var_: NDArray[np.float64] | None
     scale_: NDArray[np.float64] | None
@@ -161,17 +157,17 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if first:
             return self._keep(seen, eps, sample_weight is None)
         whole = sample_weight is None and np.asarray(self.n_samples_seen_).dtype.kind == "i"
-        return self._keep(_merged(self.moments_, seen), eps, whole)
+        return self._keep(self.moments_ + seen, eps, whole)
 
     def _checked_eps(self) -> float:
         for name in ("copy", "with_mean", "with_std"):
             _layer_checks.flag(getattr(self, name), name)
         return _checks.epsilon(self.eps)
 
-    def _keep(self, seen: Seen, eps: float, whole: bool) -> Self:
+    def _keep(self, seen: Moments, eps: float, whole: bool) -> Self:
         """Take the statistics of all that was seen, of `whole` rows or of weights."""
-        mean, std = _of(seen, lambda m: m.mean), _of(seen, lambda m: deviation(m, eps))
-        count = _of(seen, lambda m: np.full(m.mean.shape, m.count))
+        mean, std = seen.mean.copy(), deviation(seen, eps)
+        count = np.full(mean.shape, seen.count)
         if eps == 0:
             unit = count * np.finfo(float).eps
             # var <= unit var + (unit mean)**2, where var may leave float64's range.
@@ -179,7 +175,7 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             std = np.where(constant, 1.0, std)
         self.moments_ = seen
         self.mean_ = mean if self.with_mean or self.with_std else None
-        self.var_ = _of(seen, lambda m: m.var()) if self.with_std else None
+        self.var_ = seen.var() if self.with_std else None
         self.scale_ = std if self.with_std else None
         count = count.astype(np.int64) if whole else count
         self.n_samples_seen_ = count if (count != count[0]).any() else count[0].item()
@@ -205,7 +201,7 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         stats = np.zeros((4, x.shape[1]))
         stats[2] = 1
         if self.with_mean:
-            stats[:2] = self.mean_, _of(self.moments_, mean_low)
+            stats[:2] = self.mean_, mean_low(self.moments_)
         if self.scale_ is not None:
             stats[2:] = 1 / self.scale_, self.var_
         return normalize_by(stats, x, None, None, 1, self._output(x, copy))
@@ -252,7 +248,7 @@ class BatchNormalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return tags
 
 
-def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Seen:
+def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Moments:
     if sample_weight is None:
         return _present_moments(x, None)
     if isinstance(sample_weight, Real):
@@ -267,42 +263,18 @@ def _row_moments(x: Array, sample_weight: ArrayLike | None) -> Seen:
     return _present_moments(x, weights[:, np.newaxis])
 
 
-def _present_moments(x: Array, weights: Array | None) -> Seen:
+def _present_moments(x: Array, weights: Array | None) -> Moments:
     """Moments of the values that are not NaN, of rows with weights."""
     whole = moments(x, weights=weights)
-    missing = np.flatnonzero(np.isnan(whole.mean))
-    if whole.count == 0 or missing.size == 0:
+    if whole.count == 0 or not np.isnan(whole.mean).any():
         return whole
-    seen = _features(whole)
-    for j in missing:
-        present = ~np.isnan(x[:, j])
-        column = x[present, j : j + 1]
-        seen[j] = moments(column, weights=None if weights is None else weights[present])
-    return seen
+    present = ~np.isnan(x)
+    return moments(x, weights=present if weights is None else present * weights)
 
 
-def _features(seen: Seen) -> list[Moments]:
-    """The moments of each feature alone."""
-    if isinstance(seen, list):
-        return seen
-    numbers = pack(seen)[1:].reshape(5, -1)
-    return [merge_packed(np.array([[seen.count, *column]])) for column in numbers.T]
-
-
-def _merged(a: Seen, b: Seen) -> Seen:
-    if isinstance(a, Moments) and isinstance(b, Moments):
-        return a + b
-    return [one + other for one, other in zip(_features(a), _features(b), strict=True)]
-
-
-def _of(seen: Seen, statistic: Callable[[Moments], NDArray[np.float64]]) -> NDArray[np.float64]:
-    """A statistic of all features."""
-    return np.concatenate([statistic(m) for m in ([seen] if isinstance(seen, Moments) else seen)])
-
-
-def _has_seen(seen: Seen) -> bool:
+def _has_seen(seen: Moments) -> bool:
     """Whether a row had weight, be it one of NaN alone."""
-    return isinstance(seen, list) or seen.count > 0
+    return isinstance(seen.count, np.ndarray) or seen.count > 0
 
 
 _DTYPES = (np.float64, np.float32, np.float16)  # the first is what others become

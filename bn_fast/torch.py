@@ -583,10 +583,8 @@ def _to_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _parameter(tensor: torch.Tensor | None, x: Array, constant: float) -> Array:
-    if tensor is None:
-        return np.full(x.shape[1], constant, np.float64 if x.dtype == np.float64 else np.float32)
-    return _affine(tensor)
+def _parameter(tensor: torch.Tensor | None) -> Array | None:
+    return None if tensor is None else _affine(tensor)
 
 
 def _affine(tensor: torch.Tensor, door: str = "batch_norm") -> Array:
@@ -616,8 +614,8 @@ def _forward(
         param |= {"momentum": 1 - momentum, "running_mean": mean, "running_var": var}
     y, cache = batchnorm_forward(
         x,
-        _parameter(weight, x, 1),
-        _parameter(bias, x, 0),
+        _parameter(weight),
+        _parameter(bias),
         param,
         out=None if out is None else _to_array(out),
     )
@@ -688,12 +686,11 @@ class _BatchNormBackward(torch.autograd.Function):
         stats: Array,
         eps: float,
         frozen: bool,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor | None, ...]:
         ctx.save_for_backward(dout, input, weight)
         ctx.set_materialize_grads(False)  # None says that nothing depends on a gradient
         ctx.stats, ctx.eps, ctx.frozen = stats, eps, frozen
-        gradients: tuple[torch.Tensor, ...] = _gradients(dout, input, weight, stats, eps, frozen)
-        return gradients
+        return _gradients(dout, input, weight, stats, eps, frozen)
 
     @staticmethod
     @once_differentiable
@@ -734,19 +731,22 @@ def _second_gradients(
     stats: Array,
     eps: float,
     frozen: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     """With respect to dout, input and weight, from those with respect to the three gradients."""
     cache = _cache(input, weight, stats, eps, frozen)
     ddx, ddgamma, ddbeta = (None if t is None else _to_array(t) for t in second)
+    if weight is None:
+        ddgamma = None
     dx, dgamma, ddout = batchnorm_double_backward(ddx, ddgamma, ddbeta, _to_array(dout), cache)
-    return tuple(_to_tensor(a, input.dtype) for a in (ddout, dx, dgamma))
+    return tuple(None if a is None else _to_tensor(a, input.dtype) for a in (ddout, dx, dgamma))
 
 
 def _cache(
     input: torch.Tensor, weight: torch.Tensor | None, stats: Array, eps: float, frozen: bool
 ) -> Cache:
     x = _to_array(input)
-    return Cache(x, _parameter(weight, x, 1), stats, 1, eps, frozen)
+    beta = stats[0]  # any of its shape: without an activation only that is read
+    return Cache(x, _parameter(weight), beta, stats, 1, eps, frozen)
 
 
 # The same three as operators that PyTorch knows by name, shape and dtype. They change nothing (what
@@ -787,7 +787,7 @@ def _backward_op(
     frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dgamma, dbeta = _gradients(dout, input, weight, _to_array(stats), eps, frozen)
-    return _in_strides(dx, input), dgamma, dbeta
+    return _in_strides(dx, input), _of_weight(dgamma, input), dbeta
 
 
 @torch.library.custom_op("bn_fast::batch_norm_double_backward", mutates_args=())
@@ -805,7 +805,12 @@ def _double_backward_op(
     ddout, dx, dgamma = _second_gradients(
         (ddx, ddgamma, ddbeta), dout, input, weight, _to_array(stats), eps, frozen
     )
-    return _in_strides(ddout, input), _in_strides(dx, input), dgamma
+    return _in_strides(ddout, input), _in_strides(dx, input), _of_weight(dgamma, input)
+
+
+def _of_weight(gradient: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
+    """Zeros for that of a weight which was None: an operator's results are always all there."""
+    return _fake_gradient(input, input.shape[1:2]).zero_() if gradient is None else gradient
 
 
 @torch.library.custom_op("bn_fast::replace", mutates_args=("old",))

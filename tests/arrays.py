@@ -147,12 +147,15 @@ def hostile(x):
 
 
 def spread_weights(shape, axis, kind, seed=5):
-    """Weights of x's shape but for length 1 along axis: with zeros, never all zero."""
+    """Weights of x's shape, but for length 1 along axis if the kind is not "each": with zeros, but
+    none has no weight."""
     if kind is None:
         return None
-    shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
+    kind, *each = kind.split()
+    if not each:
+        shape = tuple(1 if d == axis % len(shape) else n for d, n in enumerate(shape))
     w = np.random.default_rng(seed).integers(0, 4, shape)
-    w.flat[:1] = 2
+    np.moveaxis(w, axis, -1)[(slice(1),) * (w.ndim - 1)] = 2
     return {"mask": w > 0, "integers": w, "real": w / 3.0}[kind]
 
 

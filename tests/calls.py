@@ -370,7 +370,7 @@ FIRST = COMMON | {
     "mode": ["train", "train", "test"],
     "activation": [None, "relu", "leaky_relu"],
     "residual": [False, True, "opposite"],
-    "weights": [None, None, None, "mask", "real"],
+    "weights": [None, None, None, "mask", "real", "mask each", "real each"],
     "needs": ["dx dgamma dbeta dresidual", "dx", "dgamma dbeta", "dbeta", "dx dresidual"],
     "out": ["new", "given", "in place", "over residual"],
     "beta": list(BETAS),
@@ -378,7 +378,7 @@ FIRST = COMMON | {
 SECOND = COMMON | {
     "call": ["second train", "second test", "pieces"],
     "given": ["all", "ddx", "parameters"],
-    "weights": [None, "mask", "real"],  # of moments alone
+    "weights": [None, "mask", "real", "mask each", "real each"],  # of moments alone
 }
 
 

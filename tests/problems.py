@@ -286,6 +286,8 @@ OPTIONS = {  # activation, residual, weights
     "relu": ("relu", False, None),
     "leaky_relu residual": ("leaky_relu", True, None),
     "weights": (None, False, "real"),
+    "weights of each": (None, False, "real each"),
+    "relu residual mask of each": ("relu", True, "mask each"),
     "relu mask": ("relu", False, "mask"),
     "leaky_relu residual weights": ("leaky_relu", True, "integers"),
 }

@@ -66,9 +66,10 @@ REFUSED = [
     ("x", np.ones(4), ValueError, r"2 or more dimensions.*\(4,\)"),
     ("x", np.ones((6, 4), np.longdouble), TypeError, "longdouble|float128"),
     *[(name, value, TypeError, "real numbers") for name in ("gamma", "beta")
-      for value in KINDS.values()],
+      for key, value in KINDS.items() if key != "None"],
     *[(name, value, ValueError, r"\(4,\)") for name in ("gamma", "beta")
-      for value in (1.0, np.ones(3), np.ones(5), np.ones((4, 1)), np.ones((1, 4)), [], [1, 2])],
+      for value in (np.ones(3), np.ones(5), np.ones(1), np.ones((4, 1)), np.ones((1, 1)),
+                    np.ones((1, 1, 4)), np.ones((6, 4)), [], [1, 2])],
     *[("axis", value, TypeError, "integer") for value in (None, 1.0, "1", [1])],
     *[("axis", value, ValueError, r"\[-2, 2\)") for value in (2, -3, 2**70)],
     ("out", "abc", TypeError, "ndarray"),
@@ -95,7 +96,7 @@ REFUSED = [
     *[(name, value, TypeError, "real numbers") for name in ("running_mean", "running_var")
       for key, value in KINDS.items() if key != "None"],
     *[(name, value, ValueError, r"\(4,\)") for name in ("running_mean", "running_var")
-      for value in (0.0, np.ones(3), np.ones((1, 4)), [])],
+      for value in (0.0, np.ones(3), np.ones((4, 1)), [])],
     ("running_var", np.array([1, 1, -1e-3, 1]), ValueError, "-0.001.*feature 2"),
     ("running_var", np.array([1, 1, 1, -1], np.float32), ValueError, "feature 3"),
     ("running_var", [1, -2, 1, 1], ValueError, "feature 1"),
@@ -459,8 +460,128 @@ def test_matrix():
     out, _ = batchnorm_forward(np.matrix(x), np.ones(4), np.ones(4))
     assert type(out) is np.ndarray
     assert_same_bits([out], [batchnorm_forward(x, np.ones(4), np.ones(4))[0]])
-    with pytest.raises(ValueError, match=r"gamma .*\(4,\).*\(1, 4\)"):
-        batchnorm_forward(x, np.matrix(np.ones(4)), np.ones(4))
+    row = np.matrix(normal(4, np.float64, 1))
+    results = [batchnorm_forward(x, a, a)[0] for a in (row, row.A1)]
+    assert_same_bits(results[:1], results[1:])
+
+
+# gamma or beta for x of shape (6, 4, 3, 2), whose features are on the axis; None and numbers too.
+SHAPED = [
+    *((1, shape) for shape in [None, (), (4, 1, 1), (1, 4, 1, 1)]),
+    *((0, shape) for shape in [(6, 1, 1, 1), ()]),
+    *((-1, shape) for shape in [(1, 2), (1, 1, 2), (1, 1, 1, 2), None]),
+]
+
+
+def in_shape(values, shape):
+    """The values as a caller gives them, and each feature's own."""
+    if shape is None:
+        return None, None
+    if shape == ():
+        return float(values[0]), np.full_like(values, values[0])
+    return values.reshape(shape), values
+
+
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("axis", "shape"), SHAPED)
+@pytest.mark.parametrize("beta_shape", ["same", "own", None])
+def test_parameters_in_other_shapes(axis, shape, beta_shape, activation, mode, module):
+    x, dout, ddx = (normal((6, 4, 3, 2), np.float64, seed) for seed in range(3))
+    n = x.shape[axis]
+    beta_shape = {"same": shape, "own": (n,)}.get(beta_shape, beta_shape)
+    given, each = zip(
+        in_shape(normal(n, np.float64, 3), shape), in_shape(normal(n, np.float64, 4), beta_shape),
+        strict=True,
+    )  # fmt: skip
+    full = [default if a is None else a for a, default in zip(each, (np.ones(n), np.zeros(n)))]
+
+    def run(parameters, second):
+        """What has x's size, and what has the parameters' shapes."""
+        options = {"activation": activation, "axis": axis}
+        y, cache = module.batchnorm_forward(x, *parameters, {"mode": mode}, **options)
+        dx, dgamma, dbeta = module.batchnorm_backward(dout, cache)
+        large, small = [y, dx], [dgamma, dbeta]
+        if activation is None:
+            dx, dgamma, ddout = module.batchnorm_double_backward(ddx, *second, dout, cache)
+            large, small = [*large, dx, ddout], [*small, dgamma]
+        other = bn_fast.reference if module is bn_fast else bn_fast
+        return large, small, other.batchnorm_backward(dout, cache)[1:]
+
+    got, should = run(given, given), run(full, each)
+    assert_same_bits(got[0], should[0])
+    found, expected = [*got[2], *got[1]], [*should[2], *should[1]]
+    for a, b, parameter in zip(found, expected, (*given, *given, given[0]), strict=False):
+        if parameter is None:
+            assert a is None
+        else:
+            assert a.shape == np.shape(parameter)
+            b = b.reshape(a.shape) if np.ndim(parameter) else b.sum()
+            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (300, 500), (40, 7, 20, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float16, *DTYPES])
+def test_without_parameters(shape, dtype):
+    """No others than with ones and zeros, on whatever road."""
+    x, dout, n = normal(shape, dtype), normal(shape, dtype, 1), shape[1]
+    for options in ({}, {"activation": "relu", "residual": dout}):
+        y, cache = batchnorm_forward(x, **options)
+        should, plain = batchnorm_forward(x, np.ones(n, "f4"), np.zeros(n, "f4"), **options)
+        dx, dgamma, dbeta, *rest = batchnorm_backward(dout, cache)
+        expected = batchnorm_backward(dout, plain)
+        assert dgamma is dbeta is None
+        assert_same_bits([y, dx, *rest], [should, expected[0], *expected[3:]])
+        assert cache.gamma is cache.beta is tuple(cache)[4] is None
+        assert batchnorm_backward(dout, cache, needs=("dgamma", "dbeta"))[:3] == (None,) * 3
+    assert_same_bits(
+        batchnorm_backward(dout, (*tuple(plain)[:4], None))[:1],
+        batchnorm_backward(dout, tuple(plain))[:1],
+    )
+
+
+def test_gradients_of_parameters_that_there_are_not():
+    x = normal((6, 4), np.float64)
+    for module in (bn_fast, bn_fast.reference):
+        _, cache = module.batchnorm_forward(x, None, np.ones((1, 4)))
+        with pytest.raises(ValueError, match="ddgamma must"):
+            module.batchnorm_double_backward(x, np.ones(4), None, x, cache)
+        with pytest.raises(ValueError, match=r"ddbeta must have shape \(1, 4\).*got \(4,\)"):
+            module.batchnorm_double_backward(x, None, np.ones(4), x, cache)
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+def test_running_averages_keep_their_shape(module, mode):
+    x = normal((6, 4, 3), np.float32)
+    results = []
+    for shape in ((4,), (4, 1), (1, 4, 1)):
+        mean, var = np.arange(4.0).reshape(shape), np.arange(4.0, 8).reshape(shape)
+        param = {"mode": mode, "running_mean": mean, "running_var": var.tolist()}
+        y, _ = module.batchnorm_forward(x, bn_param=param)
+        averages = [param[name] for name in ("running_mean", "running_var")]
+        assert [a.shape for a in averages] == [shape] * 2
+        results.append([y, *(a.reshape(-1) for a in averages)])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("module", [bn_fast, bn_fast.reference])
+def test_pieces_take_statistics_in_other_shapes(module):
+    x, dout = normal((6, 4, 3), np.float64), normal((6, 4, 3), np.float64, 1)
+    mean, var = (f(axis=(0, 2), keepdims=True) for f in (x.mean, x.var))
+    gamma = normal((4, 1), np.float64, 2)
+
+    def run(*given):
+        mean, var, gamma = given
+        y = module.normalize(x, mean, var, gamma)
+        s, t = module.backward_reduce(dout, x, mean, var)
+        return y, s, t, module.backward_apply(dout, x, mean, var, gamma, s, t, 18)
+
+    assert_same_bits(run(mean, var, gamma), run(*(a.reshape(-1) for a in (mean, var, gamma))))
+    each = np.zeros(4), np.full(4, 2.0), np.ones(4)
+    assert_same_bits(run(0, 2.0, None), run(*each))
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.int64, np.uint64])

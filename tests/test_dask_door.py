@@ -179,6 +179,9 @@ def test_given_statistics():
         assert got.chunks == blocks.chunks
         assert_same_bits([got.compute()], [expected])
     mean, var = moments.mean, moments.var()
+    counted = bn_fast.moments(x, weights=np.arange(x.size).reshape(x.shape))
+    got = door.normalize(blocks, counted).compute()
+    assert_same_bits([got], [bn_fast.normalize(x, counted)])
     expected = bn_fast.normalize(x, mean, var, gamma, beta)
     for given in ((mean, var), (da.from_array(mean, chunks=1), da.from_array(var, chunks=5))):
         assert_same_bits([door.normalize(blocks, *given, gamma, beta).compute()], [expected])

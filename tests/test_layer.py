@@ -245,10 +245,13 @@ def test_another_layer_replaces_the_two_hooks_and_no_more():
 
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("differ", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), [((20, 3), 1), ((4, 3, 5, 5), 1), ((4, 5, 3), -1)])
-def test_weights_are_those_of_the_function(shape, axis, training, ddof):
+def test_weights_are_those_of_the_function(shape, axis, training, ddof, differ):
     x, dout, gamma, beta = problem(shape, axis, np.float32)
-    weights = np.random.default_rng(0).integers(0, 3, x.take([0], axis).shape)
+    weights = np.random.default_rng(0).integers(
+        0, 3, x.shape if differ else x.take([0], axis).shape
+    )
     x[np.broadcast_to(weights == 0, shape)] = np.nan
     layer = BatchNorm(3, axis=axis, ddof=ddof, momentum=0.75)
     layer.gamma, layer.beta = gamma, beta
@@ -270,6 +273,9 @@ def test_weights_are_those_of_the_function(shape, axis, training, ddof):
         ([[0], [0], [0]], 0, "has 0 values"),
         ([[0], [2], [0]], 0, "has 1 values"),
         ([[0.25], [0.5], [0.25]], 1, "weights sum to 1, and an unbiased variance needs more"),
+        ([[1, 0, 1], [1, 0, 1], [1, 1, 1]], 0, "has 1 values for feature 1"),
+        ([[1, 1, 0], [1, 1, 0], [1, 1, 0]], 0, "has 0 values for feature 2"),
+        ([[1, 0.5, 1], [1, 0.2, 1], [1, 0.1, 1]], 1, r"weights of feature 1 sum to 0.8, .* more"),
     ],
 )
 def test_weights_may_leave_a_bad_batch(weights, ddof, message):
@@ -283,8 +289,9 @@ def test_weights_may_leave_a_bad_batch(weights, ddof, message):
     assert_same_bits(snapshot(layer), before)
     layer.bad_batch = "propagate"
     layer.forward(x, weights=weights)
-    assert np.isnan(layer.running_var).all() == (message != "has 1 values")
-    assert np.isnan(layer.running_mean).all() == (message == "has 0 values")
+    count = np.broadcast_to(weights, x.shape).sum(axis=0)
+    np.testing.assert_array_equal(np.isnan(layer.running_var), (count == 0) | (count <= ddof))
+    np.testing.assert_array_equal(np.isnan(layer.running_mean), count == 0)
 
 
 def test_weights_that_sum_to_1_are_no_single_value():

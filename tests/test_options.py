@@ -110,7 +110,7 @@ def cases():
                 axis,
                 ACTIVATIONS[(number + k) % len(ACTIVATIONS)],
                 k % 2 == 0,
-                [None, "mask", "integers", "real"][(number + k) % 4],
+                [None, "mask", "integers", "real", "mask each", "real each"][(number + k) % 6],
                 ["train", "test"][(number + k // 3) % 2],
                 id=f"{shape} {axis} {k}",
             )
@@ -487,6 +487,135 @@ def test_no_weight_is_an_empty_batch(module):
     np.testing.assert_allclose(dbeta, (dout * (beta > 0)).sum(axis=0))
 
 
+# Weights that differ from feature to feature
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_missing_values(module):
+    """A mask of x's shape: each feature has statistics of what it has."""
+    x = np.array([[1.0, 10.0], [3.0, np.nan], [np.nan, 30.0], [5.0, 50.0]])
+    param = {"mode": "train", "ddof": 1, "momentum": 0.0}
+    out, cache = module.batchnorm_forward(x, bn_param=param, weights=np.isfinite(x))
+    m = module.moments(x, weights=np.isfinite(x))
+    scale = np.sqrt([8 / 3 + 1e-5, 800 / 3 + 1e-5])
+    np.testing.assert_allclose(out, (x - [3, 30]) / scale)
+    for mean, var in ((param["running_mean"], param["running_var"]), (m.mean, m.var(1))):
+        np.testing.assert_allclose(mean, [3, 30])
+        np.testing.assert_allclose(var, [4, 400])
+    np.testing.assert_array_equal(m.count, [3, 3])
+    if module is bn_fast:
+        np.testing.assert_array_equal(cache.count, [3, 3])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
+@pytest.mark.parametrize("layout", ["C", "Fortran", "features last"])
+@pytest.mark.parametrize("shape", [(40, 5), (90, 130), (6, 9, 7, 7), (3, 4, 300)], ids=str)
+def test_each_feature_has_its_own_weights(shape, layout, dtype):
+    """As if each were alone with its column of weights, however large those of others are."""
+    x, dout, gamma, beta = problem(shape, 1, np.float32, layout)
+    x, dout = (LAYOUTS[layout](a.astype(dtype)) for a in (x, dout))
+    w = spread_weights(shape, 1, "real each")
+    w *= 2.0 ** np.random.default_rng(0).integers(-700, 200, shape[1]).reshape(
+        (1, -1) + (1,) * (len(shape) - 2)
+    )
+    options = {"activation": "leaky_relu"}
+    param = {"mode": "train"}
+    y, cache = batchnorm_forward(x, gamma, beta, param, weights=w, **options)
+    dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    eps = np.finfo(np.float64 if dtype is np.float64 else np.float32).eps
+    half = 0 if np.dtype(dtype).itemsize > 2 else 1e-2
+    for f in range(0, shape[1], 1 + shape[1] // 8):
+        own = np.s_[:, f : f + 1]
+        alone = {"mode": "train"}
+        expected, kept = batchnorm_forward(
+            x[own], gamma[f : f + 1], beta[f : f + 1], alone, weights=w[own], **options
+        )
+        single = batchnorm_backward(dout[own], kept)
+        for a, b in ((y[own], expected), (dx[own], single[0])):
+            a, b = a.astype(float), b.astype(float)
+            near = max(16 * eps, half) * np.abs(b).max()
+            assert (np.abs(a - b) <= near).mean() > 0.999  # but for a gate at its kink
+        for a, b in zip((dgamma, dbeta), single[1:], strict=True):
+            np.testing.assert_allclose(a[f], b[0], rtol=1e-4, atol=1e-4 + half * x.shape[0])
+        for name in ("running_mean", "running_var"):
+            np.testing.assert_allclose(param[name][f], alone[name][0], rtol=32 * eps)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_features_without_weight(module, ddof):
+    """An empty batch each: beta, no gradient but dbeta, and averages that stay as they were."""
+    x, dout, gamma, beta = problem((30, 4, 3), 1, np.float64)
+    w = np.ones(x.shape)
+    w[::3] = 0
+    w[:, 1] = 0
+    x[::3], x[:, 2, 0] = np.nan, 5  # what is masked, and nothing else
+    x[:, 1] = 7
+    old = {"running_mean": np.arange(4.0), "running_var": np.ones(4)}
+    param = {"mode": "train", "ddof": ddof} | old
+    out, cache = module.batchnorm_forward(x, gamma, beta, param, weights=w)
+    np.testing.assert_array_equal(out[:, 1], np.full((30, 3), beta[1]))
+    seen = [0, 2, 3]
+    for name, values in old.items():
+        assert param[name][1] == values[1]
+        assert (param[name][seen] != values[seen]).all()
+    dx, dgamma, dbeta = module.batchnorm_backward(dout, cache)
+    np.testing.assert_array_equal(dx[:, 1], np.zeros((30, 3)))
+    assert dgamma[1] == 0
+    np.testing.assert_allclose(dbeta[1], dout[:, 1].sum())
+    assert np.isfinite(dx[1::3]).all()
+    assert np.isfinite(dgamma).all()
+    m = module.moments(x, weights=w)
+    np.testing.assert_array_equal(m.count, [60, 0, 60, 60])
+    assert (np.isnan(m.mean) == [False, True, False, False]).all()
+    assert (np.isnan(m.var()) == np.isnan(m.mean)).all()
+    none = module.moments(x, weights=np.zeros(x.shape))
+    np.testing.assert_array_equal(none.count, np.zeros(4))
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_ddof_needs_values_of_each_feature(module):
+    x, w = normal((6, 3), np.float64), np.ones((6, 3))
+    w[1:, 1] = 0
+    param = {"mode": "train", "ddof": 1}
+    with pytest.raises(ValueError, match=r"variance: it has 1 values for .*feature"):
+        module.batchnorm_forward(x, bn_param=param, weights=w)
+    assert param == {"mode": "train", "ddof": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_weights_of_each_feature_are_none(dtype):
+    x, dout, gamma, beta = problem((70, 9), 1, dtype)
+    results = []
+    for weights in (None, np.ones((70, 9), bool), np.tile(np.arange(1.0, 10), (70, 1))):
+        param = {"mode": "train"}
+        out, cache = batchnorm_forward(x, gamma, beta, param, weights=weights)
+        assert cache.weights is None
+        results.append([out, *batchnorm_backward(dout, cache), param["running_mean"]])
+    for found in results[1:]:
+        assert_same_bits(found[:-1], results[0][:-1])
+        np.testing.assert_allclose(found[-1], results[0][-1], rtol=1e-6)
+
+
+def test_weights_along_several_axes():
+    """One that differs along some of the feature axes alone, and its twin."""
+    x, dout = normal((9, 4, 5, 3), np.float64), normal((9, 4, 5, 3), np.float64, 1)
+    w = np.random.default_rng(2).integers(0, 3, (9, 4, 1, 3)).astype(float)
+    w[0] = 1
+    for axis in ((1, 2), (2, 3), (1, 2, 3), 2):
+        results = []
+        for module in (bn_fast, reference):
+            y, cache = module.batchnorm_forward(x, axis=axis, weights=w, activation="relu")
+            m = module.moments(x, axis=axis, weights=w)
+            five = tuple(cache)[:2]
+            results.append([y, m.mean, m.m2, np.asarray(m.count), *five])
+            for other in (bn_fast, reference):
+                results[-1].append(other.batchnorm_backward(dout, cache)[0])
+        for a, b in zip(*results, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("offset", [1e5, 1e9])
 def test_weights_and_offsets(offset):
     x, dout, gamma, beta = problem((3000, 4), 1, np.float64)
@@ -569,7 +698,9 @@ X = np.arange(12.0).reshape(4, 3)
         ),
         ({"residual": X * 1j}, TypeError, "residual must be an array of real numbers"),
         ({"residual": "x"}, TypeError, "residual must be an array of real numbers"),
-        ({"weights": X}, ValueError, r"weights must broadcast to \(4, 1\).*got \(4, 3\)"),
+        ({"weights": X.T}, ValueError, r"weights must broadcast to \(4, 1\).*got \(3, 4\)"),
+        ({"weights": X[0]}, ValueError, r"weights must .* the shape of x.*got \(3,\)"),
+        ({"weights": X - 1}, ValueError, "weights must be finite and at least 0, got -1"),
         ({"weights": np.ones((3, 1))}, ValueError, r"weights must broadcast to \(4, 1\)"),
         ({"weights": np.ones(4)}, ValueError, r"weights must broadcast to \(4, 1\)"),
         ({"weights": np.ones((1, 4, 1))}, ValueError, r"weights must broadcast to \(4, 1\)"),
@@ -585,6 +716,121 @@ def test_errors(options, error, message):
         batchnorm_forward(X, np.ones(3), np.zeros(3), param, out=out, **options)
     assert param == {"mode": "train"}
     np.testing.assert_array_equal(out, np.full_like(X, 7))
+
+
+# Gradients with respect to given statistics
+
+
+def given_statistics(shape, axis, dtype):
+    n = shape[axis]
+    mean, var = 2.9 + normal(n, np.float64, 5) / 8, 4 + normal(n, np.float64, 6) ** 2
+    return {"mode": "test", "running_mean": mean.astype(dtype), "running_var": var.astype(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
+@pytest.mark.parametrize("parameters", ["arrays", "None", "numbers"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((40, 5), 1), ((3, 70), 1), ((9, 6, 7, 7), 1), ((3, 4, 300), -1), ((700, 300), 0)], ids=str,
+)  # fmt: skip
+def test_gradients_of_given_statistics(shape, axis, parameters, dtype):
+    """Chainer's rule for its fixed batch normalization, in long double: dmean = -gamma r dbeta,
+    dvar = -gamma r^2 dgamma / 2."""
+    x, dout, gamma, beta = problem(shape, axis, np.float32)
+    x, dout = x.astype(dtype), dout.astype(dtype)
+    scale = gamma
+    if parameters == "None":
+        gamma = beta = None
+        scale = np.ones(shape[axis])
+    elif parameters == "numbers":
+        gamma, beta, scale = 1.5, 0.5, np.full(shape[axis], 1.5)
+    param = given_statistics(shape, axis, np.float32)
+    mean, var = param["running_mean"], param["running_var"]
+    _, cache = batchnorm_forward(x, gamma, beta, param, axis=axis)
+    dx, dgamma, dbeta, dmean, dvar = batchnorm_backward(
+        dout, cache, needs=("dx", "dgamma", "dbeta", "dmean", "dvar")
+    )
+    assert_same_bits(
+        [a for a in (dx, dgamma, dbeta) if a is not None],
+        [a for a in batchnorm_backward(dout, cache) if a is not None],
+    )
+    expected = oracle.backward(dout, x, scale, axis, 1e-5, mean, var)
+    r = 1 / np.sqrt(var.astype(np.longdouble) + 1e-5)
+    like = dmean if x.dtype.itemsize == 2 else x
+    factor = -scale * r
+    limit = 1e-18 + 8 * np.finfo(like.dtype).eps
+    for got, should, size in (
+        (dmean, factor * expected.dbeta, np.abs(factor).max() * expected.dbeta_scale),
+        (dvar, factor * r / 2 * expected.dgamma, np.abs(factor * r).max() * expected.dgamma_scale),
+    ):
+        assert got.dtype == like.dtype
+        assert got.shape == (shape[axis],)
+        assert np.abs(got - should).max() <= limit * max(np.abs(should).max(), size)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_finite_differences_of_given_statistics(module, activation, has_residual):
+    x, dout, gamma, beta = problem((7, 3, 2), 1, np.float64)
+    residual = normal(x.shape, np.float64, 8) if has_residual else None
+    param = given_statistics(x.shape, 1, np.float64)
+
+    def forward(mean, var):
+        given = {"mode": "test", "running_mean": mean, "running_var": var}
+        return module.batchnorm_forward(
+            x, gamma, beta, given, activation=activation, residual=residual
+        )
+
+    mean, var = param["running_mean"], param["running_var"]
+    _, cache = forward(mean, var)
+    names = ["dx", "dgamma", "dbeta", "dresidual"][: 4 if has_residual else 3]
+    gradients = module.batchnorm_backward(dout, cache, needs=[*names, "dvar", "dmean"])
+    assert len(gradients) == len(names) + 2
+    for index in range(3):
+        for which, found in ((0, gradients[-2]), (1, gradients[-1])):
+            h = 1e-5
+            sides = []
+            for step in (-h, h):
+                given = [mean.copy(), var.copy()]
+                given[which][index] += step
+                sides.append((forward(*given)[0] * dout).sum())
+            assert found[index] == pytest.approx(
+                (sides[1] - sides[0]) / (2 * h), rel=1e-6, abs=1e-7
+            )
+    alone = module.batchnorm_backward(dout, cache, needs=["dvar"])
+    assert alone[:-1] == (None,) * (len(names) + 1)
+    np.testing.assert_array_equal(alone[-1], gradients[-1])
+    other = reference if module is bn_fast else bn_fast
+    again = other.batchnorm_backward(dout, cache, needs=["dmean", "dvar"])
+    np.testing.assert_allclose(again[-2:], gradients[-2:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_statistics_of_the_batch_have_no_gradient_of_their_own(module):
+    for options in ({}, {"weights": np.zeros((4, 1))}, {"activation": "relu"}):
+        _, cache = module.batchnorm_forward(X, np.ones(3), np.zeros(3), **options)
+        for name in ("dmean", "dvar"):
+            with pytest.raises(ValueError, match=r"dmean and dvar .* test mode alone"):
+                module.batchnorm_backward(X, cache, needs=["dx", name])
+
+
+def test_given_statistics_beyond_the_range():
+    """Of values of 1e25 and 1e-25: what float64 says of the sums, rounded once."""
+    for size in (1e25, 1e-18):
+        x, dout = size * normal((50, 4), np.float64), normal((50, 4), np.float32, 1)
+        x = x.astype(np.float32)
+        mean, var = x.mean(0, np.float64), x.var(0, np.float64)
+        param = {"mode": "test", "eps": 0.0, "running_mean": mean, "running_var": var}
+        _, cache = batchnorm_forward(x, bn_param=param)
+        dmean, dvar = batchnorm_backward(dout, cache, needs=["dmean", "dvar"])[-2:]
+        expected = [a / s for a, s in zip(
+            batchnorm_backward(dout, batchnorm_forward(
+                x.astype(np.float64), np.ones(4), np.zeros(4), param)[1])[1:],
+            (-2 * var, -np.sqrt(var)), strict=True,
+        )]  # fmt: skip
+        np.testing.assert_allclose(dmean, expected[1].astype(np.float32), rtol=1e-5)
+        np.testing.assert_allclose(dvar, expected[0].astype(np.float32), rtol=1e-5)
 
 
 def test_errors_of_needs():
@@ -703,7 +949,7 @@ def test_past_the_caches(shape, axis):
         ({"residual": X[:3]}, ValueError, r"residual must have the shape of x, \(4, 3\)"),
         ({"weights": np.ones((4, 1), complex)}, TypeError, "weights must be bool or real"),
         ({"weights": -np.ones((4, 1))}, ValueError, "weights must be finite and at least 0"),
-        ({"weights": X}, ValueError, "weights must have length 1 along axis 1"),
+        ({"weights": X[0]}, ValueError, "weights must have length 1 along axis 1"),
         ({"weights": np.ones((3, 1))}, ValueError, r"weights must broadcast to x \(4, 3\)"),
     ],
 )

@@ -29,14 +29,17 @@ def exact_moments(x, axis=1, weights=None):
     _, mean, var = oracle_forward(x, np.ones(n), np.zeros(n), axis=axis, weights=weights)
     m = x.size // n
     if weights is not None:
-        m = np.broadcast_to(weights, x.shape).take(0, axis).sum(dtype=np.longdouble)
+        each = np.moveaxis(np.broadcast_to(weights, x.shape), axis, 0).reshape(n, -1)
+        m = each.sum(axis=1, dtype=np.longdouble)
+        m = m[0] if weights.shape[axis] == 1 else m
     return m, mean, var * m
 
 
 def assert_moments(got, x, axis=1, limit=4, weights=None):
     """float64 results: the mean to roundings of itself or of the deviation, m2 of itself."""
     m, mean, m2 = exact_moments(x, axis, weights)
-    assert got.count == m if weights is None else abs(got.count - m) <= 2 * EPS64 * m
+    near = 2 * EPS64 * m
+    assert got.count == m if weights is None else (np.abs(got.count - m) <= near).all()
     assert got.mean.dtype == got.m2.dtype == np.float64
     tolerance = limit * np.finfo(x.dtype).eps  # lanes are of x's dtype
     size = np.maximum(np.abs(mean), np.sqrt(m2 / m))
@@ -271,7 +274,8 @@ def _with(state, index, value):
         lambda s: s[:5],  # as before the exponents were kept
         lambda s: (*s, s[5]),
         lambda s: _with(s, 0, -1.0),
-        lambda s: _with(s, 0, np.ones(2)),
+        lambda s: _with(s, 0, np.ones(3)),
+        lambda s: _with(s, 0, np.array([1.0, np.nan])),
         lambda s: _with(s, 0, np.nan),
         lambda s: _with(s, 1, s[1][:1]),
         lambda s: _with(s, 1, s[1].astype(np.float32)),
@@ -323,7 +327,7 @@ def test_empty_parts_change_nothing():
     assert dx.shape == (0, 3)
 
 
-@pytest.mark.parametrize("kind", ["mask", "integers", "real"])
+@pytest.mark.parametrize("kind", ["mask", "integers", "real", "mask each", "real each"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((300, 7), 1), ((5, 8, 40), 0), ((6, 5, 9, 9), 1)])
 def test_weighted_in_any_split(shape, axis, dtype, kind):
@@ -381,6 +385,71 @@ def test_weight_0_hides_everything(module):
     assert (nothing.m2 == 0).all()
     assert calm.merge(nothing).count == calm.count
     assert module.moments(x[:0], weights=weights[:0]).count == 0
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+def test_counts_of_features_merge(module):
+    """Of parts in which some features have nothing, or all of them as many."""
+    x = normal((40, 4), np.float64) + 100
+    w = np.random.default_rng(0).integers(0, 3, x.shape)
+    w[:10, 1], w[10:, 2], w[:, 3] = 0, 0, 0
+    w[30:] = 1  # a part whose moments have one count
+    parts = [module.moments(x[a:b], weights=w[a:b]) for a, b in ((0, 10), (10, 30))]
+    parts.append(module.moments(x[30:]))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        merged = parts[order[0]].merge(parts[order[1]]).merge(parts[order[2]])
+        np.testing.assert_array_equal(merged.count, w.sum(axis=0))
+        for f in range(4):
+            values = np.repeat(x[:, f], w[:, f])
+            np.testing.assert_allclose(merged.mean[f], values.mean(), rtol=1e-14)
+            np.testing.assert_allclose(merged.var(1)[f], values.var(ddof=1), rtol=1e-12)
+    nothing = module.moments(x, weights=np.zeros(x.shape))
+    for whole in (merged.merge(nothing), nothing.merge(merged)):
+        np.testing.assert_array_equal(whole.count, merged.count)
+        np.testing.assert_array_equal(whole.mean, merged.mean)
+
+
+def test_moments_with_counts_of_features_are_values():
+    m = moments(normal((7, 2), np.float64), weights=np.arange(14).reshape(7, 2))
+    np.testing.assert_array_equal(m.count, [42, 49])
+    for twin in (pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
+        assert twin == m
+    assert Moments(m.count, m.mean, m.m2) == m
+    assert m != Moments(m.count + np.arange(2), m.mean, m.m2)
+    assert Moments(3, [1, 2], [3, 4]) == Moments(np.full(2, 3), [1, 2], [3, 4])
+    assert Moments(3, [1, 2], [3, 4]) != Moments(3, [1], [3])
+    with pytest.raises(ValueError, match="read-only"):
+        m.count[0] = 3
+    counts = np.array([3.0, 0])
+    made = Moments(counts, [1, 2], [0.5, 7])
+    assert repr(made) == "Moments(count=[3. 0.], mean=[ 1. nan], m2=[0.5 0. ])"
+    counts[0] = 5
+    assert made.count[0] == 3
+    assert_same_bits([made.var(3), made.std(1)], [np.full(2, np.nan), np.array([0.5, np.nan])])
+    for wrong in (np.ones(3), np.ones((1, 2))):
+        with pytest.raises(ValueError, match=r"count must be a number, or have the shape of mean"):
+            Moments(wrong, [1, 2], [3, 4])
+    with pytest.raises(ValueError, match="count must be finite and at least 0, got -1"):
+        Moments(np.array([1, -1]), [1, 2], [3, 4])
+
+
+@pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_takes_counts_of_features(module, dtype):
+    """Each feature's dx as with that number for all."""
+    x, dout, gamma, _ = problem((30, 4), 1, dtype)
+    m = module.moments(x)
+    inv_std = 1 / np.sqrt(m.var() + 1e-5)
+    given = dout, x, m.mean, inv_std, gamma, *module.backward_reduce(dout, x, m.mean, inv_std)
+    counts = np.array([30.0, 25, 1, 200])
+    dx = module.backward_apply(*given, counts)
+    for f, count in enumerate(counts):
+        assert_same_bits([dx[:, f]], [module.backward_apply(*given, count)[:, f]])
+    if module is bn_fast:
+        with pytest.raises(ValueError, match=r"count must be a number, or of shape \(4,\)"):
+            backward_apply(*given, np.ones(3))
+        with pytest.raises(ValueError, match=r"count must be finite.*got inf for feature 1"):
+            backward_apply(*given, np.array([1, np.inf, 1, 1]))
 
 
 def test_moments_are_values():
@@ -497,20 +566,20 @@ V = np.ones(3)
         (lambda: moments(V), ValueError, "x must have 2 or more dimensions"),
         (lambda: moments(X, axis=2), ValueError, r"axis must be in \[-2, 2\)"),
         (
-            lambda: moments(X, weights=X),
+            lambda: moments(X, weights=X[0]),
             ValueError,
-            r"weights must broadcast to \(4, 1\), which is x without axis 1, got \(4, 3\)",
+            r"weights must broadcast to \(4, 1\), which is x without axis 1, or .*got \(3,\)",
         ),
         (lambda: moments(X, weights=-1), ValueError, "weights must be finite and at least 0"),
         (lambda: moments(X, weights="a"), TypeError, "weights must be an array of real numbers"),
         (lambda: moments(X, weights=1e308), ValueError, "weights must have a finite sum"),
         (lambda: Moments(-1, V, V), ValueError, "count must be finite and at least 0, got -1"),
-        (lambda: Moments(1, X, X), ValueError, "mean must have one dimension"),
+        (lambda: Moments(1, 1.0, 1.0), ValueError, "mean must have one or more dimensions"),
         (lambda: Moments(1, V, V[:2]), ValueError, r"m2 must have the shape of mean, \(3,\)"),
         (lambda: Moments(1, V, -V), ValueError, "m2 must not be negative, got -1.0 for feature 0"),
         (lambda: Moments(1, "a", V), TypeError, "mean must be an array of real numbers"),
         (lambda: moments(X).merge(3), TypeError, "other must be Moments, got int"),
-        (lambda: moments(X).merge(moments(X[:, :2])), ValueError, "as many features, 3, got 2"),
+        (lambda: moments(X).merge(moments(X[:, :2])), ValueError, r"of shape \(3,\), got \(2,\)"),
         (lambda: moments(X) + 3, TypeError, "unsupported operand"),
         (lambda: 3 + moments(X), TypeError, "unsupported operand"),
         (lambda: moments(X).var("1"), TypeError, "ddof must be a real number"),
@@ -538,7 +607,16 @@ V = np.ones(3)
         (lambda: backward_reduce(X[:2], X, V, V), ValueError, "dout must have the shape of x"),
         (lambda: backward_reduce(X, X, V, -V), ValueError, "inv_std must not be negative"),
         (lambda: backward_apply(X, X, V, V, V, V, V, 0), ValueError, "count must be finite and at"),
-        (lambda: backward_apply(X, X, V, V, V, V, V, V), TypeError, "count must be a real number"),
+        (
+            lambda: backward_apply(X, X, V, V, V, V, V, "4"),
+            TypeError,
+            "count must be a real number",
+        ),
+        (
+            lambda: backward_apply(X, X, V, V, V, V, V, X),
+            ValueError,
+            "count must be a number, or of",
+        ),
         (
             lambda: backward_apply(X, X, V, V, V, V, 1j * V, 4),
             TypeError,

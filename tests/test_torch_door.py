@@ -498,6 +498,11 @@ TRANSFORMS = {
     "grad of grad": lambda f: torch.func.grad(
         lambda *a: sum((g**2).sum() for g in torch.func.grad(cubes(f), (0, 1, 2))(*a)), (0, 1)
     )(X, WEIGHT, BIAS),
+    "grad of grad, without weight": lambda f: torch.func.grad(
+        lambda x: (
+            torch.func.grad(lambda x: (f(x, None, None, None, BIAS, True) ** 3).sum())(x) ** 2
+        ).sum()
+    )(X),
     "vjp": lambda f: torch.func.vjp(cubes(f), X, WEIGHT, BIAS)[1](torch.tensor(2.0).double()),
     "jacrev": lambda f: torch.func.jacrev(lambda x: f(x, MEAN, VAR, WEIGHT))(X),
     "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(cubes(f)))(X, WEIGHT, BIAS),

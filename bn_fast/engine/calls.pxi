@@ -24,19 +24,40 @@ cdef inline int parameter_type(cnp.ndarray x) noexcept:
     return cnp.NPY_FLOAT32 if cnp.PyArray_ITEMSIZE(x) <= 4 else cnp.NPY_FLOAT64
 
 
-cdef void set_parameter(Parameter* given, cnp.ndarray values) noexcept:
-    """A one-dimensional float32 or float64 array, any stride; or None."""
-    given.data = NULL
-    if values is not None:
-        given.data = <const char*> cnp.PyArray_DATA(values)
+cdef double one = 1, zero = 0
+
+
+cdef inline void set_constant(Parameter* given, const double* value) noexcept:
+    given.data = <const char*> value
+    given.stride = 0
+    given.period = INTPTR_MAX
+    given.single = False
+
+
+cdef void set_parameter(Parameter* given, cnp.ndarray values, const double* default) noexcept:
+    """A float32 or float64 array, contiguous if it has several axes.  None: the default for all
+    features; a single value is for all, too."""
+    cdef Py_ssize_t n
+    set_constant(given, default)
+    if values is None:
+        return
+    given.data = <const char*> cnp.PyArray_DATA(values)
+    given.single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32
+    if cnp.PyArray_NDIM(values) == 1:
+        n = cnp.PyArray_DIMS(values)[0]
         given.stride = cnp.PyArray_STRIDES(values)[0]
-        given.period = max(<Py_ssize_t> 1, cnp.PyArray_DIMS(values)[0])
-        given.single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32
+    else:
+        n = cnp.PyArray_SIZE(values)
+        given.stride = cnp.PyArray_ITEMSIZE(values)
+    if n > 1:
+        given.period = n
+    else:
+        given.stride = 0
 
 
 cdef void load_parameter(cnp.ndarray values, double* target) noexcept:
     cdef Parameter given
-    set_parameter(&given, values)
+    set_parameter(&given, values, NULL)
     read_parameter(&given, 0, cnp.PyArray_DIMS(values)[0], target)
 
 
@@ -62,19 +83,19 @@ cdef void set_varying(const Job* job, Plan* plan) noexcept:
 cdef void find_features_of(const Job* job, Features* features) noexcept:
     cdef cnp.npy_intp* stride[N_ROLES]
     cdef cnp.ndarray x = array_of(job, X)
-    cdef bint merges
+    cdef bint merges = True
     cdef int r, axis = 0
-    if not job.by_row:  # one axis, which a small call need not look for in all arrays
+    # One axis, which a small call need not look for in all arrays.
+    if not job.by_row and job.features & (job.features - 1) == 0:
         while not job.features >> axis & 1:
             axis += 1
         features.n = 1
         features.dim[0] = axis
         features.size[0] = cnp.PyArray_DIMS(x)[axis]
         return
-    # Of columns that are joined the number must not depend on how many samples there are.
-    merges = job.varying.gamma != NULL or (
-        nearest(x, ~job.features) < nearest(x, job.features)
-    )
+    if job.by_row and job.varying.gamma == NULL:
+        # Of columns that are joined the number must not depend on how many samples there are.
+        merges = nearest(x, ~job.features) < nearest(x, job.features)
     for r in range(N_ROLES):
         stride[r] = NULL
         if job.array[r] != NULL:
@@ -200,6 +221,7 @@ cdef int execute(Job* job) except -1:
     cdef Plan[2] plans
     cdef double count
     cdef char* memory
+    cdef bint samples
     cdef int v
     if size == 0 or not (job.reduces or job.applies):
         return 0
@@ -212,11 +234,12 @@ cdef int execute(Job* job) except -1:
     if job.reduces and job.array[W] == NULL:
         job.total = count
     plan_visits(job)
+    if job.value[TOTAL] != NULL:
+        job.total = count
     # Half of the mean weight: values that have less make up less than half of the whole, and may
     # hold anything, as under a mask the padding's filler.
-    choose_sample(
-        job.reduce, job.total / count / 2 if job.reduces and not job.op.takes_dout else 0
-    )
+    samples = job.reduces and not job.op.takes_dout and job.value[TOTAL] == NULL
+    choose_sample(job.reduce, 0, job.total / count / 2 if samples else 0, job.reduce.sample)
     job.has_options = job.reduce.gate != NONE or (
         job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
     )
@@ -278,10 +301,29 @@ def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
     return is_same_buffer(a, b)
 
 
-cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
+cdef unsigned long long mask_of(axes) except? 0:
+    """Of an axis, or of a tuple of them."""
+    cdef unsigned long long mask = 0
+    if type(axes) is int:
+        return <unsigned long long> 1 << <int> axes
+    for axis in <tuple> axes:
+        mask |= <unsigned long long> 1 << <int> axis
+    return mask
+
+
+cdef inline Py_ssize_t n_along(cnp.ndarray x, unsigned long long axes) noexcept:
+    """How many elements x has along the axes of a mask, together."""
+    cdef Py_ssize_t n = 1
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(x)):
+        if axes >> d & 1:
+            n *= cnp.PyArray_DIMS(x)[d]
+    return n
+
+
+cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, cnp.npy_intp length):
     """A new array for an average beside x, with the old values (None: zeros): float32 only where
     both old and the parameters of x are."""
-    cdef cnp.npy_intp length = cnp.PyArray_DIMS(x)[axis]
     cdef int kind = parameter_type(x)
     cdef cnp.ndarray new
     if old is None:
@@ -294,14 +336,16 @@ cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, int axis):
 
 
 cdef void new_job(
-    Job* job, int operation, cnp.ndarray x, cnp.ndarray stats, int axis, int n_threads,
+    Job* job, int operation, cnp.ndarray x, cnp.ndarray stats, unsigned long long features,
+    int n_threads,
 ) noexcept:
-    """stats: mean, the mean's low part, inv_std and var: float64 (4, n_features), contiguous."""
+    """features: the mask of their axes.  stats: mean, the mean's low part, inv_std and var: float64
+    (4, n_features), contiguous."""
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef int k
     memset(job, 0, sizeof(Job))
     job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
-    job.features = <unsigned long long> 1 << axis
+    job.features = features
     job.n_features = n
     job.n_threads = n_threads
     job.eps = -1
@@ -389,15 +433,25 @@ cdef bint are_statistics(cnp.ndarray stats, Py_ssize_t n) noexcept:
     )
 
 
-cdef int bring_options(Job* job, options) except -1:
-    """What the call was asked for besides: Options (_cache.py) or such a tuple, or None."""
+cdef int take_total(Job* job, total) except -1:
+    """A number, or float64 for each feature, contiguous, which the caller keeps."""
+    if cnp.PyArray_Check(total):
+        job.value[TOTAL] = <double*> cnp.PyArray_DATA(<cnp.ndarray> total)
+    else:
+        job.total = total
+    return 0
+
+
+cdef int bring_options(Job* job, options, cnp.ndarray beta) except -1:
+    """What the call was asked for besides: Options (_cache.py) or such a tuple, or None; an
+    activation's gate depends on beta."""
     if options is None:
         return 0
-    activation, negative_slope, beta, residual, weights, total, _, _ = <tuple> options
+    activation, negative_slope, residual, weights, total, _, _ = <tuple> options
     job.activation = IDENTITY if activation is None else activations[activation]
     job.negative_slope = negative_slope
-    job.total = total
-    set_parameter(&job.beta_given, beta)
+    take_total(job, total)
+    set_parameter(&job.beta_given, beta, &zero)
     bring(job, R, residual)
     bring(job, W, weights)
     return 0
@@ -409,10 +463,10 @@ cdef cnp.ndarray run_forward(
     """Apply what the job says of statistics; returns out (new if None)."""
     if out is None:
         out = new_result(array_of(job, X))
-    bring_options(job, options)
+    bring_options(job, options, beta)
     bring(job, Y, out)
-    set_parameter(&job.gamma_given, gamma)
-    set_parameter(&job.beta_given, beta)
+    set_parameter(&job.gamma_given, gamma, &one)
+    set_parameter(&job.beta_given, beta, &zero)
     job.applies = True
     execute(job)
     return out
@@ -430,15 +484,29 @@ cdef void take_statistics(Job* job, double eps) noexcept:
 
 
 def normalize(
-    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, int axis, cnp.ndarray stats,
+    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, axis, cnp.ndarray stats,
     cnp.ndarray out, int n_threads,
 ):
     """Normalize x with statistics that are given, as forward returns them; returns out."""
     cdef Job job
-    if not are_statistics(stats, cnp.PyArray_DIMS(x)[axis]):
+    cdef unsigned long long features = mask_of(axis)
+    if not are_statistics(stats, n_along(x, features)):
         raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
-    new_job(&job, FROZEN, x, stats, axis, n_threads)
+    new_job(&job, FROZEN, x, stats, features, n_threads)
     return run_forward(&job, gamma, beta, out, None)
+
+
+cdef void differentiate_statistics(
+    const Parameter* gamma, const double* inv_std, Py_ssize_t n, double* dgamma, double* dbeta,
+    double* scale,
+) noexcept:
+    """dvar in place of dgamma, and dmean in that of dbeta, where mean and var were given."""
+    cdef Py_ssize_t f
+    read_parameter(gamma, 0, n, scale)
+    for f in range(n):
+        scale[f] *= -inv_std[f]
+        dgamma[f] = scale[f] * dgamma[f] * (inv_std[f] / 2)
+        dbeta[f] *= scale[f]
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
@@ -453,63 +521,82 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
 
 def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     """Gradients dx (in out, new if None), dgamma, dbeta, and dresidual where there was a residual:
-    what `needs` names (None: all), and None for the others.
+    what `needs` names (None: all of these), and None for the others and where gamma or beta was
+    None.  Where it names one of dmean and dvar, both follow.
 
     cache: a Cache (_cache.py), told if its x is overwritten.  small: see plain_forward; negative
     where all has been checked.
     """
     cdef Job job
+    cdef unsigned long long features
     cdef Py_ssize_t n
     cdef cnp.npy_intp length
-    cdef cnp.ndarray dgamma, dbeta, dresidual = None
+    cdef cnp.ndarray dgamma, dbeta, dresidual = None, dmean = None, dvar = None
     cdef double* sums
-    cdef bint needs_dx, needs_sums, frozen = cache.frozen
-    x, gamma, stats, options = cache.x, cache.gamma, cache.stats, cache.options
-    axis, eps = cache.axis, cache.eps
+    cdef bint needs_dx, needs_sums, needs_given = False, frozen = cache.frozen
+    x, gamma, beta, stats = cache.x, cache.gamma, cache.beta, cache.stats
+    axis, eps, options = cache.axis, cache.eps, cache.options
     if small >= 0 and not (
-        is_plain_cache(x, gamma, stats, axis, eps) and cnp.PyArray_SIZE(x) < small
-        and is_plain_gradient(dout, x, gamma, out) and are_plain_options(options, x, axis, out)
+        is_plain_cache(x, gamma, beta, stats, axis, eps) and cnp.PyArray_SIZE(x) < small
+        and is_plain_gradient(dout, x, gamma, out)
+        and (options is None or (are_plain_options(options, x, out) and are_apart(out, beta)))
     ):
         return None
-    residual = None if options is None else (<tuple> options)[3]
+    features = mask_of(axis)
+    residual = None if options is None else (<tuple> options)[2]
     needs_dx = needs is None or "dx" in needs
-    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs
+    if needs is not None:
+        needs_given = "dmean" in needs or "dvar" in needs
+    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs or needs_given
     if residual is not None and (needs is None or "dresidual" in needs):
         dresidual = new_result(x)
     if out is None and needs_dx:
         out = new_result(x)
     # Whatever may fail for want of memory comes before anything is written to out.
-    length = n = cnp.PyArray_DIMS(x)[<int> axis]
+    length = n = cnp.PyArray_DIMS(stats)[1]
     dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
     dbeta = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
-    sums = <double*> calloc(2 * n + 1, sizeof(double))
+    if needs_given:
+        dmean = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+        dvar = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+    sums = <double*> calloc((3 if needs_given else 2) * n + 1, sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
     try:
-        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
-        bring_options(&job, options)
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, features, n_threads)
+        bring_options(&job, options, beta)
         bring(&job, G, dout)
         bring(&job, Y, out)
         bring(&job, D, dresidual)
-        set_parameter(&job.gamma_given, gamma)
+        set_parameter(&job.gamma_given, gamma, &one)
         job.reduces = needs_sums or dresidual is not None or (needs_dx and not frozen)
         job.applies = needs_dx
         # With weights dout has no shift, and M = 2 no form of its own.
-        job.exact_mean = cache.exact_mean and job.array[W] == NULL
+        job.exact_mean = <double> eps >= 0 and job.array[W] == NULL
         job.eps = eps if job.array[W] == NULL else -1
         job.value[DGAMMA] = sums
         job.value[DBETA] = sums + n
         execute(&job)
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
+        if needs_given:
+            differentiate_statistics(
+                &job.gamma_given, job.value[INV_STD], n, sums, sums + n, sums + 2 * n
+            )
+            store_parameter(sums + n, dmean)
+            store_parameter(sums, dvar)
     finally:
         free(sums)
     if out is not None and is_same_buffer(out, x):
         cache.overwritten = "batchnorm_backward"
-    if needs is not None:
-        dgamma = dgamma if "dgamma" in needs else None
-        dbeta = dbeta if "dbeta" in needs else None
-    return (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
+    if gamma is None or (needs is not None and "dgamma" not in needs):
+        dgamma = None
+    if beta is None or (needs is not None and "dbeta" not in needs):
+        dbeta = None
+    found = (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
+    if needs_given:
+        found += (dmean if "dmean" in needs else None, dvar if "dvar" in needs else None)
+    return found
 
 
 # ---------------------------------------------------------------- one visit alone
@@ -517,36 +604,37 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
 # The pieces from which statistics and gradients over several arrays are put together.
 
 def moments(
-    cnp.ndarray x not None, int axis, int n_threads, cnp.ndarray weights=None, double total=0,
+    cnp.ndarray x not None, axis, int n_threads, cnp.ndarray weights=None, total=0,
 ):
     """stats of x, as forward has them with eps = 0; x has at least one element.  weights and total
     are forward's too."""
     cdef Job job
-    cdef cnp.ndarray stats = new_statistics(cnp.PyArray_DIMS(x)[axis])
-    new_job(&job, FORWARD, x, stats, axis, n_threads)
+    cdef unsigned long long features = mask_of(axis)
+    cdef cnp.ndarray stats = new_statistics(n_along(x, features))
+    new_job(&job, FORWARD, x, stats, features, n_threads)
     bring(&job, W, weights)
     job.reduces = True
     job.eps = 0
-    job.total = total
+    take_total(&job, total)
     execute(&job)
     return stats
 
 
 def backward_sums(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray stats not None, int axis,
+    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray stats not None, axis,
     int n_threads, bint normalized=False,
 ):
     """sum dout (x - mean), times inv_std if `normalized`, and sum dout as float64 (2, n_features),
     whatever x has to do with stats."""
     cdef Job job
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(stats)[1]
     cdef cnp.npy_intp shape[2]
     cdef cnp.ndarray sums, ones
     shape[0] = 2
     shape[1] = n
     sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     ones = cnp.PyArray_EMPTY(1, &shape[1], cnp.NPY_FLOAT64, 0)
-    new_job(&job, BACKWARD, x, stats, axis, n_threads)
+    new_job(&job, BACKWARD, x, stats, mask_of(axis), n_threads)
     bring(&job, G, dout)
     job.reduces = True
     job.exact_mean = False
@@ -561,7 +649,7 @@ def backward_sums(
 
 
 def backward_dx(
-    cnp.ndarray dout not None, cache, cnp.ndarray sums not None, double total, cnp.ndarray out,
+    cnp.ndarray dout not None, cache, cnp.ndarray sums not None, total, cnp.ndarray out,
     int n_threads,
 ):
     """dx (in out, new if None) = gamma inv_std (dout - dbeta / total - x_hat dgamma / total), where
@@ -571,13 +659,13 @@ def backward_dx(
     cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
     if out is None:
         out = new_result(x)
-    new_job(&job, BACKWARD, x, stats, cache.axis, n_threads)
+    new_job(&job, BACKWARD, x, stats, mask_of(cache.axis), n_threads)
     bring(&job, G, dout)
     bring(&job, Y, out)
-    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.gamma_given, gamma, &one)
     job.applies = True
     job.exact_mean = False
-    job.total = total
+    take_total(&job, total)
     job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
     job.value[DBETA] = job.value[DGAMMA] + cnp.PyArray_DIMS(sums)[1]
     execute(&job)
@@ -622,16 +710,16 @@ cdef int sum_pairs(
     row."""
     cdef Job job
     cdef cnp.ndarray x = cache.x, stats = cache.stats
-    cdef int axis = cache.axis
-    cdef bint frozen = cache.frozen, exact_mean = cache.exact_mean
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(x)[axis]
+    cdef unsigned long long features = mask_of(cache.axis)
+    cdef bint frozen = cache.frozen, exact_mean = <double> cache.eps >= 0
+    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(stats)[1]
     cdef double m = <double> (cnp.PyArray_SIZE(x) // n)
     cdef double* inv_std = <double*> cnp.PyArray_DATA(stats) + 2 * n
     cdef double* dgamma = v + 7 * n
     cdef cnp.ndarray plain = new_statistics(n)  # of dout: its mean, and the factor
     cdef double* value = <double*> cnp.PyArray_DATA(plain)
     if not frozen:
-        new_job(&job, BACKWARD, x, stats, axis, n_threads)
+        new_job(&job, BACKWARD, x, stats, features, n_threads)
         job.exact_mean = exact_mean
         job.value[DGAMMA] = dgamma
         job.value[DBETA] = dgamma + n
@@ -640,7 +728,7 @@ cdef int sum_pairs(
     memcpy(value, v + 2 * n, 2 * n * sizeof(double))
     memcpy(value + 2 * n, inv_std, n * sizeof(double))  # a product alone may leave the range
     memset(value + 3 * n, 0, n * sizeof(double))
-    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, axis, n_threads)
+    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, features, n_threads)
     job.exact_mean = exact_mean
     job.value[DGAMMA] = dgamma
     job.value[DBETA] = dgamma + n
@@ -662,9 +750,9 @@ def double_backward(
     """
     cdef Job job
     cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
-    cdef int axis = cache.axis
+    cdef unsigned long long features = mask_of(cache.axis)
     cdef bint frozen = cache.frozen
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef cnp.npy_intp shape[2]
     cdef double* v
     cdef cnp.ndarray values, dgamma, dx, ddout
@@ -681,34 +769,34 @@ def double_backward(
         return dx, dgamma, ddout
     if ddx is None or frozen:
         # dx is that of backward, with ddgamma for gamma.
-        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, axis, n_threads)
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, features, n_threads)
         bring(&job, G, dout)
         bring(&job, Y, dx)
-        set_parameter(&job.gamma_given, ddgamma)
+        set_parameter(&job.gamma_given, ddgamma, NULL)
         job.reduces = not frozen
         job.applies = True
-        job.exact_mean = cache.exact_mean
         job.eps = cache.eps
+        job.exact_mean = job.eps >= 0
         job.value[DGAMMA] = v + 7 * n
         job.value[DBETA] = v + 8 * n
         execute(&job)
     if ddx is None:  # ddout is forward's output, with ddgamma and ddbeta for gamma and beta
-        new_job(&job, FROZEN, x, stats, axis, n_threads)
+        new_job(&job, FROZEN, x, stats, features, n_threads)
         bring(&job, Y, ddout)
-        set_parameter(&job.gamma_given, ddgamma)
-        set_parameter(&job.beta_given, ddbeta)
+        set_parameter(&job.gamma_given, ddgamma, NULL)
+        set_parameter(&job.beta_given, ddbeta, NULL)
         job.applies = True
         execute(&job)
         return dx, dgamma, ddout
     sum_pairs(v, ddx, dout, cache, n_threads)
     store_parameter(v + 7 * n, dgamma)
-    new_job(&job, SECOND, x, stats, axis, n_threads)
+    new_job(&job, SECOND, x, stats, features, n_threads)
     bring(&job, R, ddx)
     bring(&job, D, ddout)
     if not frozen:
         bring(&job, G, dout)
         bring(&job, Y, dx)
-    set_parameter(&job.gamma_given, gamma)
+    set_parameter(&job.gamma_given, gamma, &one)
     job.applies = True
     for k in range(7):
         job.value[names[k]] = v + k * n
@@ -766,7 +854,8 @@ cdef bint is_plain_output(object out, cnp.ndarray like) noexcept:
 
 
 cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
-    return (
+    """One value for each feature, or None."""
+    return values is None or (
         is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
         and cnp.PyArray_NDIM(values) == 1
         and cnp.PyArray_DIMS(values)[0] == n
@@ -805,12 +894,10 @@ cpdef bint are_plain_statistics(mean, var, Py_ssize_t n_features) noexcept:
     is negative."""
     cdef char* data
     cdef Py_ssize_t f, stride
-    if mean is not None and not is_plain_parameter(mean, n_features):
+    if not (is_plain_parameter(mean, n_features) and is_plain_parameter(var, n_features)):
         return False
     if var is None:
         return True
-    if not is_plain_parameter(var, n_features):
-        return False
     data = <char*> cnp.PyArray_DATA(var)
     stride = cnp.PyArray_STRIDES(var)[0]
     for f in range(n_features):
@@ -845,7 +932,7 @@ cdef object default_eps = 1e-5
 cdef object default_momentum = 0.9
 
 
-cpdef tuple settings_of(bn_param, cnp.ndarray x, int axis, double correction=0):
+cpdef tuple settings_of(bn_param, cnp.ndarray x, Py_ssize_t n_features, double correction=0):
     """What bn_param says: whether to train, eps, momentum, the running averages, in new arrays that
     the call may write to, and what multiplies the variance that the average takes in: `correction`
     where all has been checked.  None where a key or a value needs a closer look."""
@@ -865,38 +952,41 @@ cpdef tuple settings_of(bn_param, cnp.ndarray x, int axis, double correction=0):
         n_known == len(<dict> bn_param)  # no key is unknown, nor stands for a default
         and type(mode) is str and (mode == "train" or mode == "test")
         and is_plain_number(eps, 0, &number) and is_plain_number(momentum, -INFINITY, &number)
-        and are_plain_statistics(mean, var, cnp.PyArray_DIMS(x)[axis])
+        and are_plain_statistics(mean, var, n_features)
     ):
         return None
     return (
-        mode == "train", eps, momentum, running_average(mean, x, axis),
-        running_average(var, x, axis), correction or 1.0,
+        mode == "train", eps, momentum, running_average(mean, x, n_features),
+        running_average(var, x, n_features), correction or 1.0,
     )
 
 
 cpdef tuple forward(
-    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, int axis, cnp.ndarray out,
-    tuple settings, options, int n_threads,
+    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, axis, cnp.ndarray out, tuple settings,
+    options, int n_threads,
 ):
-    """Normalize x along every axis but one, as settings (see settings_of; None: the defaults) and
-    options say; the averages, if there are any, take in the batch.  Returns out, stats, eps, and
-    whether stats are not x's own."""
+    """Normalize x along every axis but that of the features, or those (a tuple), as settings (see
+    settings_of; None: the defaults) and options say; the averages, if there are any, take in the
+    batch.  Returns out, stats, eps, and whether stats are not x's own."""
     cdef Job job
     cdef cnp.ndarray stats, mean = None, var = None
     cdef bint train = True
     cdef double old, correction = 1
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(x)[axis]
+    cdef unsigned long long features = mask_of(axis)
+    cdef Py_ssize_t n = n_along(x, features)
     eps = default_eps
     if settings is not None:
         train, eps, momentum, mean, var, correction = settings
     if not train:
         stats = given_statistics(mean, var, eps)
-    elif options is not None and (<tuple> options)[4] is not None and (<tuple> options)[5] == 0:
+    elif options is not None and (<tuple> options)[3] is not None and (
+        type((<tuple> options)[4]) is float and (<tuple> options)[4] == 0
+    ):
         stats = without_weight(n)
         train = False
     else:
         stats = new_statistics(n)
-    new_job(&job, FORWARD if train else FROZEN, x, stats, axis, n_threads)
+    new_job(&job, FORWARD if train else FROZEN, x, stats, features, n_threads)
     if train:
         take_statistics(&job, eps)
     out = run_forward(&job, gamma, beta, out, options)
@@ -912,8 +1002,8 @@ def plain_forward(
 ):
     """A call of batchnorm_forward that takes a straight road, of fewer than `small` elements.
 
-    Returns x, gamma, options (a tuple or None) and what forward returns; or None, and nothing is
-    done, where an argument needs a closer look.
+    Returns x, gamma, beta, options (a tuple or None) and what forward returns; or None, and nothing
+    is done, where an argument needs a closer look.
     """
     cdef double slope
     cdef tuple settings = None, options = None
@@ -924,21 +1014,23 @@ def plain_forward(
     ):
         return None
     if bn_param is not None:
-        settings = settings_of(bn_param, x, axis)
+        settings = settings_of(bn_param, x, cnp.PyArray_DIMS(x)[<int> axis])
         if settings is None:
             return None
     if activation is not None or residual is not None:
         spoilt = activation is not None and out is not None and residual is not None and (
             is_same_buffer(out, residual)
         )
-        options = activation, negative_slope, beta, residual, None, 0.0, spoilt, None
+        options = activation, negative_slope, residual, None, 0.0, spoilt, None
     found = forward(x, gamma, beta, axis, out, settings, options, 1)
     if settings is not None:
         bn_param["running_mean"], bn_param["running_var"] = settings[3], settings[4]
-    return x, gamma, options, found
+    return x, gamma, beta, options, found
 
 
-cdef bint is_plain_cache(object x, object gamma, object stats, object axis, object eps) noexcept:
+cdef bint is_plain_cache(
+    object x, object gamma, object beta, object stats, object axis, object eps,
+) noexcept:
     """Whether what a forward call left is what backward reads: it can be changed by hand."""
     cdef Py_ssize_t n
     cdef double number
@@ -946,20 +1038,18 @@ cdef bint is_plain_cache(object x, object gamma, object stats, object axis, obje
         return False
     n = cnp.PyArray_DIMS(x)[<int> axis]
     return (
-        is_plain_parameter(gamma, n) and cnp.PyArray_CheckExact(stats) and are_statistics(stats, n)
+        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
+        and cnp.PyArray_CheckExact(stats) and are_statistics(stats, n)
     )
 
 
-cdef bint are_plain_options(object options, cnp.ndarray x, int axis, object out) noexcept:
+cdef bint are_plain_options(object options, cnp.ndarray x, object out) noexcept:
     """The same of what it was asked for, and whether out is apart from it."""
-    if options is None:
-        return True
-    if not isinstance(options, tuple) or len(options) != 8:
+    if not isinstance(options, tuple) or len(options) != 7:
         return False
-    activation, negative_slope, beta, residual, weights, _, spoilt, _ = <tuple> options
+    activation, negative_slope, residual, weights, _, spoilt, _ = <tuple> options
     return (
         is_plain_activation(activation) and type(negative_slope) is float
-        and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[axis])
         and is_plain_residual(residual, x, None) and weights is None and spoilt is False
-        and are_apart(out, beta) and are_apart(out, residual)
+        and are_apart(out, residual)
     )

@@ -171,13 +171,16 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef lane* g
     cdef const lane* w
     cdef bint direct = sizeof(lane) == size_of(storage)
-    if segment.run_stride[W] == 0:
+    if segment.n_run == 1 and v.plan.feature_stride[W] != 0:
+        line = v.n_features
+        direct = direct and v.plan.feature_stride[W] == size_of(storage)
+    elif segment.run_stride[W] == 0:
         step = 0
-        line *= v.n_features
+        line *= v.n_features if v.plan.feature_stride[W] == 0 else 1
     elif segment.run_stride[W] != size_of(storage):
         direct = False
     direct = direct and line >= NARROW
-    row_pointers(segment, W, v.plan.base[W], v.row, v.n_rows, s.row[W])
+    row_pointers(segment, W, feature_at(v.plan, W, v.feature), v.row, v.n_rows, s.row[W])
     for i in range(v.n_rows):
         x = <lane*> s.row[X][i]
         g = <lane*> s.row[G][i]

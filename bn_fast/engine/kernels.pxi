@@ -59,7 +59,7 @@ cdef enum:                    # roles of the arrays: x (or the only input), dout
     R = 2                     # a third input: the residual; in second order the gradient of dx,
     Y = 3                     # the output,
     D = 4                     # a second output: the residual's gradient, ddout; dout behind a gate,
-    W = 5                     # weights, which repeat themselves along the features,
+    W = 5                     # weights, which may repeat themselves along the features,
     S = 6                     # gamma and beta that vary within a statistic
     B = 7
     N_ROLES = 8

@@ -539,7 +539,7 @@ cdef inline double weight_at(const Plan* plan, const char* value) noexcept nogil
 
 
 cdef bint find_weight(
-    const Plan* plan, Place* place, int direction, double least,
+    const Plan* plan, Py_ssize_t feature, Place* place, int direction, double least,
 ) noexcept nogil:
     """Take the place on to the nearest of at least that weight: from its row on in the direction,
     the values of a row in turn."""
@@ -553,7 +553,7 @@ cdef bint find_weight(
             n = segment.n_rows - place.row if direction > 0 else place.row + 1
             n = min(n, <Py_ssize_t> BLOCK_ROWS)
             i = place.row if direction > 0 else place.row - n + 1
-            row_pointers(segment, W, plan.base[W], i, n, rows)
+            row_pointers(segment, W, feature_at(plan, W, feature), i, n, rows)
             for turn in range(n):
                 i = turn if direction > 0 else n - 1 - turn
                 for q in range(segment.n_joined):
@@ -571,25 +571,27 @@ cdef bint find_weight(
     return False
 
 
-cdef void choose_sample(Plan* plan, double least) noexcept nogil:
+cdef void choose_sample(
+    const Plan* plan, Py_ssize_t feature, double least, Place* sample,
+) noexcept nogil:
     """Where the three values lie from which a feature's shift is guessed: first, in the middle,
     last, each with at least that weight, if there are weights."""
     cdef const Segment* main = &plan.segment[0]
     cdef Place* place
     cdef int k
     for k in range(3):
-        place = &plan.sample[k]
+        place = &sample[k]
         place.segment = 0
         place.row = (main.n_rows - 1) * k // 2
         place.joined = (main.n_joined - 1) * k // 2
         place.run = (main.n_run - 1) * k // 2
-        if not plan.used[W] or weight_at(plan, value_at(plan, W, 0, place)) >= least:
+        if not plan.used[W] or weight_at(plan, value_at(plan, W, feature, place)) >= least:
             continue
         if k == 2:
             place.segment = plan.n_segments - 1
             place.row = plan.segment[place.segment].n_rows - 1
-        if not find_weight(plan, place, -1 if k == 2 else 1, least):
-            place[0] = plan.sample[0]  # none from the middle on; but from the first row there is
+        if not find_weight(plan, feature, place, -1 if k == 2 else 1, least):
+            place[0] = sample[0]  # none from the middle on; but from the first row there is
 
 
 # ---------------------------------------------------------------- whose sums are kept apart

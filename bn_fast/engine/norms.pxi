@@ -10,23 +10,6 @@
 # What varies within a statistic has roles (S, B) and is multiplied in by the formulas SCALED and
 # SCALED_GRADIENT, or on the way of rows (filters.pxi); its gradients: parameters.pxi.
 
-cdef double one = 1, zero = 0
-
-
-cdef void set_constant(Parameter* given, const double* value) noexcept:
-    given.data = <const char*> value
-    given.stride = 0
-    given.period = INTPTR_MAX
-    given.single = False
-
-
-cdef unsigned long long mask_of(tuple axes) except? 0:
-    cdef unsigned long long mask = 0
-    for axis in axes:
-        mask |= <unsigned long long> 1 << <int> axis
-    return mask
-
-
 cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long along) noexcept:
     """Whether parameters vary within a statistic."""
     cdef int d
@@ -70,15 +53,6 @@ cdef cnp.npy_intp place_parameters(Job* job, cnp.ndarray x, unsigned long long a
     return stride // size
 
 
-cdef Py_ssize_t n_statistics(cnp.ndarray x, unsigned long long over) noexcept:
-    cdef Py_ssize_t n = 1
-    cdef int d
-    for d in range(cnp.PyArray_NDIM(x)):
-        if not over >> d & 1:
-            n *= cnp.PyArray_DIMS(x)[d]
-    return n
-
-
 cdef tuple norm_of(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, unsigned long long over,
     unsigned long long along, double eps, cnp.ndarray out, int operation, int n_threads,
@@ -86,7 +60,7 @@ cdef tuple norm_of(
 ):
     """out and the statistics, which are None if they are not to be kept."""
     cdef Job job
-    cdef Py_ssize_t n = n_statistics(x, over), size
+    cdef Py_ssize_t n = n_along(x, ~over), size
     cdef cnp.ndarray stats = new_statistics(n if keeps else 0)
     cdef cnp.ndarray scale, shift
     cdef int k
@@ -95,11 +69,10 @@ cdef tuple norm_of(
     if cnp.PyArray_SIZE(x) == 0:
         memset(cnp.PyArray_DATA(stats), 0, cnp.PyArray_NBYTES(stats))
         return out, stats if keeps else None
-    new_job(&job, operation, x, stats, 0, n_threads)
+    new_job(&job, operation, x, stats, ~over, n_threads)
     job.n_features = n
     for k in range(MEAN, MULTIPLIER + 1):
         job.value[k] = job.value[k] if keeps else NULL
-    job.features = ~over
     job.by_row = True
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
@@ -111,10 +84,8 @@ cdef tuple norm_of(
         job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
         job.varying.beta = <char*> cnp.PyArray_DATA(shift)
     else:
-        if gamma is not None:
-            set_parameter(&job.gamma_given, gamma)
-        if beta is not None:
-            set_parameter(&job.beta_given, beta)
+        set_parameter(&job.gamma_given, gamma, &one)
+        set_parameter(&job.beta_given, beta, &zero)
     job.reduces = job.applies = True
     job.eps = eps
     execute(&job)
@@ -152,11 +123,10 @@ def plain_rows(
     last = cnp.PyArray_NDIM(x) - 1
     if not (
         (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < size
-        and (gamma is None or is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last]))
-        and (beta is None or is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last]))
+        and is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last])
+        and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last])
         and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x)
-        and (out is None or gamma is None or not overlap(out, gamma))
-        and (out is None or beta is None or not overlap(out, beta))
+        and are_apart(out, gamma) and are_apart(out, beta)
     ):
         return None
     mask = <unsigned long long> 1 << last
@@ -212,8 +182,7 @@ cdef cnp.ndarray with_mean_of(
     cdef Job job
     cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
     cdef cnp.ndarray own = new_statistics(n)
-    new_job(&job, FORWARD, x, own, 0, n_threads)
-    job.features = ~over
+    new_job(&job, FORWARD, x, own, ~over, n_threads)
     job.by_row = job.reduces = True
     job.eps = 0
     execute(&job)
@@ -242,14 +211,13 @@ def norm_backward(
         out = new_result(x)
     if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
         stats = with_mean_of(x, stats, axes, n_threads)
-    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, 0, n_threads)
+    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, ~axes, n_threads)
     size = place_parameters(&job, x, parameters)
     if cnp.PyArray_SIZE(x) == 0:
         if needs_sums:
             dgamma = added_up(NULL, NULL, 0, 0, size, x)
             dbeta = added_up(NULL, NULL, 0, 0, size, x)
         return out, dgamma, dbeta
-    job.features = ~axes
     job.by_row = True
     bring(&job, G, dout)
     bring(&job, Y, out)
@@ -261,8 +229,8 @@ def norm_backward(
         if needs_sums:
             units = min(<Py_ssize_t> MAX_UNITS, (n + FOLD_ROWS - 1) // FOLD_ROWS)
             job.varying.unit = 1
-    elif gamma is not None:
-        set_parameter(&job.gamma_given, gamma)
+    else:
+        set_parameter(&job.gamma_given, gamma, &one)
     job.reduces = True  # the constants of x_hat come after the sums
     job.applies = needs_dx
     job.exact_mean = has_mean

@@ -55,7 +55,10 @@ cdef struct Operation:
 cdef void start_statistics(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
-    sample_shift[lane](job, X, first, n, lane_tag)
+    if job.value[TOTAL] != NULL:
+        sample_own_shift[lane](job, first, n, lane_tag)
+    else:
+        sample_shift[lane](job, X, first, n, lane_tag)
 
 
 cdef void start_at_zero(
@@ -101,7 +104,7 @@ cdef inline double squares_settled(
     return settle_statistics(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f,
-        v[VAR] + f, v[RETRY] + f, n, job.total, job.eps, job.low, first_try,
+        v[VAR] + f, v[RETRY] + f, n, total_of(job, f), job.eps, job.low, first_try,
     )
 
 
@@ -116,16 +119,39 @@ cdef inline double products_settled(
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f,
         v[MEAN] + f, v[MEAN_LOW] + f, v[MULTIPLIER] + f, v[DGAMMA] + f, v[DBETA] + f,
         v[MEAN_G] + f, v[MEAN_G_LOW] + f, v[MEAN_GX] + f, v[RETRY] + f,
-        n, job.total, job.low, first_try,
+        n, total_of(job, f), job.low, first_try,
     )
 
 
 cdef double settle_squares(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
+    if job.value[TOTAL] != NULL:
+        return settle_one_by_one(job, f, n, first_try)
     return squares_settled(job, f, n, True) if first_try else squares_settled(job, f, n, False)
 
 
 cdef double settle_products(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
+    if job.value[TOTAL] != NULL:
+        return settle_one_by_one(job, f, n, first_try)
     return products_settled(job, f, n, True) if first_try else products_settled(job, f, n, False)
+
+
+cdef double settle_one_by_one(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
+    """Either, of features that differ in their total.  Without weight there is no mean, and x_hat
+    is 0."""
+    cdef double** v = job.value
+    cdef double count = 0
+    cdef Py_ssize_t k
+    for k in range(f, f + n):
+        if job.op.takes_dout:
+            count += products_settled(job, k, 1, first_try)
+        else:
+            count += squares_settled(job, k, 1, first_try)
+        if v[TOTAL][k] == 0 and job.op.takes_dout:
+            v[MEAN_G][k] = v[MEAN_G_LOW][k] = v[MEAN_GX][k] = 0
+        elif v[TOTAL][k] == 0:
+            v[MEAN][k] = v[MEAN_LOW][k] = v[INV_STD][k] = 0
+            v[VAR][k] = NAN
+    return count
 
 
 cdef double settle_backward(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
@@ -150,7 +176,7 @@ cdef double settle_product_alone(
 
 cdef void retry_statistics(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept nogil:
     cdef double* sums = job.sums + f
-    cdef double m = job.total
+    cdef double m = total_of(job, f)
     cdef double s1 = finish_sum(sums[0], sums[job.stride])
     cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
     cdef bint finite = isfinite(s1) and isfinite(s2)

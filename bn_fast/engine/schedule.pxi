@@ -211,7 +211,8 @@ cdef void choose_column_tile(
 cdef void choose_norm_tile(
     Schedule* schedule, const Work* work, Py_ssize_t limit,
 ) noexcept:
-    """Rows that stay near, or columns; powers of two, which divide a unit."""
+    """Rows that stay near, or columns, within each turn of the axes around them; powers of two,
+    which divide a unit."""
     cdef const Plan* plan = work.apply
     cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
     cdef Py_ssize_t tile = 4 if plan.layout == ROWS else TREE_COLUMNS
@@ -236,7 +237,7 @@ cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
         schedule.sweep = n_threads <= turns and (
             work.feature_bytes * work.n_inputs * schedule.tile <= sweep_bytes()
         )
-    elif work.apply.by_row:
+    elif work.apply.by_row or (turns > 1 and work.apply.layout == FEATURES):
         choose_norm_tile(schedule, work, limit)
     elif work.apply.layout == FEATURES:
         choose_column_tile(schedule, work, limit, share)

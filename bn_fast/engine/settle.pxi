@@ -50,6 +50,7 @@ cdef enum:
     ALONG_G                   # mean dout x_hat
     DDGAMMA
     DDBETA
+    TOTAL                     # as the job's total, where that differs between features
     N_VALUES
 
 cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
@@ -101,6 +102,10 @@ cdef struct Job:
     char* scratch
     Plan* reduce              # of either visit; not here, as threads have copies of this
     Plan* apply
+
+
+cdef inline double total_of(const Job* job, Py_ssize_t f) noexcept nogil:
+    return job.total if job.value[TOTAL] == NULL else job.value[TOTAL][f]
 
 
 cdef inline int n_own_values(const Job* job) noexcept nogil:
@@ -267,6 +272,25 @@ cdef inline void sample_features(
             middle = big if gap > 0 else middle
             spread[f] = high - low
         shift[f] = middle if (a - a) + (b - b) + (c - c) + (middle - middle) == 0 else 0
+
+
+cdef void sample_own_shift(
+    Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
+) noexcept nogil:
+    """The shift of x, as below, where weights differ between features: each has its own three
+    values."""
+    cdef const Plan* plan = job.reduce
+    cdef Place[3] sample
+    cdef lane[3] value
+    cdef Py_ssize_t f, k
+    for f in range(first, first + n_features):
+        choose_sample(plan, f, job.value[TOTAL][f] / job.total / 2, sample)
+        for k in range(3):
+            value[k] = <lane> load_value(plan.storage, value_at(plan, X, f, &sample[k]))
+        sample_features[lane](
+            <char*> &value[0], <char*> &value[1], <char*> &value[2], sizeof(lane), 1, False,
+            job.value[SHIFT_X] + f, job.value[SPREAD] + f, lane_tag,
+        )
 
 
 cdef void sample_shift(
@@ -765,7 +789,7 @@ cdef inline void backward_set(
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, job.total if job.op.centers else INFINITY, job.eps, job.low, wide, lane_tag,
+        n, total_of(job, f) if job.op.centers else INFINITY, job.eps, job.low, wide, lane_tag,
     )
 
 
@@ -785,11 +809,15 @@ cdef void set_backward_constants(
 ) noexcept nogil:
     cdef double** v = job.value
     cdef Py_ssize_t k
+    if v[TOTAL] != NULL and n > 1:
+        for k in range(f, f + n):
+            set_backward_constants[lane](job, k, 1, wide, lane_tag)
+        return
     if not (job.reduces or wide):  # the sums were given
         for k in range(f, f + n):
-            v[MEAN_G][k] = v[DBETA][k] / job.total
+            v[MEAN_G][k] = v[DBETA][k] / total_of(job, k)
             v[MEAN_G_LOW][k] = 0
-            v[MEAN_GX][k] = v[DGAMMA][k] * (1 / job.total)
+            v[MEAN_GX][k] = v[DGAMMA][k] * (1 / total_of(job, k))
     if wide:
         backward_set[lane](job, f, n, True, lane_tag)
     else:

@@ -31,13 +31,15 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_index
-from numpy.typing import ArrayLike, NDArray
+from numpy.lib.array_utils import normalize_axis_tuple
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Array = NDArray[np.floating[Any]]
 BNParam = MutableMapping[str, Any]
-Gradients = tuple[Array, Array, Array]
+Axis = int | tuple[int, ...]  # a tuple: several feature axes
+Gradients = tuple[Array, Any, Any]  # those of gamma and beta are None where these were
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
+STATISTICS = "dmean", "dvar"
 
 
 class Cache(NamedTuple):
@@ -52,7 +54,7 @@ class Cache(NamedTuple):
     inv_var: Array
     x: Array
     x_hat: Array
-    gamma: Array
+    gamma: Any  # an array, or None
 
 
 class FrozenCache(Cache):
@@ -67,12 +69,17 @@ class FrozenCache(Cache):
 
 
 class OptionsCache(Cache):
-    """The cache of a call with options, which its attributes keep under their names."""
+    """The cache of a call with options, which its attributes keep under their names.
+
+    So they do with beta, and with the shapes in which gamma and beta were given (None: not at all)
+    where one is not (C,).
+    """
 
     frozen: bool
     activation: str | None
     negative_slope: float
-    beta: Array
+    beta: ArrayLike | None
+    parameter_shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     residual: Array | None
     weights: Array | None
 
@@ -109,11 +116,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[..., Arra
 
 def batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -166,11 +173,10 @@ def batchnorm_forward(
     x = _computable(stored)
     if x.ndim < 2:
         raise ValueError(f"x must have 2 or more dimensions, got shape {x.shape}")
-    axis = normalize_axis_index(axis, x.ndim)
-    n_features = x.shape[axis]
-    against_x = (n_features,) + (1,) * (x.ndim - 1 - axis)
-    gamma = _parameter(gamma, "gamma", n_features).astype(x.dtype).reshape(against_x)
-    beta = _parameter(beta, "beta", n_features).astype(x.dtype).reshape(against_x)
+    own, against_x = _feature_shapes(x, axis)
+    shapes, given_beta = (_shape(gamma), _shape(beta)), beta
+    scale = _against(1 if gamma is None else gamma, "gamma", x, axis, x.dtype)
+    beta = _against(0 if beta is None else beta, "beta", x, axis, x.dtype)
 
     param = {"mode": "train"} if bn_param is None else bn_param
     if param["mode"] not in ("train", "test"):
@@ -185,12 +191,12 @@ def batchnorm_forward(
     ddof = param.get("ddof", 0)
     if ddof not in (0, 1):
         raise ValueError(f"bn_param['ddof'] must be 0 or 1, got {ddof!r}")
-    running_mean = _running_average(param, "running_mean", n_features, x.dtype)
-    running_var = _running_average(param, "running_var", n_features, x.dtype)
+    running_mean = _running_average(param, "running_mean", x, axis)
+    running_var = _running_average(param, "running_var", x, axis)
     if (running_var < 0).any():
         feature = int(np.argmax(running_var < 0))
         raise ValueError(
-            f"bn_param['running_var'] must not be negative, got {running_var[feature]}"
+            f"bn_param['running_var'] must not be negative, got {running_var.flat[feature]}"
             f" for feature {feature}"
         )
 
@@ -204,50 +210,100 @@ def batchnorm_forward(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     w = None if weights is None else _weights(weights, x, axis)
-    count = x.size // max(n_features, 1)
-    if weights is not None:
-        count = float(np.sum(weights, dtype=np.float64)) * count / max(np.size(weights), 1)
-    if train and 0 < count <= ddof:
+    count = _count_of(weights, x, axis)
+    few = np.ravel(count)[(np.ravel(count) > 0) & (np.ravel(count) <= ddof)]
+    if train and few.size:
         raise ValueError(
             "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
-            f" {count:g} values for each feature"
+            f" {few[0]:g} values for a feature"
         )
 
-    mean = _mean(x, gamma, w) if train else running_mean.astype(x.dtype).reshape(against_x)
+    mean = _mean(x, scale, w) if train else running_mean.astype(x.dtype).reshape(against_x)
     centered = x - mean
     var = (
-        _mean(centered * centered, gamma, w)
+        _mean(centered * centered, scale, w)
         if train
         else running_var.astype(x.dtype).reshape(against_x)
     )
     inv_std = _inv_std(var, eps, train)
-    is_empty = x.size == 0 or (w is not None and not w.any())
-    if train and is_empty:
-        inv_std = np.zeros_like(inv_std)
+    seen = np.broadcast_to(np.asarray(count) > 0, own)  # else it is an empty batch
+    if train:
+        inv_std = np.where(seen.reshape(against_x), inv_std, 0)
     x_hat = centered * inv_std
-    if train and not is_empty:
-        running_mean = momentum * running_mean + (1 - momentum) * mean.reshape(-1)
-        unbiased = var.reshape(-1) * (1 + ddof / (count - ddof))
-        running_var = momentum * running_var + (1 - momentum) * unbiased
+    if train:
+        unbiased = 1 + ddof / np.where(np.asarray(count) > ddof, count - ddof, np.inf)
+        batch = mean.reshape(own), var.reshape(own) * unbiased
+        running_mean, running_var = (
+            np.where(
+                seen.reshape(old.shape),
+                momentum * old + (1 - momentum) * new.reshape(old.shape),
+                old,
+            )
+            for old, new in zip((running_mean, running_var), batch, strict=True)
+        )
 
     if out is not None and np.may_share_memory(out, stored):
         stored = stored.copy()
     if residual is not None and out is not None and np.may_share_memory(out, residual):
         residual = residual.copy()
-    z = _before_activation(gamma, x_hat, beta, residual)
+    z = _before_activation(scale, x_hat, beta, residual)
     y = ACTIVATIONS[activation][0](z, negative_slope) if activation else z
     y = _deliver(y.astype(stored.dtype, copy=False), out)
     if bn_param is not None:
         bn_param["running_mean"] = running_mean
         bn_param["running_var"] = running_var
-    five = mean, inv_std, stored, x_hat, gamma
-    if activation is None and residual is None and w is None:
+    kept = gamma if gamma is None else scale if np.ndim(gamma) else np.asarray(gamma, x.dtype)
+    five = mean, inv_std, stored, x_hat, kept
+    plain = len(own) == 1 and shapes == (own, own)
+    if plain and activation is None and residual is None and w is None:
         return y, (Cache if train else FrozenCache)(*five)
     cache = OptionsCache(*five)
     cache.frozen = not train
     cache.activation, cache.negative_slope = activation, negative_slope
-    cache.beta, cache.residual, cache.weights = beta, residual, w
+    cache.beta, cache.residual, cache.weights = given_beta, residual, w
+    cache.parameter_shapes = shapes
     return y, cache
+
+
+def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """Those of the features in ascending order."""
+    axes: tuple[int, ...] = tuple(sorted(normalize_axis_tuple(axis, ndim)))
+    if not axes:
+        raise ValueError("axis must name one or more axes, got none")
+    return axes
+
+
+def _feature_shapes(x: NDArray[Any], axis: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """That of values for each feature, and the shape in which they broadcast against x."""
+    axes = _axes(axis, x.ndim)
+    against_x = tuple(x.shape[d] if d in axes else 1 for d in range(axes[0], x.ndim))
+    return tuple(x.shape[d] for d in axes), against_x
+
+
+def _shape(value: ArrayLike | None) -> tuple[int, ...] | None:
+    return None if value is None else np.shape(value)
+
+
+def _as_given(gradient: Array, shape: tuple[int, ...] | None) -> Any:
+    """The gradient of a parameter that was given in that shape; None: that was not given."""
+    if shape is None:
+        return None
+    return gradient.sum() if shape == () else gradient.reshape(shape)
+
+
+def _parameter_shapes(cache: Sequence[Any], mean: Array) -> tuple[Any, ...]:
+    """As the cache says; of a plain tuple those of the mean along its axes."""
+    own = tuple(n for n in mean.shape if n != 1)
+    own = own if len(own) > 1 else (mean.size,)
+    known = None if cache[4] is None else own if np.ndim(cache[4]) else (), own
+    shapes: tuple[Any, ...] = getattr(cache, "parameter_shapes", known)
+    return shapes
+
+
+def _shaped(value: ArrayLike | None, default: float, like: Array) -> Array:
+    """A parameter, None for its default, in another's shape and dtype."""
+    array = np.asarray(default if value is None else value, like.dtype)
+    return array.reshape(like.shape) if array.ndim else np.full(like.shape, array)
 
 
 def _before_activation(
@@ -257,8 +313,9 @@ def _before_activation(
     return z if residual is None else z + np.asarray(residual, z.dtype)
 
 
-def _weights(weights: ArrayLike, x: Array, axis: int) -> Array:
-    """The weights in the dtype and shape of x, divided by a power of two near the largest.
+def _weights(weights: ArrayLike, x: Array, axis: Axis) -> Array:
+    """The weights in the dtype and shape of x, each feature's divided by a power of two near the
+    largest.
 
     That changes no mean, and neither squares nor sums leave the range because of it.
     """
@@ -268,15 +325,34 @@ def _weights(weights: ArrayLike, x: Array, axis: int) -> Array:
     w = w.astype(np.float64)
     if not (np.isfinite(w) & (w >= 0)).all():
         raise ValueError("weights must be finite and at least 0")
+    axes = _axes(axis, x.ndim)
     lengths = (1,) * (x.ndim - w.ndim) + w.shape
-    if len(lengths) != x.ndim or lengths[axis] != 1:
-        raise ValueError(f"weights must have length 1 along axis {axis} of x, got {w.shape}")
-    exponent = int(np.frexp(w.max(initial=0))[1])
-    w = np.ldexp(w, 1 - exponent).astype(x.dtype)
+    if w.ndim != x.ndim and any(lengths[d : d + 1] != (1,) for d in axes):
+        raise ValueError(
+            f"weights must have length 1 along axis {axis} of x, or the shape of x, got {w.shape}"
+        )
     try:
-        return np.broadcast_to(w, x.shape)
+        w = np.broadcast_to(w, x.shape)
     except ValueError:
         raise ValueError(f"weights must broadcast to x {x.shape}, got {w.shape}") from None
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    exponent = np.frexp(w.max(axis=others, keepdims=True, initial=0))[1]
+    scaled: Array = np.ldexp(w, 1 - exponent).astype(x.dtype)
+    return scaled
+
+
+def _count_of(weights: ArrayLike | None, x: Array, axis: Axis) -> Any:
+    """M, or the sum of weights; an array where these differ between features."""
+    axes = _axes(axis, x.ndim)
+    n_values = x.size // max(math.prod(x.shape[d] for d in axes), 1)
+    if weights is None:
+        return n_values
+    w = np.asarray(weights, np.float64)
+    lengths = (1,) * (x.ndim - w.ndim) + w.shape
+    if all(lengths[d] == 1 for d in axes):
+        return float(w.sum()) * n_values / max(w.size, 1)
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+    return np.broadcast_to(w, x.shape).sum(axis=others)
 
 
 def _float_array(value: ArrayLike, name: str) -> Array:
@@ -303,22 +379,35 @@ def _computable(array: Array) -> Array:
     return array.astype(np.float32) if array.itemsize == 2 else array
 
 
-def _parameter(value: ArrayLike, name: str, n_features: int) -> NDArray[Any]:
+def _parameter(value: ArrayLike, name: str, x: Array, axis: Axis) -> NDArray[Any]:
+    """A value for each feature, or one for all, in the shape given."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" and not _is_bfloat16(array.dtype):
         raise TypeError(f"{name} must be an array of real numbers, got dtype {array.dtype}")
-    if array.shape != (n_features,):
-        raise ValueError(f"{name} must have shape ({n_features},), got {array.shape}")
+    own, against_x = _feature_shapes(x, axis)
+    lengths = (1,) * (x.ndim - array.ndim) + array.shape
+    along = lengths == (1,) * (x.ndim - len(against_x)) + against_x
+    if array.shape not in (own, ()) and not along:
+        raise ValueError(f"{name} must have shape {own}, or broadcast to it, got {array.shape}")
     return array
 
 
-def _running_average(param: BNParam, key: str, n_features: int, dtype: np.dtype[Any]) -> Array:
+def _against(value: Any, name: str, x: Array, axis: Axis, dtype: DTypeLike = np.float64) -> Array:
+    """A value for each feature, in a shape that broadcasts against x."""
+    array = _parameter(value, name, x, axis).astype(dtype)
+    own, against_x = _feature_shapes(x, axis)
+    return (array if array.ndim else np.full(own, array)).reshape(against_x)
+
+
+def _running_average(param: BNParam, key: str, x: Array, axis: Axis) -> Array:
     """A new array, at least as precise as the caller's and as x."""
     value = param.get(key)
     if value is None:
-        return np.zeros(n_features, dtype)
-    value = _parameter(value, f"bn_param[{key!r}]", n_features)
-    return value.astype(np.result_type(value.dtype, dtype))
+        return np.zeros(_feature_shapes(x, axis)[0], x.dtype)
+    value = _parameter(value, f"bn_param[{key!r}]", x, axis)
+    if value.ndim == 0:
+        raise ValueError(f"bn_param[{key!r}] must have a value for each feature, got {value}")
+    return value.astype(np.result_type(value.dtype, x.dtype))
 
 
 def _sum(a: Array, like: Array, where: NDArray[np.bool_] | bool = True) -> Array:
@@ -368,7 +457,7 @@ def _deliver(result: Array, out: Array | None) -> Array:
 
 
 class _Backward(Protocol):
-    def __call__(self, dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients: ...
+    def __call__(self, dout: ArrayLike, cache: Sequence[Any]) -> Gradients: ...
 
 
 def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backward:
@@ -377,12 +466,12 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     With frozen statistics out = gamma*r*x + constant, so there is nothing to derive.
     """
 
-    def backward(dout: ArrayLike, cache: Sequence[ArrayLike]) -> Gradients:
+    def backward(dout: ArrayLike, cache: Sequence[Any]) -> Gradients:
         mean, inv_var, x, x_hat, gamma = cache
         stored = _float_array(x, "cache's x")
         x = _computable(stored)
         mean = np.asarray(mean, x.dtype)
-        inv_var, gamma = (np.asarray(a, x.dtype).reshape(mean.shape) for a in (inv_var, gamma))
+        inv_var, gamma = np.asarray(inv_var, x.dtype).reshape(mean.shape), _shaped(gamma, 1, mean)
         x_hat = np.asarray(x_hat, x.dtype)
         dout = _float_array(dout, "dout").astype(stored.dtype, copy=False)
         dout = _computable(dout)
@@ -404,7 +493,8 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
             dx = prepared.gamma * prepared.inv_std * dout
         else:
             dx, dgamma, dbeta = train_mode(dout, prepared)
-        return dx.astype(stored.dtype, copy=False), dgamma.reshape(-1), dbeta.reshape(-1)
+        sums = zip((dgamma, dbeta), _parameter_shapes(cache, mean), strict=True)
+        return dx.astype(stored.dtype, copy=False), *(_as_given(a, shape) for a, shape in sums)
 
     # Not functools.wraps, after which `help` would show the signature of the derivation.
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -412,15 +502,13 @@ def _derivation(train_mode: Callable[[Array, _Prepared], Gradients]) -> _Backwar
     return backward
 
 
-def _through_activation(
-    dout: Array, gamma: Array, x_hat: Array, cache: Sequence[ArrayLike]
-) -> Array:
+def _through_activation(dout: Array, gamma: Array, x_hat: Array, cache: Sequence[Any]) -> Array:
     """The gradient with respect to what the activation of a cache's call was applied to."""
     activation = getattr(cache, "activation", None)
     if activation is None:
         return dout
     beta, residual, slope = (getattr(cache, a) for a in ("beta", "residual", "negative_slope"))
-    beta = np.asarray(beta, dout.dtype).reshape(gamma.shape)
+    beta = _shaped(beta, 0, gamma)
     z = _before_activation(gamma, x_hat, beta, residual)
     return ACTIVATIONS[activation][1](dout, z, slope)
 
@@ -621,7 +709,7 @@ def batchnorm_backward_element_wise(dout: Array, cache: _Prepared) -> Gradients:
 
 def batchnorm_backward(
     dout: ArrayLike,
-    cache: Sequence[ArrayLike],
+    cache: Sequence[Any],
     *,
     out: Array | None = None,
     needs: Sequence[str] = GRADIENTS,
@@ -637,7 +725,10 @@ def batchnorm_backward(
 
     Notes
     -----
-    After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout.
+    After a forward pass in test mode x has no influence on the statistics: dx = gamma*r*dout. Then
+    `needs` may name dmean and dvar, which come last::
+
+        dmean = -gamma*r*dbeta          dvar = -gamma*r**2*dgamma/2
 
     dout goes through the activation first. That is dresidual, and the dout of all formulas. With
     weights 1/M is w/W in dx; the sums are over all elements, but for those of weight 0 whose x or
@@ -661,19 +752,40 @@ def batchnorm_backward(
     >>> dbeta
     array([1.])
     """
-    unknown = [name for name in needs if name not in GRADIENTS]
+    known = *GRADIENTS, *STATISTICS
+    unknown = [name for name in needs if name not in known]
     if unknown:
-        raise ValueError(f"needs must be of {', '.join(GRADIENTS)}, got {unknown[0]!r}")
+        raise ValueError(f"needs must be of {', '.join(known)}, got {unknown[0]!r}")
     dx, dgamma, dbeta = batchnorm_backward_element_wise(dout, cache)
     gradients = [dx, dgamma, dbeta]
     if getattr(cache, "residual", None) is not None:
-        _, _, _, x_hat, gamma = cache
-        dout = np.array(dout, dx.dtype)
-        gradients.append(_through_activation(dout, np.asarray(gamma), np.asarray(x_hat), cache))
+        mean, _, _, x_hat, gamma = cache
+        dout, gamma = np.array(dout, dx.dtype), _shaped(gamma, 1, np.asarray(mean, dx.dtype))
+        gradients.append(_through_activation(dout, gamma, np.asarray(x_hat), cache))
+    given = _statistics_gradients(dout, cache) if set(STATISTICS).intersection(needs) else ()
     if "dx" in needs:
         gradients[0] = _deliver(dx, out)
-    named = zip(GRADIENTS, gradients, strict=False)
+    named = *zip(GRADIENTS, gradients, strict=False), *zip(STATISTICS, given, strict=False)
     return tuple(a if name in needs else None for name, a in named)
+
+
+def _statistics_gradients(dout: ArrayLike, cache: Sequence[Any]) -> tuple[Array, Array]:
+    """dmean and dvar of test mode, from y = gamma*(x - mean)*(var + eps)**(-1/2) + beta."""
+    weights = getattr(cache, "weights", None)
+    without = weights is not None and not np.any(weights)
+    if without or not getattr(cache, "frozen", False):
+        raise ValueError("needs may name dmean and dvar after a forward call in test mode alone")
+    mean, inv_std, x, _, gamma = cache
+    mean, inv_std = (np.asarray(a, _computable(np.asarray(x)).dtype) for a in (mean, inv_std))
+    # With gamma and beta that are there, of each feature.
+    each = OptionsCache(mean, inv_std, x, cache[3], _shaped(gamma, 1, mean))
+    for name in ("frozen", "activation", "negative_slope", "beta", "residual", "weights"):
+        setattr(each, name, getattr(cache, name, None))
+    own = tuple(n for n in mean.shape if n != 1) or (1,)
+    each.parameter_shapes = own, own
+    _, dgamma, dbeta = batchnorm_backward_element_wise(dout, each)
+    scale = (each[4] * inv_std.reshape(mean.shape)).reshape(own)
+    return -scale * dbeta, -scale * inv_std.reshape(own) * dgamma / 2
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -684,7 +796,7 @@ def batchnorm_double_backward(
     ddgamma: ArrayLike | None,
     ddbeta: ArrayLike | None,
     dout: ArrayLike,
-    cache: Sequence[ArrayLike],
+    cache: Sequence[Any],
 ) -> Gradients:
     """Twin of `bn_fast.batchnorm_double_backward`, which has the derivation; without options.
 
@@ -718,12 +830,13 @@ def batchnorm_double_backward(
     array([0.0816])
     """
     mean, inv_std, x, x_hat, gamma = cache
-    if isinstance(cache, OptionsCache):
+    options = (getattr(cache, name, None) for name in ("activation", "residual", "weights"))
+    if any(option is not None for option in options):
         raise ValueError("cache must be of a call without activation, residual and weights")
     stored = _float_array(x, "cache's x")
     dtype = _computable(stored).dtype
     mean = np.asarray(mean, dtype)
-    r, gamma = (np.asarray(values, dtype).reshape(mean.shape) for values in (inv_std, gamma))
+    r, gamma = np.asarray(inv_std, dtype).reshape(mean.shape), _shaped(gamma, 1, mean)
     x_hat = np.asarray(x_hat, dtype)
     given = []
     for name, array in (("dout", dout), ("ddx", np.zeros_like(stored) if ddx is None else ddx)):
@@ -732,12 +845,11 @@ def batchnorm_double_backward(
             raise ValueError(f"{name} must have shape {stored.shape}, got {array.shape}")
         given.append(array)
     g, u = given
-    a, b = (
-        np.zeros_like(mean)
-        if values is None
-        else _parameter(values, name, mean.size).astype(dtype).reshape(mean.shape)
-        for name, values in (("ddgamma", ddgamma), ("ddbeta", ddbeta))
-    )
+    shapes = _parameter_shapes(cache, mean)
+    for name, values, shape in zip(("ddgamma", "ddbeta"), (ddgamma, ddbeta), shapes, strict=True):
+        if values is not None and np.shape(values) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {np.shape(values)}")
+    a, b = (_shaped(values, 0, mean) for values in (ddgamma, ddbeta))
     dx: Array
     if getattr(cache, "frozen", False):
         dx = a * r * g
@@ -753,13 +865,13 @@ def batchnorm_double_backward(
         dgamma = r * _count(stored, mean) * (product - along_u * along_g)
         ddout = gamma * r * u_mean_free + w * x_hat + b
     dx, ddout = (result.astype(stored.dtype, copy=False) for result in (dx, ddout))
-    return dx, dgamma.reshape(-1), ddout
+    return dx, _as_given(dgamma, shapes[0]), ddout
 
 
 def spatial_batchnorm_forward(
     x: ArrayLike,
-    gamma: ArrayLike,
-    beta: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
     bn_param: BNParam | None = None,
     *,
     out: Array | None = None,
@@ -806,28 +918,27 @@ spatial_batchnorm_backward = batchnorm_backward
 class Moments(NamedTuple):
     """Twin of `bn_fast.Moments`: count, mean and sum of squared deviations, in float64."""
 
-    count: float  # type: ignore[assignment]
+    count: Any
     mean: Array
     m2: Array
 
     def var(self, ddof: float = 0) -> Array:
-        divisor = self.count - ddof
-        return self.m2 / divisor if divisor > 0 else np.full_like(self.m2, np.nan)
+        divisor = np.asarray(self.count - ddof)
+        return self.m2 / np.where(divisor > 0, divisor, np.nan)
 
     def std(self, ddof: float = 0) -> Array:
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both parts together, by Chan, Golub and LeVeque's formulas."""
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
         count = self.count + other.count
-        d = other.mean - self.mean
-        mean = self.mean + d * (other.count / count)
-        return Moments(count, mean, self.m2 + other.m2 + d * d * (self.count * other.count / count))
+        share = other.count / np.where(count == 0, 1, count)
+        a, b = (np.where(np.asarray(m.count) == 0, 0, m.mean) for m in (self, other))
+        mean = np.where(np.asarray(count) == 0, np.nan, a + (b - a) * share)
+        return Moments(count, mean, self.m2 + other.m2 + (b - a) ** 2 * (self.count * share))
 
 
-def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) -> Moments:
+def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -> Moments:
     """Twin of `bn_fast.moments`, in two passes and float64.
 
     Examples
@@ -838,17 +949,21 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
     array([  1., 100.])
     """
     x = _float_array(x, "x").astype(np.float64)
-    w, given = np.ones_like(x), 1.0
-    if weights is not None:
-        w = _weights(weights, x, axis)
-        given = np.max(weights, initial=0) / max(w.max(initial=0), 1)  # what _weights divided by
-    values, w = np.moveaxis(x, axis, -1), np.moveaxis(w, axis, -1)
-    values = np.where(w == 0, 0, values)
-    others = tuple(range(values.ndim - 1))
-    total = w[..., :1].sum()
-    mean = (w * values).sum(axis=others) / total if total else np.full(values.shape[-1], np.nan)
-    m2: Array = (w * (values - mean) ** 2).sum(axis=others) if total else np.zeros_like(mean)
-    return Moments(float(total * given), mean, m2 * given)
+    w = np.ones_like(x) if weights is None else _weights(weights, x, axis)
+    count = _count_of(weights, x, axis)
+    axes = _axes(axis, x.ndim)
+    values = np.where(w == 0, 0, x)
+    others = tuple(d for d in range(x.ndim) if d not in axes)
+
+    def mean_of(values: Array) -> Array:
+        total = w.sum(axis=others)
+        mean: Array = (w * values).sum(axis=others) / np.where(total > 0, total, np.nan)
+        return mean
+
+    mean = mean_of(values)
+    against_x = mean.reshape(tuple(n if d in axes else 1 for d, n in enumerate(x.shape)))
+    var = mean_of((values - against_x) ** 2)
+    return Moments(count, mean, np.where(np.asarray(count) > 0, var * count, 0))
 
 
 def normalize(
@@ -859,7 +974,7 @@ def normalize(
     beta: ArrayLike | None = None,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     """Twin of `bn_fast.normalize`: test mode with the statistics as arguments, or in a `Moments`.
@@ -873,21 +988,16 @@ def normalize(
     """
     if isinstance(mean, Moments):
         mean, var = mean.mean, mean.var()
+    like = np.asarray(x)
+    mean, var = (
+        _against(values, name, like, axis) for values, name in ((mean, "mean"), (var, "var"))
+    )
     param = {"mode": "test", "eps": eps, "running_mean": mean, "running_var": var}
-    n_features = np.shape(x)[axis]
-    gamma = np.ones(n_features) if gamma is None else gamma
-    beta = np.zeros(n_features) if beta is None else beta
     return batchnorm_forward(x, gamma, beta, param, axis=axis, out=out)[0]
 
 
-def _against(values: ArrayLike, x: Array, axis: int) -> Array:
-    """One value for each feature, in float64, in a shape that broadcasts against x."""
-    flat = _parameter(values, "a value for each feature", x.shape[axis]).astype(np.float64)
-    return flat.reshape((-1,) + (1,) * (x.ndim - 1 - normalize_axis_index(axis, x.ndim)))
-
-
 def backward_reduce(
-    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: int = 1
+    dout: ArrayLike, x: ArrayLike, mean: ArrayLike, inv_std: ArrayLike, *, axis: Axis = 1
 ) -> tuple[Array, Array]:
     """Twin of `bn_fast.backward_reduce`; `inv_std` is not read.
 
@@ -898,9 +1008,10 @@ def backward_reduce(
     (array([1.]), array([-1.]))
     """
     x, dout = _float_array(x, "x"), _float_array(dout, "dout")
-    mean = _against(mean, x, axis)
+    mean = _against(mean, "mean", x, axis)
     g = dout.astype(np.float64)
-    return _sum(g, mean).reshape(-1), _sum(g * (x - mean), mean).reshape(-1)
+    own = _feature_shapes(x, axis)[0]
+    return _sum(g, mean).reshape(own), _sum(g * (x - mean), mean).reshape(own)
 
 
 def backward_apply(
@@ -908,12 +1019,12 @@ def backward_apply(
     x: ArrayLike,
     mean: ArrayLike,
     inv_std: ArrayLike,
-    gamma: ArrayLike,
+    gamma: ArrayLike | None,
     sum_dout: ArrayLike,
     sum_dout_xmu: ArrayLike,
-    count: float,
+    count: Any,
     *,
-    axis: int = 1,
+    axis: Axis = 1,
     out: Array | None = None,
 ) -> Array:
     """Twin of `bn_fast.backward_apply`, in float64.
@@ -926,9 +1037,11 @@ def backward_apply(
            [-0.375]])
     """
     x, dout = _float_array(x, "x"), _float_array(dout, "dout")
-    given = mean, inv_std, gamma, sum_dout, sum_dout_xmu
-    mean, r, gamma, s, p = (_against(a, x, axis) for a in given)
-    m = max(count, 1)
+    names = "mean", "inv_std", "gamma", "sum_dout", "sum_dout_xmu"
+    given = mean, inv_std, 1 if gamma is None else gamma, sum_dout, sum_dout_xmu
+    mean, r, gamma, s, p = (_against(*a, x, axis) for a in zip(given, names, strict=True))
+    m = np.maximum(count, 1)
+    m = _against(m, "count", x, axis)
     dx = gamma * r * (dout - s / m - (x - mean) * r**2 * (p / m))
     return _deliver(dx.astype(x.dtype), out)
 
@@ -943,7 +1056,7 @@ def oracle_forward(
     beta: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -956,8 +1069,8 @@ def oracle_forward(
         Input, of any real dtype.
     gamma, beta : array_like, shape (C,)
     eps : float, default 1e-5
-    axis : int, default 1
-        The feature axis of x; ``C = x.shape[axis]``.
+    axis : int or tuple of int, default 1
+        The feature axis of x; ``C = x.shape[axis]``. Several: C places along them in C order.
     mean, var : array_like, shape (C,), optional
         Given statistics, as in test mode; both or none. Without them those of x, var being the
         biased variance.
@@ -1017,7 +1130,7 @@ def oracle_backward(
     gamma: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -1030,8 +1143,8 @@ def oracle_backward(
         Gradient with respect to the output, and input; of any real dtype.
     gamma : array_like, shape (C,)
     eps : float, default 1e-5
-    axis : int, default 1
-        The feature axis of x; ``C = x.shape[axis]``.
+    axis : int or tuple of int, default 1
+        The feature axis of x; ``C = x.shape[axis]``. Several: C places along them in C order.
     mean, var : array_like, shape (C,), optional
         Given statistics, through which no gradient passes; both or none.
     weights : array_like, optional
@@ -1106,7 +1219,7 @@ def oracle_double_backward(
     gamma: ArrayLike,
     *,
     eps: float = 1e-5,
-    axis: int = 1,
+    axis: Axis = 1,
     mean: ArrayLike | None = None,
     var: ArrayLike | None = None,
 ) -> Gradients:
@@ -1170,7 +1283,7 @@ def oracle_double_backward(
 def _oracle_statistics(
     x: ArrayLike,
     eps: float,
-    axis: int,
+    axis: Axis,
     mean: ArrayLike | None,
     var: ArrayLike | None,
     w: Array | None,
@@ -1188,7 +1301,7 @@ def _oracle_statistics(
     return rows, given_mean, given_var, _inv_std(given_var, eps, False)
 
 
-def _oracle_weights(weights: ArrayLike | None, x: ArrayLike, axis: int) -> Array | None:
+def _oracle_weights(weights: ArrayLike | None, x: ArrayLike, axis: Axis) -> Array | None:
     """The weights as rows (C, M)."""
     return None if weights is None else _as_rows(np.broadcast_to(weights, np.shape(x)), axis)
 
@@ -1216,17 +1329,21 @@ def _center(rows: Array, w: Array | None = None) -> Array:
     return mean
 
 
-def _as_rows(a: ArrayLike, axis: int) -> Array:
+def _as_rows(a: ArrayLike, axis: Axis) -> Array:
     """A copy in long double of shape (C, M), the values of each feature side by side."""
-    moved = np.moveaxis(np.asarray(a), axis, 0)
+    array = np.asarray(a)
+    axes = _axes(axis, array.ndim)
+    moved = np.moveaxis(array, axes, range(len(axes)))
     rows = np.array(moved, np.longdouble, order="C")
-    return rows.reshape(len(moved), math.prod(moved.shape[1:]))
+    n = len(axes)
+    return rows.reshape(math.prod(moved.shape[:n]), math.prod(moved.shape[n:]))
 
 
-def _from_rows(rows: Array, x: ArrayLike, axis: int) -> Array:
+def _from_rows(rows: Array, x: ArrayLike, axis: Axis) -> Array:
     """Undo `_as_rows`: the shape of x."""
-    shape = np.moveaxis(np.asarray(x), axis, 0).shape
-    return np.moveaxis(rows.reshape(shape), 0, axis)
+    axes = _axes(axis, np.ndim(x))
+    shape = np.moveaxis(np.asarray(x), axes, range(len(axes))).shape
+    return np.moveaxis(rows.reshape(shape), range(len(axes)), axes)
 
 
 def _as_column(parameter: ArrayLike, rows: Array) -> Array:
