@@ -206,7 +206,8 @@ def batchnorm_forward(
     w = None if weights is None else _weights(weights, x, axis)
     count = x.size // max(n_features, 1)
     if weights is not None:
-        count = float(np.sum(weights, dtype=np.float64)) * count / max(np.size(weights), 1)
+        asked = np.asarray(weights)
+        count = float(asked.sum(dtype=np.float64)) * count / max(asked.size, 1)
     if train and 0 < count <= ddof:
         raise ValueError(
             "bn_param['ddof'] must be 0 for a batch that has no unbiased variance: it has"
@@ -841,7 +842,8 @@ def moments(x: ArrayLike, *, axis: int = 1, weights: ArrayLike | None = None) ->
     w, given = np.ones_like(x), 1.0
     if weights is not None:
         w = _weights(weights, x, axis)
-        given = np.max(weights, initial=0) / max(w.max(initial=0), 1)  # what _weights divided by
+        # What _weights divided by.
+        given = np.asarray(weights).max(initial=0) / max(w.max(initial=0), 1)
     values, w = np.moveaxis(x, axis, -1), np.moveaxis(w, axis, -1)
     values = np.where(w == 0, 0, values)
     others = tuple(range(values.ndim - 1))
