@@ -131,8 +131,9 @@ def get_num_threads() -> int:
     """
     if _serial:
         return 1
-    if _chosen is not None:
-        return _chosen
+    chosen = _chosen  # once: another thread may set it
+    if chosen is not None:
+        return chosen
     # Asked anew at every call (0.6 us): torch, threadpoolctl and taskset change the answers.
     n = cpu.max_threads()
     if _OPENMP_KNOWS:

@@ -22,7 +22,7 @@ author = "bn_fast developers"
 release = version = bn_fast.__version__
 copyright = "2026, bn_fast developers"
 
-extensions = ["sphinx.ext.autosummary", "numpydoc", "myst_parser"]
+extensions = ["sphinx.ext.autosummary", "numpydoc", "myst_parser", "sphinx-mathjax-offline"]
 exclude_patterns = ["_build", "templates"]
 default_role = "obj"
 highlight_language = "none"  # of what does not say

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -37,6 +38,20 @@ def test_none_returns_to_the_default():
     bn_fast.set_num_threads(before + 3)
     bn_fast.set_num_threads(None)
     assert bn_fast.get_num_threads() == before
+
+
+@needs_openmp
+def test_none_comes_while_another_thread_asks():
+    class Globals(dict):
+        def __getitem__(self, name):
+            value = super().__getitem__(name)
+            if name == "_chosen":
+                self[name] = None
+            return value
+
+    globals_ = Globals(vars(_threads), _chosen=3)
+    assert types.FunctionType(_threads.get_num_threads.__code__, globals_)() == 3
+    assert globals_["_chosen"] is None
 
 
 @pytest.mark.parametrize("n", [0, -1, 4097, 2**70])
