@@ -973,6 +973,43 @@ def test_a_cache_that_was_changed_is_refused(norms, case, name, wrong):
         case.backward(norms, dout, cache)
 
 
+@pytest.mark.parametrize("out", [None, "new", "x", "dout"])
+@pytest.mark.parametrize("given", ["gamma and beta", "gamma", "beta", "neither"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@all_cases
+def test_the_straight_road_leads_where_the_other_does(case, dtype, given, out, monkeypatch):
+    """A small call whose arguments need no conversion, and the same where every one is checked."""
+
+    def results():
+        x, dout, gamma, beta = case.problem(dtype)
+        gamma = gamma if "gamma" in given else None
+        beta = beta if "beta" in given else None
+        y, cache = case.forward(bn_fast, x, gamma, beta)
+        where = {"x": x, "dout": dout, "new": np.empty_like(x)}.get(out)
+        dx, dgamma, dbeta = case.backward(bn_fast, dout, cache, out=where)
+        assert where is None or dx is where
+        return [a for a in (y, cache.stats, dx, dgamma, dbeta) if a is not None], cache.overwritten
+
+    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
+    checked, overwritten = results()
+    assert overwritten == (f"{case.norm}_backward" if out == "x" else "")
+    monkeypatch.undo()
+    if out != "x":  # which is spent, and looked at
+        monkeypatch.setattr(bn_fast._norm_checks, "backward", None)
+    straight, also_overwritten = results()
+    assert also_overwritten == overwritten
+    assert_same_bits(straight, checked)
+
+
+@all_cases
+def test_results_are_no_views(case):
+    """Of an array of other axes, say: `resize` would refuse."""
+    x, dout, gamma, beta = case.problem(np.float64)
+    out, cache = case.forward(bn_fast, x, gamma, beta)
+    for result in (out, case.alone(bn_fast, x, gamma, beta), *case.backward(bn_fast, dout, cache)):
+        assert result is None or result.base is None
+
+
 @each_norm
 def test_each_takes_the_cache_of_the_others(norms, case):
     x, dout, gamma, beta = case.problem(np.float64)

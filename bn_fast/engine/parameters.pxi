@@ -161,14 +161,43 @@ cdef void sum_parameters(
         k += part
 
 
-cdef void fold_parameters(Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s) noexcept nogil:
+cdef inline Py_ssize_t fold_features(const Job* job) noexcept nogil:
+    """Features between two folds."""
+    return min(
+        <Py_ssize_t> (FOLD_ROWS if job.apply.layout == ROWS else FOLD_COLUMNS),
+        job.apply.n_features,
+    )
+
+
+cdef inline bint folds_again(const Job* job) noexcept nogil:
+    """Whether a unit may have more than one fold."""
+    return job.varying.unit > fold_features(job) and job.n_features > fold_features(job)
+
+
+cdef void enter_fold(Job* job, Py_ssize_t first, Scratch* s) noexcept nogil:
+    """Clear the sums for gamma and beta where a tile begins a fold.  A unit's first are its totals.
+    """
+    cdef Py_ssize_t n_bytes = 2 * job.varying.size * sizeof(double)
+    cdef Py_ssize_t unit = first // job.varying.unit
+    if first % job.varying.unit == 0:
+        s.varying = job.varying.totals + unit * 2 * job.varying.size
+        if folds_again(job):
+            memset(job.varying.lows + unit * 2 * job.varying.size, 0, n_bytes)
+    elif first % job.apply.n_features % fold_features(job) == 0:
+        s.varying = s.fold
+    else:
+        return
+    memset(s.varying, 0, n_bytes)
+
+
+cdef void leave_fold(Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s) noexcept nogil:
     """A tile's sums for gamma and beta onto its unit's, where it ends a fold."""
-    cdef Py_ssize_t size = job.varying.size, end = first % job.apply.n_features + n
-    cdef double* total = job.varying.totals + first // job.varying.unit * 4 * size
+    cdef Py_ssize_t end = first % job.apply.n_features + n
+    cdef Py_ssize_t place = first // job.varying.unit * 2 * job.varying.size
     s.adds = False
-    if end == job.apply.n_features or (
-        end % (FOLD_ROWS if job.apply.layout == ROWS else FOLD_COLUMNS) == 0
+    if s.varying == s.fold and (
+        end == job.apply.n_features or end % fold_features(job) == 0
     ):
-        add_compensated(total, total + size, s.varying, size)
-        add_compensated(total + 2 * size, total + 3 * size, s.varying + size, size)
-        memset(s.varying, 0, 2 * size * sizeof(double))
+        add_compensated(
+            job.varying.totals + place, job.varying.lows + place, s.fold, 2 * job.varying.size
+        )

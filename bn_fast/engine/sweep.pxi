@@ -138,12 +138,12 @@ cdef void sweep_tiles(
     if job.own_values:
         own = job[0]
         job = &own
-    if job.varying.unit:
-        memset(s.varying, 0, 2 * job.varying.size * sizeof(double))
     for tile in range(tile, end):
         tile_range(&job.schedule, &job.apply, tile, &first, &n)
         if job.own_values:
             lay_out(job, s.values, job.schedule.tile + job.schedule.lead, first)
+        if job.varying.unit:
+            enter_fold(job, first, s)
         if job.reduces or job.reduce.gate != NONE:
             start_tile[lane](job, first, n, lane_tag)
         if job.reduces:
@@ -156,7 +156,7 @@ cdef void sweep_tiles(
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_tile[lane](job, chunk, first, n, s, lane_tag)
         if job.varying.unit:
-            fold_parameters(job, first, n, s)
+            leave_fold(job, first, n, s)
 
 
 cdef void visit_chunks(
