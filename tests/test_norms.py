@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 from typing import NamedTuple
 
@@ -416,6 +417,32 @@ def test_no_values(norms, case):
 
 
 HOSTILES = {"constant": 0.0, "NaN": np.nan, "inf": np.inf, "1e30": 1e30, "1e-30": 1e-30}
+
+
+ONE_CHANNEL = [
+    *(Case("groupnorm", (3, 1, n), 1, 1) for n in (3, 5, 40)),
+    *(Case("instancenorm", (3, 1, n), 1) for n in (3, 5, 40)),
+]
+
+
+@pytest.mark.parametrize("case", [*BATCHES, *ONE_CHANNEL], ids=label)
+def test_batch_invariance_of_any_strides(case):
+    """The samples may lie side by side, and be the one axis that is longer than 1."""
+    x, dout, gamma, beta = case.problem(np.float32)
+    alone = case._replace(shape=(1, *case.shape[1:]))
+    for order in itertools.permutations(range(x.ndim)) if x.ndim < 5 else ():
+        x, dout = (laid_out(a, order) for a in (x, dout))
+        out, cache = case.forward(bn_fast, x, gamma, beta)
+        dx = case.backward(bn_fast, dout, cache)[0]
+        for n in range(len(x)):
+            own_out, own_cache = alone.forward(bn_fast, x[n : n + 1], gamma, beta)
+            own_dx = alone.backward(bn_fast, dout[n : n + 1], own_cache)[0]
+            assert_same_bits([own_out, own_dx], [out[n : n + 1], dx[n : n + 1]])
+
+
+def laid_out(a, order):
+    """The same values, whose axes follow one another in memory in that order."""
+    return a.transpose(order).copy().transpose(np.argsort(order))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN and infinity, as NumPy's

@@ -92,11 +92,29 @@ cdef Py_ssize_t n_beside(cnp.ndarray x, unsigned long long axes) noexcept:
     return n
 
 
-cdef cnp.ndarray seen_in(cnp.ndarray array, shape):
-    """The array (or None) as a norm's axes have it: its own, but for one that may be two."""
-    if array is None or cnp.PyArray_NDIM(array) == len(shape):
+cdef cnp.ndarray seen_in(cnp.ndarray array, axes):
+    """The array (or None) as a norm's axes have it: its own, but for the channels, which may be
+    two.  (Not by `reshape`, which forgets the strides of axes of length 1: a sample alone would be
+    another layout, of other bits.)"""
+    cdef cnp.npy_intp[MAX_DIMS] size
+    cdef cnp.npy_intp[MAX_DIMS] stride
+    cdef cnp.ndarray seen
+    cdef int d, n, channels
+    shape, _, along = axes
+    n = len(shape)
+    if array is None or cnp.PyArray_NDIM(array) == n:
         return array
-    return array.reshape(shape)
+    channels = along[0]
+    for d in range(n):
+        size[d] = shape[d]
+        stride[d] = cnp.PyArray_STRIDES(array)[d if d <= channels else d - 1]
+    stride[channels] *= size[channels + 1]
+    seen = cnp.PyArray_New(
+        cnp.ndarray, n, size, cnp.PyArray_TYPE(array), stride, cnp.PyArray_DATA(array),
+        0, cnp.PyArray_FLAGS(array) & cnp.NPY_ARRAY_WRITEABLE, None,
+    )
+    cnp.set_array_base(seen, array)
+    return seen
 
 
 cdef cnp.ndarray in_line(cnp.ndarray values):
@@ -154,12 +172,12 @@ def norm_forward(
     gamma, beta: float32 or float64, or None.  axes: Axes (_cache.py).  out: new if None.
     Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
     """
-    shape, over, along = axes
+    _, over, along = axes
     if out is None:
         out = new_result(x)
     return out, norm_of(
-        seen_in(x, shape), in_line(gamma), in_line(beta), mask_of(over), mask_of(along), eps,
-        seen_in(out, shape), FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
+        seen_in(x, axes), in_line(gamma), in_line(beta), mask_of(over), mask_of(along), eps,
+        seen_in(out, axes), FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
     )
 
 
@@ -355,8 +373,8 @@ cdef bint is_plain_norm_cache(cache, object x, object gamma) except -1:
     if not is_plain_array(x) or not is_plain_number(cache.eps, -INFINITY, &number):
         return False
     beta_shape, stats = cache.beta_shape, cache.stats
-    shape, over, along = cache.axes
-    seen = seen_in(x, shape)
+    _, over, along = cache.axes
+    seen = seen_in(x, cache.axes)
     n_parameters = n_beside(seen, ~mask_of(along))
     if not (
         is_norm_parameter(gamma, n_parameters) and cnp.PyArray_CheckExact(stats)
@@ -392,9 +410,9 @@ def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         in_order = dgamma is None and dbeta is None or cache.norm == "instancenorm"
         target = out if in_order or is_in_order_of(out, x) else new_result(x)
     if cnp.PyArray_SIZE(x) and not (target is None and dgamma is None and dbeta is None):
-        shape, _, _ = cache.axes
+        axes = cache.axes
         differentiate_norm(
-            cache, seen_in(dout, shape), seen_in(x, shape), seen_in(target, shape), dgamma, dbeta,
+            cache, seen_in(dout, axes), seen_in(x, axes), seen_in(target, axes), dgamma, dbeta,
             n_threads,
         )
         if target is not None and target is not out:
