@@ -1,9 +1,10 @@
-"""What memory lets anyone do: a copy, and the floor of exact batch norm.
+"""What memory lets anyone do: a copy, and the floor of an exact norm.
 
 *copy* is the traffic of one pass: forward reads x and writes out, backward reads x and dout and
 writes dx. *floor* is that of two: all inputs are read once, for the sums, then again backwards,
 while what came last is still in a cache, and the output is written. Where a feature's values do not
-fit the caches, no batch norm that is exact for any data goes below it.
+fit the caches, no batch norm that is exact for any data goes below it. The floor of the other norms
+reads twice as well, but chunk by chunk: a row is still in a cache when it is read again.
 
 Python threads suffice, because NumPy releases the GIL. Arrays are there before, so that no page
 has to be mapped.
@@ -29,12 +30,24 @@ def one_pass(*arrays: np.ndarray) -> Call:
 
 
 def two_passes(*arrays: np.ndarray) -> Call:
+    chunks = _chunks(arrays)
+    reads = [read for chunk in chunks for read in _reads(chunk)]
+    return partial(_all, [*reads, *(one_pass(*chunk) for chunk in reversed(chunks))])
+
+
+def two_passes_in_cache(*arrays: np.ndarray) -> Call:
+    calls = ([*_reads(chunk), one_pass(*chunk)] for chunk in _chunks(arrays))
+    return partial(_all, [one for chunk in calls for one in chunk])
+
+
+def _chunks(arrays: tuple[np.ndarray, ...]) -> list[list[np.ndarray]]:
     step = CHUNK_BYTES // arrays[0].itemsize
-    chunks = [[a[i : i + step] for a in arrays] for i in range(0, arrays[0].size, step)]
-    # NumPy's fastest way to read; of small arrays, though, the call takes longer than the reading.
-    reads = [partial(np.maximum.reduce, a) for *inputs, _ in chunks for a in inputs]
-    writes = [one_pass(*chunk) for chunk in reversed(chunks)]
-    return partial(_all, [*reads, *writes])
+    return [[a[i : i + step] for a in arrays] for i in range(0, arrays[0].size, step)]
+
+
+def _reads(chunk: list[np.ndarray]) -> list[Call]:
+    """NumPy's fastest way to read; of small arrays, though, the call takes longer than that."""
+    return [partial(np.maximum.reduce, a) for a in chunk[:-1]]
 
 
 def _all(calls: list[Call]) -> None:

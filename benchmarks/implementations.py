@@ -161,7 +161,12 @@ def prepare_numba(p: Problem) -> Calls:
 
 IMPLEMENTATIONS = [
     Implementation("copy", through_memory(floor.one_pass), "numpy", is_peer=False),
-    Implementation("floor", through_memory(floor.two_passes), "numpy", is_peer=False),
+    Implementation(
+        "floor",
+        either(through_memory(floor.two_passes), through_memory(floor.two_passes_in_cache)),
+        "numpy",
+        is_peer=False,
+    ),
     Implementation(
         "reference", either(as_plain(through_numpy), norms.through_numpy), "numpy", is_peer=False
     ),

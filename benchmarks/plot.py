@@ -34,19 +34,19 @@ TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--dtype", help="float32 or float64; default: the first in the file")
     parser.add_argument("--norms", action="store_true", help="those other than batch norm")
     options = parser.parse_args()
-    record = load(options.json)
+    record = load(*options.json)
     chosen = record.norms if options.norms else record.cases
     if not chosen:
         parser.error(f"no case of {'other norms' if options.norms else 'batch norm'} in the file")
     dtype = options.dtype or chosen[0]["dtype"]
     cases = [case for case in chosen if case["dtype"] == dtype]
     if not cases:
-        parser.error(f"no case of dtype {dtype} in {options.json}")
+        parser.error(f"no case of dtype {dtype} in the file")
     draw(cases, record.machine, dtype, options.norms).savefig(options.picture, dpi=150)
 
 

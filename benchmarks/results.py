@@ -25,11 +25,13 @@ class Record(NamedTuple):
     norms: list[Case]  # of the other norms
 
 
-def load(path: Path) -> Record:
-    given = json.loads(path.read_text())
+def load(*paths: Path) -> Record:
+    """Of one run, or of several of one machine and day that timed some cases each."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    given = runs[0]
     cases: dict[tuple[str, str], Case] = {}
     peers = {}
-    for one in given["benchmarks"]:
+    for one in (one for run in runs for one in run["benchmarks"]):
         info = one["extra_info"]
         case = cases.setdefault((info["case"], info["option"]), {**info, "seconds": {}})
         case["seconds"].setdefault(info["who"], {})[info["direction"]] = one["stats"]["median"]

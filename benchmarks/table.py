@@ -26,8 +26,8 @@ from results import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
-    record = load(parser.parse_args().json)
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
+    record = load(*parser.parse_args().json)
     print(f"{record.machine}. Medians in ms, forward / backward.")
     # A row stays in a cache between the passes: a copy is the measure there, not two passes.
     for cases, measure in ((record.cases, "floor"), (record.norms, "copy")):

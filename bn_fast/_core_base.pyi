@@ -1,7 +1,7 @@
 from collections.abc import Container
 from typing import Any, TypeVar
 
-from ._cache import Cache
+from ._cache import Axes, Cache, NormCache
 from ._types import Array, Count
 
 _A = TypeVar("_A", bound=Array)
@@ -63,26 +63,18 @@ def moments(
     total: Count = 0.0,
 ) -> Array: ...
 def norm_backward(
-    dout: Array,
-    x: Array,
-    gamma: Array | None,
-    stats: Array,
-    over: tuple[int, ...],
-    along: tuple[int, ...],
-    eps: float,
-    out: Array | None,
-    has_mean: bool,
-    exact_mean: bool,
+    dout: object,
+    cache: NormCache,
+    out: object,
+    needs: Container[str] | None,
     n_threads: int,
-    needs_dx: bool,
-    needs_sums: bool,
-) -> tuple[Array | None, Array | None, Array | None]: ...
+    small: int = -1,
+) -> Any: ...  # a tuple; or None
 def norm_forward(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    over: tuple[int, ...],
-    along: tuple[int, ...],
+    axes: Axes,
     eps: float,
     out: Array | None,
     has_mean: bool,
@@ -98,7 +90,7 @@ def plain_rows(
     out: object,
     has_mean: bool,
     keeps: bool,
-    size: int,
+    small: int,
 ) -> tuple[Array, Any] | None: ...
 def normalize(
     x: Array,

@@ -255,6 +255,27 @@ static inline double bn_one(void) { return 1; }
 #define bn_plusf(x, y, one) ((x) + (y))
 #endif
 
+/* The sum of 16 values, by halves of 8, 4, 2. In vectors, as gcc 12 takes the halves value by value: a
+ * row's sums of 128 values took a third longer. */
+#if defined(__GNUC__) || defined(__clang__)
+typedef double bn_two __attribute__((vector_size(16), aligned(8), may_alias));
+typedef double bn_four __attribute__((vector_size(32), aligned(8), may_alias));
+static inline double bn_fold_lanes(const double *values) {
+    const bn_four *four = (const bn_four *)values;
+    bn_four sums = (four[0] + four[2]) + (four[1] + four[3]);
+    const bn_two *two = (const bn_two *)&sums;
+    bn_two last = two[0] + two[1];
+    return last[0] + last[1];
+}
+#else
+static inline double bn_fold_lanes(const double *values) {
+    double sums[4];
+    for (int k = 0; k < 4; k++)
+        sums[k] = (values[k] + values[8 + k]) + (values[4 + k] + values[12 + k]);
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+#endif
+
 /* Ask for n bytes before they are needed: the hardware does not follow a tile's rows, which lie a page
  * or more apart. A hint: any address is allowed. */
 #if defined(__GNUC__) || defined(__clang__)

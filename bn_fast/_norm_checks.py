@@ -8,7 +8,7 @@ needs to be asked again. Nothing here writes to anything.
 import math
 import operator
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -109,7 +109,7 @@ def rows(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> Norm
 
     gamma = _parameter(gamma, "gamma", shapes, what, x, _onnx_axis)
     beta = _parameter(beta, "beta", shapes, what, x, _onnx_axis)
-    axes = _axes_of_rows(x.shape, over)
+    axes = axes_of_rows(x.shape, over)
     return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
 
 
@@ -168,7 +168,7 @@ def _each_channel(channels: int) -> str:
     return f"one value for each channel along axis {channels} of x"
 
 
-def _axes_of_rows(shape: tuple[int, ...], over: tuple[int, ...]) -> Axes:
+def axes_of_rows(shape: tuple[int, ...], over: tuple[int, ...]) -> Axes:
     return Axes(shape, over, over)
 
 
@@ -278,7 +278,7 @@ def _check_cache(cache: NormCache) -> None:
     floats = isinstance(x, np.ndarray) and (x.dtype in DTYPES or is_bfloat16(x.dtype))
     if not (floats and _is_array(x, (x.dtype,), x.shape)):
         raise _unfit(cache, "x", "an array of floats")
-    if not (isinstance(axes, Axes) and _axes_fit(cache)):
+    if not (isinstance(axes, Axes) and axes_fit(cache)):
         raise _unfit(cache, "axes", f"those of an x {x.shape}")
     n, n_stats = math.prod(axes.parameter_shape), math.prod(axes.stats_shape)
     floats = isinstance(gamma, np.ndarray) and _is_array(gamma, DTYPES[1:], gamma.shape)
@@ -292,20 +292,24 @@ def _check_cache(cache: NormCache) -> None:
         raise _unfit(cache, "eps", "a finite number")
 
 
-def _axes_fit(cache: NormCache) -> bool:
+def axes_fit(cache: NormCache) -> bool:
     """Whether they are those of this norm of an x of this shape."""
-    shape, axes = cache.x.shape, cache.axes
     try:
-        if cache.norm in ("layernorm", "rmsnorm"):
-            return axes == _axes_of_rows(shape, _axes(axes.over, len(shape)))
-        channels = _axis(axes.along[0], len(shape))
-        if cache.norm == "instancenorm":
-            return axes == _axes_of_channels(shape, channels)
-        n_groups = axes.shape[channels]
-        divides = shape[channels] % n_groups == 0
-        return divides and axes == _axes_of_groups(shape, channels, n_groups)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        return _fit(cache.norm, cache.x.shape, cache.axes)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, AttributeError):
         return False
+
+
+@lru_cache  # a network has a few, and asks again and again
+def _fit(norm: str, shape: tuple[int, ...], axes: Axes) -> bool:
+    if norm in ("layernorm", "rmsnorm"):
+        return axes == axes_of_rows(shape, _axes(axes.over, len(shape)))
+    channels = _axis(axes.along[0], len(shape))
+    if norm == "instancenorm":
+        return axes == _axes_of_channels(shape, channels)
+    n_groups = axes.shape[channels]
+    divides = shape[channels] % n_groups == 0
+    return divides and axes == _axes_of_groups(shape, channels, n_groups)
 
 
 def _foreign_cache(norm: str, cache: Any) -> NormCache:
@@ -344,7 +348,7 @@ def _foreign_cache(norm: str, cache: Any) -> NormCache:
             f"cache's mean and inv_std must have one shape, got {mean.shape} and {inv_std.shape}"
         )
     over = tuple(d for d, n in enumerate(x.shape) if inv_std.shape[d] != n)
-    axes = _axes_of_rows(x.shape, over)
+    axes = axes_of_rows(x.shape, over)
     shape = tuple(x.shape[d] for d in over)
     if gamma is not None:
         gamma = _real_array(gamma, "cache's gamma")

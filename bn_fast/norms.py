@@ -34,12 +34,21 @@ __all__ = [
 
 def _forward(norm: str, call: NormCall) -> tuple[Array, NormCache]:
     y, stats = _computed(norm, call)
-    return y, _cache(norm, call, stats)
+    return y, _cache(norm, *call, stats)
 
 
-def _cache(norm: str, call: NormCall, stats: Array) -> NormCache:
-    x, gamma, beta, axes, eps, out = call
-    overwritten = f"{norm}_forward" if _lies_over(out, x) else ""
+def _cache(
+    norm: str,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axes: Axes,
+    eps: float,
+    out: Array | None,
+    stats: Array,
+) -> NormCache:
+    overwrites = out is not None and x.size > 0 and core.is_same(out, x)
+    overwritten = f"{norm}_forward" if overwrites else ""
     beta_shape = None if beta is None else beta.shape
     return NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
 
@@ -59,28 +68,15 @@ def _straight(
     if plain is None:
         return None
     y, stats = plain
-    last = (x.ndim - 1,)
-    axes = Axes(x.shape, last, last)
-    call = NormCall(x, gamma, beta, axes, 1e-5 if eps is None else eps, out)
-    return y, _cache(norm, call, stats)
+    axes = _norm_checks.axes_of_rows(x.shape, (x.ndim - 1,))
+    return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
 
 
 def _computed(norm: str, call: NormCall, keeps: bool = True) -> tuple[Array, Any]:
     """out and, to be kept, the statistics."""
     x, gamma, beta, axes, eps, out = call
-    y, stats = core.norm_forward(
-        x.reshape(axes.shape),
-        None if gamma is None else gamma.ravel(),
-        None if beta is None else beta.ravel(),
-        axes.over,
-        axes.along,
-        eps,
-        None if out is None else out.reshape(axes.shape),
-        norm != "rmsnorm",
-        n_threads_for(x),
-        keeps,
-    )
-    return (y.reshape(x.shape) if out is None else out), stats
+    has_mean, n_threads = norm != "rmsnorm", n_threads_for(x)
+    return core.norm_forward(x, gamma, beta, axes, eps, out, has_mean, n_threads, keeps)
 
 
 def _backward(
@@ -89,41 +85,22 @@ def _backward(
     cache: NormCache | Sequence[Any],
     out: Array | None,
     needs: Sequence[str],
-) -> tuple[Array | None, Array | None, Array | None]:
+    gradients: Sequence[str] = GRADIENTS,
+) -> tuple[Any, ...]:
     """The gradients that are wanted; None for the others."""
-    g, kept, out, wanted = _norm_checks.backward(norm, dout, cache, out, needs)
-    x, gamma, axes = kept.x, kept.gamma, kept.axes
-    gamma_shape = None if gamma is None or "dgamma" not in wanted else gamma.shape
-    beta_shape = None if "dbeta" not in wanted else kept.beta_shape
-    dx, dgamma, dbeta = core.norm_backward(
-        g.reshape(axes.shape),
-        x.reshape(axes.shape),
-        None if gamma is None else gamma.ravel(),
-        kept.stats,
-        axes.over,
-        axes.along,
-        kept.eps,
-        None if out is None else out.reshape(axes.shape),
-        norm != "rmsnorm",
-        kept.exact_mean,
-        n_threads_for(x),
-        "dx" in wanted,
-        gamma_shape is not None or beta_shape is not None,
-    )
-    if _lies_over(out, x):
-        kept.overwritten = f"{norm}_backward"
-    if dx is not None:
-        dx = dx.reshape(x.shape) if out is None else out
-    return dx, _shaped(dgamma, gamma_shape), _shaped(dbeta, beta_shape)
-
-
-def _lies_over(out: Array | None, x: Array) -> bool:
-    return out is not None and x.size > 0 and core.is_same(out, x)
-
-
-def _shaped(gradient: Array | None, shape: tuple[int, ...] | None) -> Array | None:
-    """In the shape that its parameter was given in; None if it is not wanted."""
-    return None if gradient is None or shape is None else gradient.reshape(shape)
+    found: tuple[Any, ...] | None = None
+    if (
+        type(cache) is NormCache
+        and needs is gradients
+        and cache.norm == norm
+        and not cache.overwritten
+        and _norm_checks.axes_fit(cache)
+    ):  # the straight road
+        found = core.norm_backward(dout, cache, out, None, 1, functional._SERIAL_SIZE)
+    if found is None:
+        dout, kept, out, wanted = _norm_checks.backward(norm, dout, cache, out, needs)
+        found = core.norm_backward(dout, kept, out, wanted, n_threads_for(kept.x))
+    return found
 
 
 @refusing
@@ -405,7 +382,7 @@ def rmsnorm_backward(
     >>> dgamma
     array([0.2, 0. ])
     """
-    return _backward("rmsnorm", dout, cache, out, needs)[:2]
+    return _backward("rmsnorm", dout, cache, out, needs, RMS_GRADIENTS)[:2]
 
 
 @refusing

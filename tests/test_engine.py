@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bn_fast import batchnorm_backward, batchnorm_forward, moments
+from bn_fast._cache import Axes, NormCache
 from bn_fast._core import core, isa
 
 from .arrays import normal
@@ -95,10 +96,11 @@ def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
     gamma, beta = normal(n, kind, 2), normal(n, kind, 3)
 
     def results(n_threads):
-        axes = over, along, 1e-5, None, has_mean
-        out, stats = core.norm_forward(x, gamma, beta, *axes, n_threads)
-        gradients = core.norm_backward(dout, x, gamma, stats, *axes, True, n_threads, True, True)
-        return [out, stats, *gradients]
+        axes = Axes(shape, over, along)
+        out, stats = core.norm_forward(x, gamma, beta, axes, 1e-5, None, has_mean, n_threads)
+        norm = "layernorm" if has_mean else "rmsnorm"
+        cache = NormCache(norm, x, gamma, beta.shape, axes, stats, 1e-5)
+        return [out, stats, *core.norm_backward(dout, cache, None, None, n_threads)]
 
     expected = results(1)
     for caches in (None, *CACHES):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 from typing import NamedTuple
 
@@ -416,6 +417,32 @@ def test_no_values(norms, case):
 
 
 HOSTILES = {"constant": 0.0, "NaN": np.nan, "inf": np.inf, "1e30": 1e30, "1e-30": 1e-30}
+
+
+ONE_CHANNEL = [
+    *(Case("groupnorm", (3, 1, n), 1, 1) for n in (3, 5, 40)),
+    *(Case("instancenorm", (3, 1, n), 1) for n in (3, 5, 40)),
+]
+
+
+@pytest.mark.parametrize("case", [*BATCHES, *ONE_CHANNEL], ids=label)
+def test_batch_invariance_of_any_strides(case):
+    """The samples may lie side by side, and be the one axis that is longer than 1."""
+    x, dout, gamma, beta = case.problem(np.float32)
+    alone = case._replace(shape=(1, *case.shape[1:]))
+    for order in itertools.permutations(range(x.ndim)) if x.ndim < 5 else ():
+        x, dout = (laid_out(a, order) for a in (x, dout))
+        out, cache = case.forward(bn_fast, x, gamma, beta)
+        dx = case.backward(bn_fast, dout, cache)[0]
+        for n in range(len(x)):
+            own_out, own_cache = alone.forward(bn_fast, x[n : n + 1], gamma, beta)
+            own_dx = alone.backward(bn_fast, dout[n : n + 1], own_cache)[0]
+            assert_same_bits([own_out, own_dx], [out[n : n + 1], dx[n : n + 1]])
+
+
+def laid_out(a, order):
+    """The same values, whose axes follow one another in memory in that order."""
+    return a.transpose(order).copy().transpose(np.argsort(order))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN and infinity, as NumPy's
@@ -971,6 +998,43 @@ def test_a_cache_that_was_changed_is_refused(norms, case, name, wrong):
     setattr(cache, name, wrong(getattr(cache, name)))
     with pytest.raises(ValueError, match=f"cache cannot be used: its ({name}|axes) must be"):
         case.backward(norms, dout, cache)
+
+
+@pytest.mark.parametrize("out", [None, "new", "x", "dout"])
+@pytest.mark.parametrize("given", ["gamma and beta", "gamma", "beta", "neither"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@all_cases
+def test_the_straight_road_leads_where_the_other_does(case, dtype, given, out, monkeypatch):
+    """A small call whose arguments need no conversion, and the same where every one is checked."""
+
+    def results():
+        x, dout, gamma, beta = case.problem(dtype)
+        gamma = gamma if "gamma" in given else None
+        beta = beta if "beta" in given else None
+        y, cache = case.forward(bn_fast, x, gamma, beta)
+        where = {"x": x, "dout": dout, "new": np.empty_like(x)}.get(out)
+        dx, dgamma, dbeta = case.backward(bn_fast, dout, cache, out=where)
+        assert where is None or dx is where
+        return [a for a in (y, cache.stats, dx, dgamma, dbeta) if a is not None], cache.overwritten
+
+    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
+    checked, overwritten = results()
+    assert overwritten == (f"{case.norm}_backward" if out == "x" else "")
+    monkeypatch.undo()
+    if out != "x":  # which is spent, and looked at
+        monkeypatch.setattr(bn_fast._norm_checks, "backward", None)
+    straight, also_overwritten = results()
+    assert also_overwritten == overwritten
+    assert_same_bits(straight, checked)
+
+
+@all_cases
+def test_results_are_no_views(case):
+    """Of an array of other axes, say: `resize` would refuse."""
+    x, dout, gamma, beta = case.problem(np.float64)
+    out, cache = case.forward(bn_fast, x, gamma, beta)
+    for result in (out, case.alone(bn_fast, x, gamma, beta), *case.backward(bn_fast, dout, cache)):
+        assert result is None or result.base is None
 
 
 @each_norm

@@ -83,6 +83,9 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
         for i in range(v.n_rows):
             bn_prefetch(v.s.row[Y][i], v.width * size_of(plan.storage))
     fetch_inputs[lane](v, lane_tag)
+    if v.s.adds and plan.layout != ROWS:
+        add_columns[lane](v, lane_tag)
+        scale_rows[lane](v, lane_tag)
     if plan.used[W]:
         weigh_rows[lane](v, lane_tag)
     point_outputs[lane](v, lane_tag)
@@ -91,7 +94,7 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
         apply_mixed[lane](v, n, lane_tag)
     elif v.job.op.formula == AFFINE:
         apply_affine[lane](v, n, lane_tag)
-    elif v.s.adds and not v.wide:
+    elif v.s.adds and plan.layout == ROWS and not v.wide:
         differentiate_own_rows[lane](v, lane_tag)
     else:
         fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
@@ -106,6 +109,7 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
     cdef const Plan* plan = v.plan
     if v.s.adds:
         set_hat_columns[lane](v, lane_tag)
+        v.scales = plan.layout == ROWS  # of columns only what has been added up
     v.group = rows_at_hand(v, v.width, APPLY_ROWS)
     v.stream = streams_rows(plan, v.access)
     v.singly = v.stream or (v.job.schedule.singly and v.width % LANES == 0)

@@ -510,7 +510,7 @@ cdef void differentiate_statistics(
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(target)[0]
+    cdef Py_ssize_t f, n = cnp.PyArray_SIZE(target)
     cdef float* narrow = <float*> cnp.PyArray_DATA(target)
     if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
         for f in range(n):

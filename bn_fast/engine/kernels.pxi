@@ -41,6 +41,7 @@ cdef extern from "_native.h" nogil:
     double bn_one()
     double bn_plus(double x, double y, double one)
     float bn_plusf(float x, float y, float one)
+    double bn_fold_lanes(const double* values)  # LANES of them
 
 cdef enum:
     # Rows come in multiples of this; a tree has so many, or twice that, of x alone, of x and dout
@@ -479,8 +480,8 @@ cdef void sum_squares_by_row(const Block* block, const lane* lane_tag) noexcept 
         set_lanes[double](s, 0)
         set_lanes[double](ss, 0)
         sum_squares_run(<const lane*> block.row[X][r], block.width, shift, one, s, ss)
-        block.sum_1[r] = fold_run(s, LANES)
-        block.sum_2[r] = fold_run(ss, LANES)
+        block.sum_1[r] = bn_fold_lanes(s)
+        block.sum_2[r] = bn_fold_lanes(ss)
 
 
 cdef inline void sum_products_tree(
@@ -629,16 +630,22 @@ cdef inline void sum_scaled_run(
     const lane* x, const lane* g, const lane* scale, Py_ssize_t step, Py_ssize_t width,
     lane shift_x, lane shift_g, double* restrict s, double* restrict ss,
 ) noexcept nogil:
-    cdef Py_ssize_t i, k, whole = width // (4 * LANES) * (4 * LANES)
+    cdef Py_ssize_t i, k, whole = width // (4 * LANES) * (4 * LANES), left = width - whole
     cdef lane[4 * LANES] x_last, g_last, last
     cdef lane one = <lane> bn_one()
     for i in range(0, whole, 64):  # 4 * LANES; Cython wants a literal step
         sum_scaled_tree(x + i, g + i, scale + i * step, step, shift_x, shift_g, one, s, ss)
-    if whole < width:
+    if left:
+        # What is missing adds 0; filled in first, as to choose value by value took longer than the
+        # sums: group norm's backward of (16, 512, 7, 7), one thread, 1.18 to 0.85 ms.
         for k in range(4 * LANES):
-            x_last[k] = x[whole + k] if whole + k < width else shift_x
-            g_last[k] = g[whole + k] if whole + k < width else shift_g
-            last[k] = scale[(whole + k) * step] if whole + k < width else 1
+            x_last[k] = shift_x
+            g_last[k] = shift_g
+            last[k] = 1
+        memcpy(x_last, x + whole, left * sizeof(lane))
+        memcpy(g_last, g + whole, left * sizeof(lane))
+        for k in range(left):
+            last[k] = scale[(whole + k) * step]
         sum_scaled_tree(x_last, g_last, last, 1, shift_x, shift_g, one, s, ss)
 
 
@@ -675,8 +682,8 @@ cdef void sum_products_by_row(
                 <const lane*> block.row[S][r], 0, block.width, shift_x[0], shift_g[0],
                 s, ss,
             )
-        block.sum_1[r] = fold_run(s, LANES)
-        block.sum_2[r] = fold_run(ss, LANES)
+        block.sum_1[r] = bn_fold_lanes(s)
+        block.sum_2[r] = bn_fold_lanes(ss)
 
 
 cdef void sum_products_walked(
@@ -1209,5 +1216,5 @@ cdef void sum_of_row(
         products[j] += <double> (
             g[whole + j] * x_hat_of(x[whole + j], shift[k], scale[k], rest[k])
         )
-    s[0] += fold_run(sums, LANES)
-    ss[0] += fold_run(products, LANES)
+    s[0] += bn_fold_lanes(sums)
+    ss[0] += bn_fold_lanes(products)

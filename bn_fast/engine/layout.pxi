@@ -85,6 +85,7 @@ cdef struct Features:         # the axes that name a statistic, merged
 cdef struct Plan:             # of one visit's arrays
     Layout layout
     bint by_row               # runs are rows, if they are not too short
+    bint joins                # rows of few features may be joined
     Storage storage
     Gate gate
     bint used[N_ROLES]
@@ -161,6 +162,8 @@ cdef void set_features(Plan* plan, const Features* features) noexcept:
     cdef int r, d, last = features.n - 1
     plan.n_features = features.size[last] if last >= 0 else 1
     plan.n_outer = max(last, 0)
+    # A norm's joined rows must not depend on how many samples there are, which axis 0 says.
+    plan.joins = not plan.by_row or (last >= 0 and features.dim[last] > 0)
     for r in range(N_ROLES):
         plan.feature_stride[r] = (
             plan.stride[r][features.dim[last]] if plan.used[r] and plan.n_features > 1 else 0
@@ -324,7 +327,9 @@ cdef void choose_layout(
             plan.layout = RUNS
             cut_axis(plan, length, False)
             plan.max_tile = min(n, limit // length) if stacked else 1
-    elif axes.n > 0 and 2 * n <= JOIN_COLUMNS and (stacked or n < NARROW) and not plan.used[S]:
+    elif axes.n > 0 and plan.joins and not plan.used[S] and (
+        2 * n <= JOIN_COLUMNS and (stacked or n < NARROW)
+    ):
         join = max(SHORT_COLUMNS // n, length // JOIN_ROWS)
         join = min(join, length, JOIN_COLUMNS // n)
         whole = LANES // gcd(n, LANES)

@@ -10,6 +10,10 @@
 # What varies within a statistic has roles (S, B) and is multiplied in by the formulas SCALED and
 # SCALED_GRADIENT, or on the way of rows (filters.pxi); its gradients: parameters.pxi.
 
+cdef enum:
+    MAX_DEFAULTS = 4096
+
+
 cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long along) noexcept:
     """Whether parameters vary within a statistic."""
     cdef int d
@@ -19,30 +23,40 @@ cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long 
     return False
 
 
-cdef cnp.ndarray native_parameter(cnp.ndarray values, cnp.ndarray x, Py_ssize_t n, double default):
-    """values in the type of x's lanes, contiguous; None: n times the default."""
+cdef cnp.ndarray filled(int kind, Py_ssize_t n, double value):
+    cdef cnp.npy_intp length = n
+    cdef cnp.ndarray values = cnp.PyArray_ZEROS(1, &length, kind, 0)
+    if value != 0:
+        values.fill(value)
+    return values
+
+
+# What gamma and beta are where they are not given, of most calls; made once.
+cdef tuple defaults = (
+    (filled(cnp.NPY_FLOAT32, MAX_DEFAULTS, 0), filled(cnp.NPY_FLOAT32, MAX_DEFAULTS, 1)),
+    (filled(cnp.NPY_FLOAT64, MAX_DEFAULTS, 0), filled(cnp.NPY_FLOAT64, MAX_DEFAULTS, 1)),
+)
+
+
+cdef cnp.ndarray native_parameter(cnp.ndarray values, cnp.ndarray x, Py_ssize_t n, bint default):
+    """values in the type of x's lanes, contiguous; None: n times the default, or more."""
     cdef cnp.ndarray native
     cdef cnp.npy_intp length = n
     cdef int kind = parameter_type(x)
-    cdef Py_ssize_t f
-    if values is not None and cnp.PyArray_TYPE(values) == kind and (
-        cnp.PyArray_ISCARRAY_RO(values)
-    ):
+    if values is None:
+        return (
+            defaults[kind == cnp.NPY_FLOAT64][default] if n <= MAX_DEFAULTS
+            else filled(kind, n, default)
+        )
+    if cnp.PyArray_TYPE(values) == kind and cnp.PyArray_ISCARRAY_RO(values):
         return values
     native = cnp.PyArray_EMPTY(1, &length, kind, 0)
-    if values is not None:
-        cnp.PyArray_CopyInto(native, values)
-        return native
-    for f in range(n):
-        if kind == cnp.NPY_FLOAT32:
-            (<float*> cnp.PyArray_DATA(native))[f] = <float> default
-        else:
-            (<double*> cnp.PyArray_DATA(native))[f] = default
+    cnp.PyArray_CopyInto(native, values)
     return native
 
 
-cdef cnp.npy_intp place_parameters(Job* job, cnp.ndarray x, unsigned long long along) noexcept:
-    """Strides of contiguous parameters along x's axes; returns how many these are."""
+cdef void place_parameters(Job* job, cnp.ndarray x, unsigned long long along) noexcept:
+    """Strides of contiguous parameters along x's axes."""
     cdef int d
     cdef cnp.npy_intp size = 8 if parameter_type(x) == cnp.NPY_FLOAT64 else 4, stride = size
     for d in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
@@ -50,25 +64,52 @@ cdef cnp.npy_intp place_parameters(Job* job, cnp.ndarray x, unsigned long long a
         if along >> d & 1:
             job.varying.stride[d] = stride
             stride *= cnp.PyArray_DIMS(x)[d]
-    return stride // size
 
 
-cdef tuple norm_of(
+cdef cnp.ndarray seen_in(cnp.ndarray array, axes):
+    """The array (or None) as a norm's axes have it: its own, but for the channels, which may be
+    two.  (Not by `reshape`, which forgets the strides of axes of length 1: a sample alone would be
+    another layout, of other bits.)"""
+    cdef cnp.npy_intp[MAX_DIMS] size
+    cdef cnp.npy_intp[MAX_DIMS] stride
+    cdef cnp.ndarray seen
+    cdef int d, n, channels
+    shape, _, along = axes
+    n = len(shape)
+    if array is None or cnp.PyArray_NDIM(array) == n:
+        return array
+    channels = along[0]
+    for d in range(n):
+        size[d] = shape[d]
+        stride[d] = cnp.PyArray_STRIDES(array)[d if d <= channels else d - 1]
+    stride[channels] *= size[channels + 1]
+    seen = cnp.PyArray_New(
+        cnp.ndarray, n, size, cnp.PyArray_TYPE(array), stride, cnp.PyArray_DATA(array),
+        0, cnp.PyArray_FLAGS(array) & cnp.NPY_ARRAY_WRITEABLE, None,
+    )
+    cnp.set_array_base(seen, array)
+    return seen
+
+
+cdef cnp.ndarray in_line(cnp.ndarray values):
+    """A parameter (or None) of any shape as one of one dimension."""
+    return values if values is None or cnp.PyArray_NDIM(values) == 1 else values.ravel()
+
+
+cdef cnp.ndarray norm_of(
     cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, unsigned long long over,
     unsigned long long along, double eps, cnp.ndarray out, int operation, int n_threads,
     bint keeps,
 ):
-    """out and the statistics, which are None if they are not to be kept."""
+    """Fills out, of the shape of x; returns the statistics, None if they are not to be kept."""
     cdef Job job
     cdef Py_ssize_t n = n_along(x, ~over), size
     cdef cnp.ndarray stats = new_statistics(n if keeps else 0)
     cdef cnp.ndarray scale, shift
     cdef int k
-    if out is None:
-        out = new_result(x)
     if cnp.PyArray_SIZE(x) == 0:
         memset(cnp.PyArray_DATA(stats), 0, cnp.PyArray_NBYTES(stats))
-        return out, stats if keeps else None
+        return stats if keeps else None
     new_job(&job, operation, x, stats, ~over, n_threads)
     job.n_features = n
     for k in range(MEAN, MULTIPLIER + 1):
@@ -78,7 +119,8 @@ cdef tuple norm_of(
     set_constant(&job.gamma_given, &one)
     set_constant(&job.beta_given, &zero)
     if are_within(x, over, along):  # without them too: the same rows, and so the same bits
-        size = place_parameters(&job, x, along)
+        size = n_along(x, along)
+        place_parameters(&job, x, along)
         scale = native_parameter(gamma, x, size, 1)
         shift = native_parameter(beta, x, size, 0)
         job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
@@ -89,28 +131,31 @@ cdef tuple norm_of(
     job.reduces = job.applies = True
     job.eps = eps
     execute(&job)
-    return out, stats if keeps else None
+    return stats if keeps else None
 
 
 def norm_forward(
-    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, tuple over, tuple along,
-    double eps, cnp.ndarray out, bint has_mean, int n_threads, bint keeps=True,
+    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, axes, double eps,
+    cnp.ndarray out, bint has_mean, int n_threads, bint keeps=True,
 ):
     """Normalize x over some of its axes, then scale and shift along some.
 
-    gamma, beta: float32 or float64, one dimension, or None.  out: new if None.
+    gamma, beta: float32 or float64, or None.  axes: Axes (_cache.py).  out: new if None.
     Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
     """
-    return norm_of(
-        x, gamma, beta, mask_of(over), mask_of(along), eps, out,
-        FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
+    _, over, along = axes
+    if out is None:
+        out = new_result(x)
+    return out, norm_of(
+        seen_in(x, axes), in_line(gamma), in_line(beta), mask_of(over), mask_of(along), eps,
+        seen_in(out, axes), FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
     )
 
 
 def plain_rows(
-    x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, Py_ssize_t size,
+    x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, Py_ssize_t small,
 ):
-    """The straight road of layer and RMS norm over the last axis, of fewer than `size` elements.
+    """The straight road of layer and RMS norm over the last axis, of fewer than `small` elements.
 
     Returns what `norm_forward` does, or None, and nothing is done, where an argument needs a closer
     look.
@@ -122,7 +167,7 @@ def plain_rows(
         return None
     last = cnp.PyArray_NDIM(x) - 1
     if not (
-        (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < size
+        (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < small
         and is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last])
         and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last])
         and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x)
@@ -130,30 +175,14 @@ def plain_rows(
     ):
         return None
     mask = <unsigned long long> 1 << last
-    return norm_of(
+    if out is None:
+        out = new_result(x)
+    return out, norm_of(
         x, gamma, beta, mask, mask, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
     )
 
 
-cdef cnp.ndarray added_up(const double* high, const double* low, Py_ssize_t n_parts,
-                          Py_ssize_t step, Py_ssize_t n, cnp.ndarray x):
-    """The sums of n values over parts that lie `step` apart, with their low parts or NULL."""
-    cdef cnp.npy_intp length = n
-    cdef cnp.ndarray values = cnp.PyArray_ZEROS(1, &length, parameter_type(x), 0)
-    cdef double* sums = <double*> calloc(2 * n + 1, sizeof(double))
-    cdef Py_ssize_t part, k
-    if sums == NULL:
-        raise MemoryError("bn_fast: no memory for the sums of this call")
-    for part in range(n_parts):
-        add_compensated(sums, sums + n, high + part * step, n)
-        if low != NULL:
-            fold_halves(sums + n, low + part * step, n)
-    for k in range(n):
-        sums[k] = finish_sum(sums[k], sums[n + k])
-    store_parameter(sums, values)
-    free(sums)
-    return values
-
+# ---------------------------------------------------------------- backward
 
 cdef bint is_in_order_of(cnp.ndarray out, cnp.ndarray x) noexcept:
     """Whether axes that merge in x do so in out."""
@@ -193,68 +222,170 @@ cdef cnp.ndarray with_mean_of(
     return own
 
 
-def norm_backward(
-    cnp.ndarray dout not None, cnp.ndarray x not None, cnp.ndarray gamma,
-    cnp.ndarray stats not None, tuple over, tuple along, double eps, cnp.ndarray out,
-    bint has_mean, bint exact_mean, int n_threads, bint needs_dx, bint needs_sums,
-):
-    """Gradients dx (in out, new if None), dgamma and dbeta, of norm_forward; None for those that
-    are not needed.  eps: negative where it is not known."""
+cdef void store_parts(
+    double* sums, const double* lows, double* low, Py_ssize_t n_parts, Py_ssize_t step,
+    Py_ssize_t n, cnp.ndarray target,
+) noexcept:
+    """The sums of n values over parts that lie `step` apart, with their low parts or NULL, in
+    target (or None); `low` is zeros, for the errors."""
+    cdef Py_ssize_t part, k
+    if target is None:
+        return
+    for part in range(n_parts):
+        if part:
+            add_compensated(sums, low, sums + part * step, n)
+        if lows != NULL:
+            fold_halves(low, lows + part * step, n)
+    for k in range(n):
+        sums[k] = finish_sum(sums[k], low[k])
+    store_parameter(sums, target)
+
+
+cdef int differentiate_norm(
+    cache, cnp.ndarray dout, cnp.ndarray x, cnp.ndarray out, cnp.ndarray dgamma,
+    cnp.ndarray dbeta, int n_threads,
+) except -1:
+    """Fill out, dgamma and dbeta, where they are not None; dout, x and out as the norm's axes have
+    them."""
     cdef Job job
-    cdef unsigned long long axes = mask_of(over), parameters = mask_of(along)
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1], size, units = 0
-    cdef bint within = are_within(x, axes, parameters)
-    cdef cnp.ndarray scale, dgamma = None, dbeta = None, given = out
+    _, axes, parameters = cache.axes
+    cdef unsigned long long over = mask_of(axes), along = mask_of(parameters)
+    cdef bint has_mean = cache.norm != "rmsnorm", within = are_within(x, over, along)
+    cdef bint sums_needed = dgamma is not None or dbeta is not None
+    cdef Py_ssize_t n = n_along(x, ~over), size = n_along(x, along), units = 0
+    cdef cnp.ndarray gamma = in_line(cache.gamma), stats = cache.stats, scale
     cdef double* sums
-    # The order of sums must not depend on the strides of out.
-    if needs_dx and (out is None or (within and needs_sums and not is_in_order_of(out, x))):
-        out = new_result(x)
-    if has_mean and not exact_mean and cnp.PyArray_SIZE(x):
-        stats = with_mean_of(x, stats, axes, n_threads)
-    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, ~axes, n_threads)
-    size = place_parameters(&job, x, parameters)
-    if cnp.PyArray_SIZE(x) == 0:
-        if needs_sums:
-            dgamma = added_up(NULL, NULL, 0, 0, size, x)
-            dbeta = added_up(NULL, NULL, 0, 0, size, x)
-        return out, dgamma, dbeta
+    cdef double* low
+    cdef double* lows
+    if has_mean and not cache.exact_mean:
+        stats = with_mean_of(x, stats, over, n_threads)
+    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, ~over, n_threads)
     job.by_row = True
     bring(&job, G, dout)
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
     if within:
+        place_parameters(&job, x, along)
         scale = native_parameter(gamma, x, size, 1)
         job.varying.gamma = job.varying.beta = <char*> cnp.PyArray_DATA(scale)
         job.varying.size = size
-        if needs_sums:
+        if sums_needed:
             units = min(<Py_ssize_t> MAX_UNITS, (n + FOLD_ROWS - 1) // FOLD_ROWS)
             job.varying.unit = 1
     else:
         set_parameter(&job.gamma_given, gamma, &one)
     job.reduces = True  # the constants of x_hat come after the sums
-    job.applies = needs_dx
+    job.applies = out is not None
     job.exact_mean = has_mean
-    job.eps = eps
-    sums = <double*> calloc(2 * n + 4 * units * size + 1, sizeof(double))
+    job.eps = cache.eps
+    # dbeta and dgamma of the statistics, zeros, and the units' sums with their low parts
+    sums = <double*> malloc((2 * n + 2 * size + 4 * units * size) * sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
+    low = sums + 2 * n
+    memset(low, 0, 2 * size * sizeof(double))
     job.value[DBETA] = sums
     job.value[DGAMMA] = sums + n
-    job.varying.totals = sums + 2 * n
+    job.varying.totals = low + 2 * size
+    job.varying.lows = job.varying.totals + 2 * units * size
     try:
-        if needs_dx or needs_sums:
-            execute(&job)
-        if needs_sums and within:
-            sums += 2 * n
+        execute(&job)
+        if within and sums_needed:
             units = (n + job.varying.unit - 1) // job.varying.unit
-            dbeta = added_up(sums, sums + size, units, 4 * size, size, x)
-            dgamma = added_up(sums + 2 * size, sums + 3 * size, units, 4 * size, size, x)
-            sums -= 2 * n
-        elif needs_sums:
-            dbeta = added_up(sums, NULL, n // size, size, size, x)
-            dgamma = added_up(sums + n, NULL, n // size, size, size, x)
+            lows = job.varying.lows if folds_again(&job) else NULL
+            store_parts(job.varying.totals, lows, low, units, 2 * size, size, dbeta)
+            lows = lows + size if lows != NULL else NULL
+            store_parts(job.varying.totals + size, lows, low + size, units, 2 * size, size, dgamma)
+        elif sums_needed:
+            store_parts(sums, NULL, low, n // size, size, size, dbeta)
+            store_parts(sums + n, NULL, low + size, n // size, size, size, dgamma)
     finally:
         free(sums)
-    if given is not None and out is not given:
-        cnp.PyArray_CopyInto(given, out)
+    return 0
+
+
+cdef cnp.ndarray new_gradient(cnp.ndarray x, tuple shape):
+    """Zeros in the shape of a parameter beside x."""
+    cdef cnp.npy_intp[MAX_DIMS] length
+    cdef int d, n = len(shape)
+    for d in range(n):
+        length[d] = shape[d]
+    return cnp.PyArray_ZEROS(n, length, parameter_type(x), 0)
+
+
+cdef bint is_norm_parameter(object values, Py_ssize_t n) noexcept:
+    """None, or n numbers that can be read as one line."""
+    return values is None or (
+        is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
+        and cnp.PyArray_SIZE(values) == n
+        and (cnp.PyArray_NDIM(values) == 1 or cnp.PyArray_ISCARRAY_RO(values))
+    )
+
+
+cdef bint is_shape_of(object shape, Py_ssize_t n) except -1:
+    """Whether it is a shape of n values."""
+    cdef Py_ssize_t product = 1
+    if type(shape) is not tuple:
+        return False
+    for length in <tuple> shape:
+        if type(length) is not int or not 0 <= length <= n or product > n:
+            return False
+        product *= <Py_ssize_t> length
+    return product == n
+
+
+cdef bint is_plain_norm_cache(cache, object x, object gamma) except -1:
+    """What `is_plain_cache` asks, of a norm's; that its axes fit x is known."""
+    cdef Py_ssize_t n_parameters
+    cdef double number
+    cdef cnp.ndarray seen
+    if not is_plain_array(x) or not is_plain_number(cache.eps, -INFINITY, &number):
+        return False
+    beta_shape, stats = cache.beta_shape, cache.stats
+    _, over, along = cache.axes
+    seen = seen_in(x, cache.axes)
+    n_parameters = n_along(seen, mask_of(along))
+    if not (
+        is_norm_parameter(gamma, n_parameters) and cnp.PyArray_CheckExact(stats)
+        and are_statistics(stats, n_along(seen, ~mask_of(over)))
+    ):
+        return False
+    return beta_shape is None or is_shape_of(beta_shape, n_parameters)
+
+
+def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
+    """Gradients dx (in out, new if None), dgamma and dbeta in the shapes of gamma and beta: those
+    that were given and that `needs` names (None: all), and None for the others.
+
+    cache: a NormCache (_cache.py), whose axes fit its x; told if that is overwritten.  small: as
+    for `backward`.
+    """
+    cdef cnp.ndarray dgamma = None, dbeta = None, target = None
+    cdef bint in_order
+    x, gamma, beta_shape = cache.x, cache.gamma, cache.beta_shape
+    if small >= 0 and not (
+        is_plain_norm_cache(cache, x, gamma) and cnp.PyArray_SIZE(x) < small
+        and is_plain_gradient(dout, x, gamma, out)
+    ):
+        return None
+    if gamma is not None and (needs is None or "dgamma" in needs):
+        dgamma = new_gradient(x, (<object> gamma).shape)
+    if beta_shape is not None and (needs is None or "dbeta" in needs):
+        dbeta = new_gradient(x, beta_shape)
+    target = out
+    if needs is None or "dx" in needs:
+        out = new_result(x) if out is None else out
+        # The order of sums must not depend on the strides of out.
+        in_order = dgamma is None and dbeta is None or cache.norm == "instancenorm"
+        target = out if in_order or is_in_order_of(out, x) else new_result(x)
+    if cnp.PyArray_SIZE(x) and not (target is None and dgamma is None and dbeta is None):
+        axes = cache.axes
+        differentiate_norm(
+            cache, seen_in(dout, axes), seen_in(x, axes), seen_in(target, axes), dgamma, dbeta,
+            n_threads,
+        )
+        if target is not None and target is not out:
+            cnp.PyArray_CopyInto(out, target)
+        if out is not None and is_same_buffer(out, x):
+            cache.overwritten = cache.norm + "_backward"
     return out, dgamma, dbeta

@@ -31,7 +31,8 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     Py_ssize_t n_ones         # native factors of 1 that are set
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
-    double* varying           # sums for gamma and beta since the last fold
+    double* varying           # sums for gamma and beta since the last fold,
+    double* fold              # and where they are but for a unit's first
     bint adds                 # to these as it applies
 
 cdef struct Visit:            # to one chunk of a tile
@@ -84,7 +85,7 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
         (n_own_values(job) + job.op.n_results + 4 * job.reduce.n_chunks)
         * job.own_features * sizeof(double)
     )
-    s.varying = <double*> memory
+    s.fold = <double*> memory
     if job.varying.unit:
         memory += 2 * job.varying.size * sizeof(double)
     return (memory - start + 63) // 64 * 64

@@ -218,6 +218,10 @@ cdef void choose_norm_tile(
     cdef Py_ssize_t tile = 4 if plan.layout == ROWS else TREE_COLUMNS
     cdef Py_ssize_t largest = FOLD_ROWS if plan.layout == ROWS else FOLD_COLUMNS
     cdef Py_ssize_t near = rows_bytes() if plan.layout == ROWS else sweep_bytes()
+    if plan.layout != ROWS and plan.access[X] == GATHERED:
+        # All values of a feature in one group, which are taken apart and joined as one: (65536, 8)
+        # forward, one thread, 945 to 706 us.
+        largest = min(largest, GATHER_ELEMENTS // plan.segment[0].n_rows)
     while 2 * tile <= largest and 2 * tile * bytes <= near:
         tile *= 2
     schedule.tile = min(min(tile, limit), plan.n_features)
@@ -375,4 +379,5 @@ boundaries = {
     "FOLD_ROWS": FOLD_ROWS,
     "FOLD_COLUMNS": FOLD_COLUMNS,
     "TREE_COLUMNS": TREE_COLUMNS,
+    "MAX_UNITS": MAX_UNITS,
 }

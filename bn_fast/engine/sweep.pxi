@@ -129,6 +129,19 @@ cdef void finish_tile(
 # by halves, blocks added to their chunk and chunks to the total with the rounding errors kept.  All
 # chunks share one shift, so partial sums simply add.
 
+cdef void prefetch_sample(const Job* job, Py_ssize_t tile) noexcept nogil:
+    """What the shifts of a tile of rows will come from: three lines of each, out of order."""
+    cdef const Plan* plan = job.reduce
+    cdef Py_ssize_t first, n, f
+    cdef int k, role = G if plan.used[G] else X
+    cdef char* start
+    tile_range(&job.schedule, job.apply, tile, &first, &n)
+    for k in range(3):
+        start = value_at(plan, role, first, &plan.sample[k])
+        for f in range(n):
+            bn_prefetch(start + f * plan.feature_stride[role], 1)
+
+
 cdef void sweep_tiles(
     Job* job, Py_ssize_t tile, Py_ssize_t end, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
@@ -138,12 +151,12 @@ cdef void sweep_tiles(
     if job.own_features:
         own = job[0]
         job = &own
-    if job.varying.unit:
-        memset(s.varying, 0, 2 * job.varying.size * sizeof(double))
     for tile in range(tile, end):
         tile_range(&job.schedule, job.apply, tile, &first, &n)
         if job.own_features:
             lay_out(job, s.values, job.own_features, first)
+        if job.varying.unit:
+            enter_fold(job, first, s)
         if job.reduces or job.reduce.gate != NONE:
             start_tile[lane](job, first, n, lane_tag)
         if job.reduces:
@@ -152,11 +165,14 @@ cdef void sweep_tiles(
         finish_tile[lane](job, first, n, s, lane_tag)
         if job.varying.unit:
             sum_parameters[lane](job, first, n, s, lane_tag)
+        # (65536, 128), one thread: forward 6.4 to 5.8 ms, backward 8.9 to 8.2.
+        if job.schedule.prefetch and job.reduce.layout == ROWS and tile + 1 < end:
+            prefetch_sample(job, tile + 1)
         if job.applies:
             for chunk in range(job.apply.n_chunks - 1, -1, -1):
                 apply_tile[lane](job, chunk, first, n, s, lane_tag)
         if job.varying.unit:
-            fold_parameters(job, first, n, s)
+            leave_fold(job, first, n, s)
 
 
 cdef void visit_chunks(
