@@ -232,6 +232,7 @@ def batchnorm_forward(
     x_hat = centered * inv_std
     if train:
         unbiased = 1 + ddof / np.where(np.asarray(count) > ddof, count - ddof, np.inf)
+        unbiased = unbiased.astype(x.dtype)
         batch = mean.reshape(own), var.reshape(own) * unbiased
         running_mean, running_var = (
             np.where(
