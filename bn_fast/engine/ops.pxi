@@ -70,7 +70,7 @@ cdef void start_at_zero(
 cdef void start_product(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
-    sample_shift[lane](job, X, first, n, lane_tag)
+    round_near[lane](job, first, n, lane_tag)
     sample_shift[lane](job, G, first, n, lane_tag)
 
 
@@ -256,6 +256,7 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
     row[RMS_BACKWARD].settle = settle_product_alone
     row[RMS_FORWARD].centers = row[RMS_BACKWARD].centers = False
     row[PRODUCT].start = <Start> start_product[lane]
+    row[PRODUCT].settle = settle_backward
     row[SECOND].set_constants = <SetConstants> set_second_constants[lane]
     row[SECOND].formula = MIXED
     row[SECOND].n_apply = list_columns(row[SECOND].apply_columns, mixed)
