@@ -60,7 +60,7 @@ def moments(
     axis: int | tuple[int, ...],
     n_threads: int,
     weights: Array | None = None,
-    total: Count = 0.0,
+    total: Count = 0,
 ) -> Array: ...
 def norm_backward(
     dout: object,
