@@ -918,6 +918,7 @@ cdef void apply_singly(
         step = STRIP
     memset(&stream, 0, sizeof(stream))
     stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
+    stream.start = stream.buffer
     for i in range(block.n_rows):
         x = <const lane*> block.row[X][i]
         g = <const lane*> block.row[G][i] if second else x
