@@ -337,7 +337,7 @@ cdef inline void sum_squares_trees(
     """Sixteen rows, two such trees as one: half as many sums in double, which cost as much as the
     rest ((256, 512) on one thread 8.9 to 7.9 us; of 32 rows no less)."""
     cdef Py_ssize_t j
-    cdef lane k, sum_a, sum_b, square_a, d0, d1, d2, d3, d4, d5, d6, d7
+    cdef lane k, sum_a, square_a, d0, d1, d2, d3, d4, d5, d6, d7
     cdef const lane* x0 = <const lane*> rows[0]
     cdef const lane* x1 = <const lane*> rows[1]
     cdef const lane* x2 = <const lane*> rows[2]
@@ -950,7 +950,8 @@ cdef void apply_singly(
             if block.stream:
                 go_on(&stream, n * sizeof(lane))
             strip += n
-    flush(&stream)
+    if block.stream:
+        flush(&stream)
 
 
 cdef inline void apply_own_four(

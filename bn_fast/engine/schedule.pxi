@@ -107,7 +107,7 @@ cdef struct Schedule:
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
     bint singly               # the output is written row by row
-    bint apart                # threads settle all features for themselves, see run_rows
+    bint apart                # threads settle all features for themselves, see run_rows_apart
     bint prefetch_output      # on the second, of runs and where rows come through the buffer
 
 cdef struct Work:             # what a schedule is made for
@@ -265,7 +265,8 @@ cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
 
 
 cdef inline bint settles_apart(const Schedule* schedule, const Work* work) noexcept:
-    """(256, 512) on two threads 55 and 84 us with three barriers, 45 and 66 with one, where they
+    """Whether every thread does what is done once a feature, of all features, with one barrier:
+    (256, 512) on two threads 55 and 84 us with three barriers, 45 and 66 with one, where they
     were slow (AMD EPYC, 2026-11-26); (4096, 33) 23.4 and 35.3, 22.2 and 32.7."""
     cdef Py_ssize_t chunks = work.reduce.n_chunks
     return (
