@@ -6,68 +6,46 @@ while what came last is still in a cache, and the output is written. Where a fea
 fit the caches, no batch norm that is exact for any data goes below it. The floor of the other norms
 reads twice as well, but chunk by chunk: a row is still in a cache when it is read again.
 
-Python threads suffice, because NumPy releases the GIL. Arrays are there before, so that no page
-has to be mapped.
+It is C, built when it is first needed: NumPy has no way to write past the caches. The arrays are
+there before, so that no page has to be mapped.
 """
 
+import ctypes
+import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from timeit import repeat
 
 import numpy as np
 
 Call = Callable[[], object]
-Work = Callable[..., Call]  # of the inputs, then the output; what it returns does it
 
-CHUNK_BYTES = 1 << 19  # fits L2; larger ones cost less to start
-
-
-def one_pass(*arrays: np.ndarray) -> Call:
-    """A copy of one input, a sum of two."""
-    *inputs, out = arrays
-    return partial(np.copyto, out, *inputs) if len(inputs) == 1 else partial(np.add, *inputs, out)
+LINE = 64
+WHOLE = 1 << 60  # all of an array as one chunk
+CHUNK = (1 << 19) // LINE  # fits L2
 
 
-def two_passes(*arrays: np.ndarray) -> Call:
-    chunks = _chunks(arrays)
-    reads = [read for chunk in chunks for read in _reads(chunk)]
-    return partial(_all, [*reads, *(one_pass(*chunk) for chunk in reversed(chunks))])
+@cache
+def library() -> ctypes.CDLL:
+    source = Path(__file__).with_suffix(".c")
+    with TemporaryDirectory() as folder:
+        built = f"{folder}/floor.so"
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, source, "-o", built], check=True)
+        return ctypes.CDLL(built)
 
 
-def two_passes_in_cache(*arrays: np.ndarray) -> Call:
-    calls = ([*_reads(chunk), one_pass(*chunk)] for chunk in _chunks(arrays))
-    return partial(_all, [one for chunk in calls for one in chunk])
-
-
-def _chunks(arrays: tuple[np.ndarray, ...]) -> list[list[np.ndarray]]:
-    step = CHUNK_BYTES // arrays[0].itemsize
-    return [[a[i : i + step] for a in arrays] for i in range(0, arrays[0].size, step)]
-
-
-def _reads(chunk: list[np.ndarray]) -> list[Call]:
-    """NumPy's fastest way to read; of small arrays, though, the call takes longer than that."""
-    return [partial(np.maximum.reduce, a) for a in chunk[:-1]]
-
-
-def _all(calls: list[Call]) -> None:
-    for call in calls:
-        call()
-
-
-def fastest(work: Work, arrays: tuple[np.ndarray, ...], n_threads: int) -> Call:
-    """The work on one thread or on all, what is faster: waking threads takes some 20 us."""
-    flat = [a.reshape(-1) for a in arrays]
-    alone = work(*flat)
-    if n_threads == 1:
-        return alone
-    # The pool's threads end when the function that holds it is gone.
-    pool = ThreadPoolExecutor(n_threads - 1)
-    mine, *theirs = (work(*part) for part in zip(*(np.array_split(a, n_threads) for a in flat)))
-
-    def together() -> None:
-        jobs = [pool.submit(one) for one in theirs]
-        mine()
-        wait(jobs)
-
-    return min(alone, together, key=lambda call: min(repeat(call, number=1, repeat=10)))
+def traffic(arrays: tuple[np.ndarray, ...], passes: int, chunk: int, n_threads: int) -> Call:
+    """A call that reads all arrays but the last, so often, and writes that: of such calls, on one
+    thread or all, past the caches or not, the fastest."""
+    *inputs, out = (a.ctypes.data_as(ctypes.c_void_p) for a in arrays)  # which keep the arrays
+    x, z = (*inputs, None)[:2]
+    n_lines, chunk = (ctypes.c_long(n) for n in (arrays[0].nbytes // LINE, chunk))
+    calls = [
+        partial(library().traffic, x, z, out, n_lines, chunk, passes, n, past_caches)
+        for n, past_caches in product({1, n_threads}, (0, 1))
+    ]
+    return min(calls, key=lambda call: min(repeat(call, number=1, repeat=10)))

@@ -28,11 +28,11 @@ def n_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def through_memory(work: floor.Work) -> Callable[[Problem], Calls]:
+def through_memory(passes: int, chunk: int = floor.WHOLE) -> Callable[[Problem], Calls]:
     def prepare(p: Problem) -> Calls:
         out = np.zeros_like(p.x)
-        calls = (floor.fastest(work, a, n_cpus()) for a in ((p.x, out), (p.x, p.dout, out)))
-        return Calls(*calls, results=dict)
+        given = (p.x, out), (p.x, p.dout, out)
+        return Calls(*(floor.traffic(a, passes, chunk, n_cpus()) for a in given), results=dict)
 
     return prepare
 
