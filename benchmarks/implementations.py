@@ -134,23 +134,26 @@ def prepare_jax(p: Problem) -> Calls:
 
 def prepare_numba(p: Problem) -> Calls:
     import numba_kernels as kernels
+    from numba import get_num_threads
 
     if p.axis == p.x.ndim - 1:
         shape = (-1, len(p.gamma))
         forward_op, backward_op = kernels.forward_across, kernels.backward_across
+        more = (get_num_threads(),)
     else:
         shape = (len(p.x), len(p.gamma), -1)
         forward_op, backward_op = kernels.forward_along, kernels.backward_along
+        more = ()
     x, dout = p.x.reshape(shape), p.dout.reshape(shape)
     eps = p.x.dtype.type(EPS)  # a float64 would make all the arithmetic float64
 
     def forward():
-        return forward_op(x, p.gamma, p.beta, eps)
+        return forward_op(x, p.gamma, p.beta, eps, *more)
 
     _, mean, inv_std = forward()
 
     def backward():
-        return backward_op(dout, x, p.gamma, mean, inv_std)
+        return backward_op(dout, x, p.gamma, mean, inv_std, *more)
 
     def results():
         (out, *_), (dx, *sums) = forward(), backward()
@@ -160,10 +163,10 @@ def prepare_numba(p: Problem) -> Calls:
 
 
 IMPLEMENTATIONS = [
-    Implementation("copy", through_memory(floor.one_pass), "numpy", is_peer=False),
+    Implementation("copy", through_memory(passes=1), "numpy", is_peer=False),
     Implementation(
         "floor",
-        either(through_memory(floor.two_passes), through_memory(floor.two_passes_in_cache)),
+        either(through_memory(passes=2), through_memory(2, floor.CHUNK)),
         "numpy",
         is_peer=False,
     ),

@@ -180,6 +180,9 @@ def prepare_jax(p: NormProblem) -> Calls:
 
 def prepare_numba(p: NormProblem) -> Calls:
     import numba_kernels as kernels
+    from numba import get_num_threads
+
+    n_threads = get_num_threads()
 
     eps, has_mean = p.x.dtype.type(EPS), p.norm != "rms"
     given = (*p.parameters, np.zeros_like(p.parameters[0]))[:2]
@@ -198,7 +201,7 @@ def prepare_numba(p: NormProblem) -> Calls:
     _, mean, inv_std = forward()
 
     def backward():
-        return kernels.backward_rows(dout, x, gamma, mean, inv_std, has_mean)
+        return kernels.backward_rows(dout, x, gamma, mean, inv_std, has_mean, n_threads)
 
     def results():
         (out, *_), (dx, *sums) = forward(), backward()

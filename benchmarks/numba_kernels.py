@@ -7,24 +7,24 @@ shape (n, c, l), a feature's values in runs.
 """
 
 import numpy as np
-from numba import get_num_threads, njit, prange
+from numba import njit, prange
 
 ROWS = 128  # of a block at most: its sums in the dtype of x keep their digits
 COLUMNS = 1024  # of a block at most: its sums stay in the first-level cache
 
 
-@njit(inline="always")
-def n_blocks_across(n, c):
+@njit(inline="always", cache=True)
+def n_blocks_across(n, c, n_threads):
     """How many blocks of rows, and of columns: some for each thread."""
     n_right = (c + COLUMNS - 1) // COLUMNS
-    wanted = (4 * get_num_threads() + n_right - 1) // n_right
+    wanted = (4 * n_threads + n_right - 1) // n_right
     return max((n + ROWS - 1) // ROWS, min(n, wanted)), n_right
 
 
-@njit(parallel=True, fastmath=True)
-def forward_across(x, gamma, beta, eps):
+@njit(parallel=True, fastmath=True, cache=True)
+def forward_across(x, gamma, beta, eps, n_threads):
     n, c = x.shape
-    n_down, n_right = n_blocks_across(n, c)
+    n_down, n_right = n_blocks_across(n, c, n_threads)
     sums = np.zeros((n_down, c))
     squares = np.zeros((n_down, c))
     for block in prange(n_down * n_right):
@@ -58,10 +58,10 @@ def forward_across(x, gamma, beta, eps):
     return out, mean, inv_std
 
 
-@njit(parallel=True, fastmath=True)
-def backward_across(dout, x, gamma, mean, inv_std):
+@njit(parallel=True, fastmath=True, cache=True)
+def backward_across(dout, x, gamma, mean, inv_std, n_threads):
     n, c = x.shape
-    n_down, n_right = n_blocks_across(n, c)
+    n_down, n_right = n_blocks_across(n, c, n_threads)
     sums = np.zeros((n_down, c))
     products = np.zeros((n_down, c))
     for block in prange(n_down * n_right):
@@ -94,7 +94,7 @@ def backward_across(dout, x, gamma, mean, inv_std):
     return dx, dgamma, dbeta
 
 
-@njit(parallel=True, fastmath=True)
+@njit(parallel=True, fastmath=True, cache=True)
 def forward_along(x, gamma, beta, eps):
     n, c, length = x.shape
     out = np.empty_like(x)
@@ -126,7 +126,7 @@ def forward_along(x, gamma, beta, eps):
     return out, mean, inv_std
 
 
-@njit(parallel=True, fastmath=True)
+@njit(parallel=True, fastmath=True, cache=True)
 def backward_along(dout, x, gamma, mean, inv_std):
     n, c, length = x.shape
     dx = np.empty_like(x)
@@ -155,7 +155,7 @@ def backward_along(dout, x, gamma, mean, inv_std):
     return dx, dgamma, dbeta
 
 
-@njit(parallel=True, fastmath=True)
+@njit(parallel=True, fastmath=True, cache=True)
 def forward_rows(x, gamma, beta, eps, has_mean):
     """Statistics of rows: x (rows, k, l); gamma and beta (s, k), of which row i has i % s."""
     n, c, length = x.shape
@@ -186,11 +186,11 @@ def forward_rows(x, gamma, beta, eps, has_mean):
     return out, mean, inv_std
 
 
-@njit(parallel=True, fastmath=True)
-def backward_rows(dout, x, gamma, mean, inv_std, has_mean):
+@njit(parallel=True, fastmath=True, cache=True)
+def backward_rows(dout, x, gamma, mean, inv_std, has_mean, n_threads):
     n, c, length = x.shape
     n_sets = len(gamma)
-    n_parts = min(n, 4 * get_num_threads())
+    n_parts = min(n, 4 * n_threads)
     dx = np.empty_like(x)
     dgammas = np.zeros((n_parts, n_sets, c))
     dbetas = np.zeros((n_parts, n_sets, c))
