@@ -1,6 +1,8 @@
 """pytest's options and fixtures for the benchmarks, and their table."""
 
+import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from variants import VARIANTS
 
 import bn_fast
 
+begun: list[float] = []  # when each case was
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -25,6 +29,7 @@ def pytest_addoption(parser):
         help="which cases: all, smoke (the default), a kind, or a name with wildcards; repeatable",
     )
     parser.addoption("--rounds", type=int, default=9, help="blocks of each call (default: 9)")
+    parser.addoption("--seconds", type=float, default=math.inf, help="no case is begun later")
     parser.addoption(
         "--baseline",
         action="append",
@@ -62,6 +67,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def problem(request):
+    begun.append(time.monotonic())
+    if begun[-1] - begun[0] > request.config.getoption("seconds"):
+        pytest.skip("the seconds are over")
+    bn_fast.set_result_cache(None)  # nothing is kept of results as large as the last case's
     return make_problem(request.param)
 
 
