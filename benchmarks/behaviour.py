@@ -1,4 +1,4 @@
-"""What the table of shapes does not show: threads, latency, memory, strides, instruction sets.
+"""What the table of shapes does not show: threads, latency, memory, strides, digits, ISAs.
 
 Each measurement prints one table. Blocks of calls take turns, and medians are compared;
 nothing else should run meanwhile.
@@ -17,6 +17,9 @@ from functools import partial
 from importlib import import_module
 
 import numpy as np
+from cases import Case
+from implementations import IMPLEMENTATIONS
+from problem import Problem
 from timing import medians
 
 import bn_fast
@@ -346,6 +349,25 @@ def strides(rounds: int) -> None:
     )
 
 
+def digits(rounds: int) -> None:
+    """How far everyone's results lie from the long double oracle's, by the offset of the data."""
+    offsets = (0, 1000, 30_000)  # deviations of x between 0 and its mean
+    for shape in ((16, 512, 7, 7), (65536, 128)):
+        problems = [Problem(Case("", shape, 1, np.dtype(np.float32)), offset) for offset in offsets]
+        rows = []
+        for one in IMPLEMENTATIONS:
+            if not one.is_importable or not (first := one.prepare(problems[0]).results()):
+                continue
+            each = [first, *(one.prepare(p).results() for p in problems[1:])]
+            errors = [p.errors(results, p.right) for p, results in zip(problems, each)]
+            rows.append([one.name, *(f"{e['out']:.0e} / {e['dx']:.0e}" for e in errors)])
+        show(
+            f"{shape} float32: largest errors of out / dx ÷ their largest value, where x lies",
+            ["", *(f"{offset} deviations from 0" for offset in offsets)],
+            rows,
+        )
+
+
 def isa(rounds: int) -> None:
     """Every instruction set of this CPU, in one process: pages lie otherwise in another one."""
     modules = {
@@ -373,7 +395,8 @@ def isa(rounds: int) -> None:
 
 
 MEASUREMENTS = {
-    one.__name__: one for one in (threads, small, latency, company, memory, fresh, strides, isa)
+    one.__name__: one
+    for one in (threads, small, latency, company, memory, fresh, strides, digits, isa)
 }
 
 

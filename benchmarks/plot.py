@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from results import load, over
+from results import load, over, shown
 
 try:
     import matplotlib
@@ -28,7 +28,7 @@ STYLES = {
     "reference": {"marker": "x", "color": "#555555", "s": 26},
     "copy": {"marker": "|", "color": "#000000", "s": 40},
 }
-LABELS = {"reference": "NumPy (reference)", "copy": "copy (one pass)"}
+LINES = {"reference", "copy"}  # markers without an area
 TICKS = [0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500]
 
 
@@ -69,9 +69,9 @@ def draw(cases, machine, dtype, norms):
             ax.scatter(
                 [ratio or float("nan") for ratio in ratios],
                 rows,
-                label=LABELS.get(name, name),
+                label=shown(name),
                 **STYLES.get(name, {"marker": ".", "color": "#999999"}),
-                linewidths=1.5 if name in LABELS else 0,
+                linewidths=1.5 if name in LINES else 0,
                 zorder=3 + (name.startswith("bn_fast")),
             )
         ax.axvline(1, color="black", linewidth=1)
@@ -97,7 +97,7 @@ def draw(cases, machine, dtype, norms):
     title = f"Batch norm, {dtype}, training mode: time ÷ floor (1 = two passes over memory)"
     if norms:
         title = f"Layer, RMS, group and instance norm, {dtype}: time ÷ copy"
-    figure.suptitle(f"{title}\n{machine}", fontsize=11)
+    figure.suptitle(f"{title}; ~ is not exact\n{machine}", fontsize=11)
     return figure
 
 

@@ -41,16 +41,16 @@ class Calls(NamedTuple):
 
 
 class Problem:
-    """The arguments of one case, the same at every run."""
+    """The arguments of one case, the same at every run; x lies `offset` deviations from 0."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, offset: float = 1.5):
         rng = np.random.default_rng(0)
         n_features = case.shape[case.axis]  # or those that gamma and beta run along
         self.case = case
         self.axis = case.axis
         self.x = rng.standard_normal(case.shape, case.dtype)
         self.x *= 2
-        self.x += 3
+        self.x += 2 * offset
         self.dout = rng.standard_normal(case.shape, case.dtype)
         self.gamma = rng.uniform(0.5, 2, n_features).astype(case.dtype)
         self.beta = rng.standard_normal(n_features).astype(case.dtype)
@@ -72,31 +72,35 @@ class Problem:
         out, _, _ = oracle_forward(x, gamma, beta, eps=EPS, axis=self.axis)
         return named(out, *oracle_backward(dout, x, gamma, eps=EPS, axis=self.axis))
 
-    def judge(
-        self, who: str, results: Results, right: Results, rounding: float = 0.0
-    ) -> dict[str, float]:
-        """Largest errors, as fractions of the largest right value; an AssertionError if one is too
-        large, or NaN. `rounding` is what a storage of fewer digits may add.
+    def errors(self, results: Results, right: Results) -> dict[str, float]:
+        """The largest errors, as fractions of the largest right value.
 
         dgamma and dbeta are sums of M terms of unit deviation, about sqrt(M) in size: that is the
         measure where few features have all come out near 0.
         """
         usual = np.sqrt(self.x.size / len(self.gamma))
-        exact = EXACT if who.startswith("bn_fast") else ROUGH
-        limit, limit_of_sums = exact[str(self.case.dtype)]
         errors = {}
         for name in results.keys() & right.keys():
             got, expected = self.choose(results[name]), right[name]
-            assert got.shape == expected.shape, f"{who}: {name} has the shape {got.shape}"
-            is_sum = got.ndim == 1
-            largest = max(np.abs(expected).max(), usual if is_sum else 0)
-            error = float(np.abs(got.astype(np.longdouble) - expected).max() / largest)
-            allowed = limit_of_sums if is_sum else limit + rounding
+            assert got.shape == expected.shape, f"{name} has the shape {got.shape}"
+            largest = max(np.abs(expected).max(), usual if got.ndim == 1 else 0)
+            errors[name] = float(np.abs(got.astype(np.longdouble) - expected).max() / largest)
+        return errors
+
+    def judge(
+        self, who: str, results: Results, right: Results, rounding: float = 0.0
+    ) -> dict[str, float]:
+        """The errors; an AssertionError if one is too large, or NaN. `rounding` is what a storage
+        of fewer digits may add."""
+        exact = EXACT if who.startswith("bn_fast") else ROUGH
+        limit, limit_of_sums = exact[str(self.case.dtype)]
+        errors = self.errors(results, right)
+        for name, error in errors.items():
+            allowed = limit_of_sums if results[name].ndim == 1 else limit + rounding
             assert error <= allowed, (
                 f"{who} is wrong on {self.case.name}: the error of {name} is {error:.1e},"
                 f" {allowed:.1e} is allowed"
             )
-            errors[name] = error
         return errors
 
 

@@ -1,10 +1,12 @@
 """What the figures say that `python -m pytest benchmarks --benchmark-json FILE` keeps.
 
 A case is a dict: what describes it ("case", its name, kind, shape, axis, dtype, bytes of x, and the
-"option" that was timed, or "") and "seconds", the median of each implementation and direction.
+"option" that was timed, or "") and "seconds" of each implementation and direction: of its fastest
+block, as what else a machine does never makes it faster.
 """
 
 import json
+import math
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ class Record(NamedTuple):
 
 
 def load(*paths: Path) -> Record:
-    """Of one run, or of several of one machine and day that timed some cases each."""
+    """Of one run, or of several of one machine and day."""
     runs = [json.loads(path.read_text()) for path in paths]
     given = runs[0]
     cases: dict[tuple[str, str], Case] = {}
@@ -34,7 +36,9 @@ def load(*paths: Path) -> Record:
     for one in (one for run in runs for one in run["benchmarks"]):
         info = one["extra_info"]
         case = cases.setdefault((info["case"], info["option"]), {**info, "seconds": {}})
-        case["seconds"].setdefault(info["who"], {})[info["direction"]] = one["stats"]["median"]
+        times = case["seconds"].setdefault(info["who"], {})
+        known = times.get(info["direction"], math.inf)
+        times[info["direction"]] = min(known, one["stats"]["min"])
         if info.get("is_peer"):
             peers[info["who"]] = True
     machine = given["machine_info"]
@@ -51,7 +55,7 @@ def load(*paths: Path) -> Record:
 
 
 def seconds(case: Case, name: str, direction: str) -> float | None:
-    """Median time of forward, backward or "both"; None: not measured."""
+    """Time of forward, backward or "both"; None: not measured."""
     times = case["seconds"].get(name, {})
     if direction != "both":
         return times.get(direction)
@@ -63,35 +67,45 @@ def over(case: Case, name: str, other: str, direction: str) -> float | None:
     return time / others if time and others else None
 
 
-def best_peer(case: Case, peers: list[str]) -> tuple[str, float] | None:
-    """Who of them is fastest in forward + backward, and the seconds."""
-    times = {name: seconds(case, name, "both") for name in peers}
+def best_peer(case: Case, peers: list[str], direction: str = "both") -> tuple[str, float] | None:
+    """Who of them is fastest, and the seconds."""
+    times = {name: seconds(case, name, direction) for name in peers}
     measured = {name: time for name, time in times.items() if time}
     return min(measured.items(), key=lambda item: item[1]) if measured else None
 
 
-def gain(case: Case, name: str, peers: list[str]) -> float | None:
-    """How many times the best peer's time that of `name` goes into, forward + backward."""
-    best, time = best_peer(case, peers), seconds(case, name, "both")
+def gain(case: Case, name: str, peers: list[str], direction: str = "both") -> float | None:
+    """How many times the time of `name` goes into the best peer's."""
+    best, time = best_peer(case, peers, direction), seconds(case, name, direction)
     return best[1] / time if best and time else None
 
 
-def summary(cases: list[Case], peers: list[str], measure: str = "floor") -> list[str]:
+def summary(
+    cases: list[Case], peers: list[str], measure: str = "floor", direction: str = "both"
+) -> list[str]:
     """Geometric means and worst cases, a line each."""
     lines = []
     for name in OURS:
-        gains = {case["case"]: gain(case, name, peers) for case in cases}
-        lines += _line(f"best peer / {name}, forward + backward", gains, min)
+        gains = {case["case"]: gain(case, name, peers, direction) for case in cases}
+        n_won = sum(1 for one in gains.values() if one and one > 1)
+        lines += _line(f"best ~ ÷ {shown(name)} (faster on {n_won})", gains, min)
     sizes = {
-        f"arrays of {LARGE_BYTES // 10**6} MB and more": lambda size: size >= LARGE_BYTES,
-        "smaller arrays": lambda size: size < LARGE_BYTES,
+        f"{LARGE_BYTES // 10**6} MB and more": lambda size: size >= LARGE_BYTES,
+        "smaller": lambda size: size < LARGE_BYTES,
     }
-    for what, fits in sizes.items():
-        chosen = [case for case in cases if fits(case["bytes"])]
-        for direction in DIRECTIONS:
-            ratios = {case["case"]: over(case, OURS[1], measure, direction) for case in chosen}
-            lines += _line(f"{OURS[1]} / {measure}, {direction}, {what}", ratios, max)
+    for name, other in ((OURS[1], measure), (OURS[0], OURS[1])):
+        for what, fits in sizes.items():
+            chosen = [case for case in cases if fits(case["bytes"])]
+            ratios = {case["case"]: over(case, name, other, direction) for case in chosen}
+            lines += _line(f"{shown(name)} ÷ {shown(other)}, {what}", ratios, max)
     return lines
+
+
+def shown(name: str) -> str:
+    """The name in a table; ~ where digits are lost, see `behaviour.py digits`."""
+    if name in ("copy", "floor"):
+        return name
+    return {"bn_fast": "fresh", "bn_fast out=": "out=", "reference": "~NumPy"}.get(name, f"~{name}")
 
 
 def _line(what: str, ratios: dict[str, float | None], worst: Any) -> list[str]:

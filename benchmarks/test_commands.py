@@ -49,9 +49,25 @@ def test_benchmarks(timed):
 
 def test_table(timed, tmp_path):
     shown = run(HERE / "table.py", timed[1], cwd=tmp_path)
-    assert "| 32x64-float32 |" in shown
-    assert "bn_fast out= / floor, backward, smaller arrays" in shown
+    assert "|  | floor | ~NumPy | fresh | out= | out= ÷ floor | best ~ ÷ out= |" in shown
+    assert "| 128x33x7x7 |" in shown
+    assert "- out= ÷ floor, smaller: " in shown
     assert "| residual, relu |" in shown
+    brief = run(HERE / "table.py", timed[1], "--brief", cwd=tmp_path)
+    rows = [line for line in brief.splitlines() if line.startswith(("| 32x64 ", "| 128x33x7x7 "))]
+    assert [row.count("|") for row in rows] == [10, 10]
+    assert max(map(len, brief.splitlines())) <= 100
+
+
+def test_slices(tmp_path):
+    """One case a slice: the second run goes on, the third has nothing left to do."""
+    wanted = ["--cases", "32x64-float32", "--cases", "layer-1x288-float64", "--seconds", 0]
+    wanted += ["-k", "bn_fast and forward", "--rounds", 1, "-p", "no:cacheprovider"]
+    for n_done in (1, 2, 2):
+        shown = run(HERE / "slices.py", "speed", *wanted, cwd=tmp_path)
+        assert shown.splitlines()[-1].startswith(f"{n_done} of 2 cases: ")
+    assert shown.splitlines() == ["2 of 2 cases: done"]
+    assert len(list((tmp_path / "speed").iterdir())) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
