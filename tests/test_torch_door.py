@@ -179,7 +179,7 @@ def test_parameters_may_be_none(without, running):
 
 
 def test_the_tensors_are_read_in_place(monkeypatch):
-    import bn_fast.torch as door
+    import bn_fast._torch_batch as door
 
     seen = []
 
@@ -209,7 +209,7 @@ def test_the_tensors_are_read_in_place(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("needed", [(1, 1, 0), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
 def test_what_nobody_asked_for_is_not_computed(needed, training, monkeypatch):
-    import bn_fast.torch as door
+    import bn_fast._torch_batch as door
 
     asked = []
 
@@ -653,7 +653,7 @@ MIXED = {"features last, expanded": lambda x: FORMATS["features last"](x)[:1].ex
 @pytest.mark.parametrize("training", [True, False])
 def test_the_operators_are_what_they_say(layout, training):
     """In shapes, dtypes and strides, which a compiled graph counts on; they change nothing."""
-    import bn_fast.torch as door
+    import bn_fast._torch_batch as door
 
     x, mean, var, weight, bias, dout = tensors((4, 3, 5, 6), torch.float32)
     x, dout = ((FORMATS | MIXED)[layout](a) for a in (x, dout))
@@ -664,7 +664,7 @@ def test_the_operators_are_what_they_say(layout, training):
         (door._forward_op, (x, None, None, None, None, True, 0.1, 1e-5)),
         (door._backward_op, rest),
         (door._double_backward_op, (dout, weight, bias, *rest)),
-        (door._replace_op, (mean, var)),
+        (door.replace, (mean, var)),
     ]:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         with torch._subclasses.FakeTensorMode() as mode:

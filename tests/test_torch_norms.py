@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import bn_fast.torch as doors
-from bn_fast import set_num_threads
+from bn_fast import _torch_norms, norms, set_num_threads
 
 from . import oracle
 from .test_torch_door import FORMATS, saved
@@ -166,13 +166,13 @@ def test_only_what_needs_a_gradient_gets_one(name, monkeypatch):
     x, affine, dout = tensors(name)
     expected = run(name, doors, x, affine, dout)
     asked = []
-    backward = doors.norms._backward
+    backward = norms._backward
 
     def spy(norm, dout, cache, out, needs):
         asked.append(needs)
         return backward(norm, dout, cache, out, needs)
 
-    monkeypatch.setattr(doors.norms, "_backward", spy)
+    monkeypatch.setattr(norms, "_backward", spy)
     for needed in itertools.product([False, True], repeat=1 + len(affine)):
         leaves = [a.detach().requires_grad_(n) for a, n in zip((x, *affine), needed)]
         y = call(name, doors, *leaves)
@@ -191,13 +191,13 @@ NEEDS = "dx", "dgamma", "dbeta"
 @each
 def test_the_tensors_are_read_in_place(name, monkeypatch):
     seen = []
-    computed = doors.norms._computed
+    computed = norms._computed
 
     def spy(norm, given):
         seen.append((given, computed(norm, given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(doors.norms, "_computed", spy)
+    monkeypatch.setattr(norms, "_computed", spy)
     x, affine, _ = tensors(name, dtype=torch.float32)
     y = call(name, doors, x, *affine)
     ((given, (out, _)),) = seen
@@ -457,12 +457,12 @@ def test_the_operators_are_what_they_say(name, layout):
     number = {"group_norm": 3, "instance_norm": 0}.get(name, 2)
     rest = name.replace("_", ""), number, 1e-5
     weight, bias = (*affine, None)[:2]
-    stats = doors._norm_op(x, weight, bias, *rest)[1]
+    stats = _torch_norms._norm_op(x, weight, bias, *rest)[1]
     for op, args in [
-        (doors._norm_op, (x, weight, bias, *rest)),
-        (doors._norm_op, (x, None, None, *rest)),
-        (doors._norm_backward_op, (dout, x, weight, stats, bias is not None, *rest)),
-        (doors._norm_backward_op, (dout, x, None, stats, False, *rest)),
+        (_torch_norms._norm_op, (x, weight, bias, *rest)),
+        (_torch_norms._norm_op, (x, None, None, *rest)),
+        (_torch_norms._norm_backward_op, (dout, x, weight, stats, bias is not None, *rest)),
+        (_torch_norms._norm_backward_op, (dout, x, None, stats, False, *rest)),
     ]:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         with torch._subclasses.FakeTensorMode() as mode:
