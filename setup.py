@@ -186,7 +186,8 @@ class Sdist(sdist):
 
     def make_distribution(self):
         patterns = ["C*.md", ".ci/*", "bn_fast/**/*.p*", "bn_fast/*.h", "docs/*.*",
-                    "docs/templates/**/*.rst", "tests/**/*.py", "benchmarks/**/*.py"]  # fmt: skip
+                    "docs/templates/**/*.rst", "tests/**/*.py", "benchmarks/*.py",
+                    "benchmarks/*.c"]  # fmt: skip
         found = {path.as_posix() for pattern in patterns for path in Path().glob(pattern)}
         self.filelist.extend(sorted(found))
         self.filelist.remove_duplicates()
