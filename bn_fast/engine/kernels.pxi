@@ -23,10 +23,10 @@
 #       second loop here for the rest.
 #   (e) Sums are `restrict`: nothing else points at them, so that no compiler has to ask at run time
 #       whether it may vectorize.
-#   (f) Rows from far away are walked strip by strip of STRIP columns, and the rows that come next
-#       are prefetched a strip at a time.  The hardware's prefetchers lose the thread among eight
-#       rows: summing 205 MB of rows of 2 KiB took 13 ms, with prefetches in bursts of whole rows
-#       13, in strips 8, and one sequential read 6 (one thread).
+#   (f) Rows from far away are walked strip by strip of STRIP columns, and with each strip its share
+#       of the rows that come next is prefetched, in the order of memory: the hardware's prefetchers
+#       lose the thread among eight rows.  Sums of (50000, 256), one thread: 4.2 ms without, 3.0 with
+#       each row's strip, 2.1 so, 1.2 one sequential read (AMD EPYC, Zen 4, 2026-11-26).
 
 ctypedef fused lane:
     float
@@ -51,6 +51,7 @@ cdef enum:
     MAX_COLUMNS = 1056        # of a row
     STRIP = 64
     LINE_BYTES = 64
+    PAGE_BYTES = 4096
     STRIP_BYTES = 4 * LINE_BYTES  # written past the caches at a time
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 
@@ -226,14 +227,33 @@ cdef inline lane plus(lane x, lane y, lane one) noexcept nogil:
         return bn_plus(x, y, one)
 
 
-cdef inline void prefetch_rows(
+cdef inline void prefetch_strip(
+    const char* row, Py_ssize_t strip, Py_ssize_t width, const lane* lane_tag,
+) noexcept nogil:
+    bn_prefetch(
+        row + strip * sizeof(lane), min(<Py_ssize_t> STRIP, width - strip) * sizeof(lane)
+    )
+
+
+cdef inline void prefetch_share(
     char** rows, Py_ssize_t n_rows, Py_ssize_t strip, Py_ssize_t width, const lane* lane_tag,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n_rows):
-        bn_prefetch(
-            rows[i] + strip * sizeof(lane), min(<Py_ssize_t> STRIP, width - strip) * sizeof(lane)
-        )
+    """A strip's share of some rows, in the order of memory, see (f); of rows of a page or more, which
+    the hardware's prefetchers follow, the strip of each: (16384, 1024) 5 % faster."""
+    cdef Py_ssize_t first = strip * n_rows, n, column
+    cdef Py_ssize_t left = min(<Py_ssize_t> STRIP, width - strip) * n_rows
+    if width * sizeof(lane) >= PAGE_BYTES:
+        for n in range(n_rows):
+            prefetch_strip(rows[n], strip, width, lane_tag)
+        return
+    column = first % width
+    rows += first // width
+    while left > 0:
+        n = min(left, width - column)
+        bn_prefetch(rows[0] + column * sizeof(lane), n * sizeof(lane))
+        left -= n
+        column = 0
+        rows += 1
 
 
 # ---------------------------------------------------------------- columns to features
@@ -389,7 +409,7 @@ cdef void sum_squares_across(const Block* block, const lane* lane_tag) noexcept 
         strip = 0
         while strip < width:
             if block.ahead:
-                prefetch_rows(rows + i + block.ahead, n, strip, width, lane_tag)
+                prefetch_share(rows + i + block.ahead, n, strip, width, lane_tag)
             if n == 2 * TREE_ROWS:
                 sum_squares_trees(
                     rows + i, strip, min(strip + step, width), shift, one,
@@ -541,8 +561,8 @@ cdef void sum_products_across(
         strip = 0
         while strip < width:
             if ahead:
-                prefetch_rows(x_rows + i + ahead, 4, strip, width, lane_tag)
-                prefetch_rows(g_rows + i + ahead, 4, strip, width, lane_tag)
+                prefetch_share(x_rows + i + ahead, 4, strip, width, lane_tag)
+                prefetch_share(g_rows + i + ahead, 4, strip, width, lane_tag)
             sum_products_tree(
                 <const lane*> x_rows[i], <const lane*> x_rows[i + 1],
                 <const lane*> x_rows[i + 2], <const lane*> x_rows[i + 3],
@@ -875,21 +895,21 @@ cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes) noexcept nogil:
         stream.begin = stream.end = 0
 
 
-cdef inline void prefetch_strip(
+cdef inline void prefetch_next(
     const Block* block, Py_ssize_t i, Py_ssize_t strip, const lane* lane_tag,
     const formula* formula_tag, const extent* extent_tag,
 ) noexcept nogil:
     """Of the inputs' rows that come next; of runs the output alone, see prefetch_output_bytes."""
-    cdef Py_ssize_t width = block.width
+    cdef Py_ssize_t width = block.width, next = i + block.ahead
     if extent is OfColumn:
-        prefetch_rows(block.row[X] + i + block.ahead, 1, strip, width, lane_tag)
+        prefetch_strip(block.row[X][next], strip, width, lane_tag)
         if takes_second(formula_tag):
-            prefetch_rows(block.row[G] + i + block.ahead, 1, strip, width, lane_tag)
+            prefetch_strip(block.row[G][next], strip, width, lane_tag)
         if takes_third(formula_tag):
-            prefetch_rows(block.row[R] + i + block.ahead, 1, strip, width, lane_tag)
+            prefetch_strip(block.row[R][next], strip, width, lane_tag)
     elif not (formula is Gradient or formula is Mixed):
         if i + 1 < block.n_rows:
-            prefetch_rows(block.row[Y] + i + 1, 1, strip, width, lane_tag)
+            prefetch_strip(block.row[Y][i + 1], strip, width, lane_tag)
 
 
 cdef void apply_singly(
@@ -929,7 +949,7 @@ cdef void apply_singly(
         while strip < width:
             first = strip if extent is OfColumn else 0
             if block.ahead:
-                prefetch_strip(block, i, strip, lane_tag, formula_tag, extent_tag)
+                prefetch_next(block, i, strip, lane_tag, formula_tag, extent_tag)
             if block.stream:
                 step = (STRIP_BYTES - stream.end) // <Py_ssize_t> sizeof(lane)
                 y = <lane*> (stream.buffer + stream.end)

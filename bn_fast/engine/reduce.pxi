@@ -204,7 +204,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         # A half type's are widened in pieces of some columns, so that more rows are on their way:
         # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
         v.ahead = (
-            AHEAD_ROWS if is_half(plan.storage)
+            AHEAD_HALVES if is_half(plan.storage)
             else rows_ahead(
                 v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
             )

@@ -75,12 +75,12 @@ cdef inline Py_ssize_t prefetch_output_bytes() noexcept nogil:
 cdef enum:
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
     GATHER_COLUMNS = 128      # not wide, as its sums are taken up and laid down once a group
-    AHEAD_BYTES = 8192        # how far ahead rows are prefetched,
-    AHEAD_ROWS = 24           # but no more than these and no less than a tree
+    AHEAD_BYTES = 16384       # how far ahead rows are prefetched,
+    AHEAD_ROWS = 64           # but no more than these and no less than a tree;
+    AHEAD_HALVES = 24         # a half type's rows,
     AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 256 * 1024
-    PAGE_BYTES = 4096         # of a row that a thread has for itself, or threads share rows
     SHARE_FEATURES = 64       # fewer are not worth another thread between the visits,
     APART_SUMS = 1 << 14      # and so few sums (features times chunks) not worth two more barriers
     HELD_SIZE = 1 << 14       # elements below which the GIL is not worth handing on
@@ -348,6 +348,7 @@ boundaries = {
     "BLOCK_ROWS": BLOCK_ROWS,
     "MAX_CHUNKS": MAX_CHUNKS,
     "CHUNK_ELEMENTS": CHUNK_ELEMENTS,
+    "FAR_BYTES": FAR_BYTES,
     "APART_SUMS": APART_SUMS,
     "JOIN_COLUMNS": JOIN_COLUMNS,
     "SHORT_COLUMNS": SHORT_COLUMNS,
