@@ -107,7 +107,7 @@ cdef struct Schedule:
     bint prefetch             # on the first visit
     bint prefetch_again       # and on the second, as the tile is not in cache
     bint singly               # the output is written row by row
-    bint apart                # threads settle all features for themselves, see run_rows_apart
+    bint apart                # threads settle all features for themselves, see share_rows
     bint prefetch_output      # on the second, of runs and where rows come through the buffer
 
 cdef struct Work:             # what a schedule is made for

@@ -176,67 +176,21 @@ cdef void sweep_tiles(
 
 
 cdef void visit_chunks(
-    Job* job, bint applies, Py_ssize_t task, Py_ssize_t end, Scratch* s, const lane* lane_tag,
+    Job* job, bint applies, int thread, int n_threads, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
-    """One visit to chunks of tiles; the tiles of a row follow one another.  The second visit is in
-    reverse, as the tail of what a thread summed is still in its cache."""
-    cdef Py_ssize_t first, n, index, turn, n_tasks = end - task
-    for turn in range(n_tasks):
-        index = end - 1 - turn if applies else task + turn
-        tile_range(&job.schedule, job.apply, index % job.schedule.n_tiles, &first, &n)
+    """One visit to a thread's share of the chunks of tiles; the tiles of a row follow one another.
+    The second visit is in reverse, as the tail of what a thread summed is still in its cache."""
+    cdef Py_ssize_t n_tiles = job.schedule.n_tiles, first, n, index, turn
+    cdef Py_ssize_t n_tasks = n_tiles * (job.apply.n_chunks if applies else job.reduce.n_chunks)
+    cdef Py_ssize_t start = thread * n_tasks // n_threads
+    cdef Py_ssize_t end = (thread + 1) * n_tasks // n_threads
+    for turn in range(end - start):
+        index = end - 1 - turn if applies else start + turn
+        tile_range(&job.schedule, job.apply, index % n_tiles, &first, &n)
         if applies:
-            apply_tile[lane](job, index // job.schedule.n_tiles, first, n, s, lane_tag)
+            apply_tile[lane](job, index // n_tiles, first, n, s, lane_tag)
         else:
-            reduce_tile[lane](job, index // job.schedule.n_tiles, first, n, s, lane_tag)
-
-
-cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
-    """Arrays per feature of one thread's own; the first one's results are the call's."""
-    cdef int i, result
-    for i in range(job.op.n_results):
-        result = job.op.results[i]
-        if job.given[result] and job.reduces and not first:
-            job.value[result] = values
-            values += job.n_features
-    lay_out(job, values, job.n_features, 0)
-
-
-cdef long long run_rows_apart(
-    const Job* shared, int thread, int n_threads, long long since, Scratch* s,
-    const lane* lane_tag,
-) noexcept nogil:
-    """Rows are shared out and everything of a feature is done by each thread for itself, but for
-    its chunks' sums: one barrier.  Returns when the work after it began."""
-    cdef Job job = shared[0]
-    cdef Py_ssize_t tile, first, n, tiles = job.schedule.n_tiles
-    cdef Py_ssize_t to_sum = tiles * job.reduce.n_chunks, to_apply = tiles * job.apply.n_chunks
-    cdef double* own
-    lay_out_apart(&job, s.values, thread == 0)
-    own = job.sums
-    job.sums = shared.sums
-    if job.reduces or job.reduce.gate != NONE:
-        for tile in range(tiles):
-            tile_range(&job.schedule, job.apply, tile, &first, &n)
-            start_tile[lane](&job, first, n, lane_tag)
-    if job.reduces:
-        visit_chunks[lane](
-            &job, False, thread * to_sum // n_threads, (thread + 1) * to_sum // n_threads, s,
-            lane_tag,
-        )
-        bn_barrier(n_threads, &since)
-        memcpy(own, job.sums, 4 * job.reduce.n_chunks * job.n_features * sizeof(double))
-        job.sums = own
-    if thread and not job.applies:
-        return since
-    for tile in range(tiles):
-        tile_range(&job.schedule, job.apply, tile, &first, &n)
-        finish_tile[lane](&job, first, n, s, lane_tag)
-    if job.applies:
-        visit_chunks[lane](
-            &job, True, thread * to_apply // n_threads, (thread + 1) * to_apply // n_threads, s,
-            lane_tag,
-        )
-    return since
+            reduce_tile[lane](job, index // n_tiles, first, n, s, lane_tag)
 
 
 cdef void visit_features(
@@ -258,36 +212,64 @@ cdef void visit_features(
             start_tile[lane](job, first + start, share, lane_tag)
 
 
+cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
+    """Arrays per feature of one thread's own; the first one's results are the call's."""
+    cdef int i, result
+    for i in range(job.op.n_results):
+        result = job.op.results[i]
+        if job.given[result] and job.reduces and not first:
+            job.value[result] = values
+            values += job.n_features
+    lay_out(job, values, job.n_features, 0)
+
+
+cdef long long share_rows(
+    Job* job, int thread, int n_threads, long long since, Scratch* s, const lane* lane_tag,
+) noexcept nogil:
+    """Rows are shared out, and so is what is done once a feature, with a barrier after each step;
+    or every thread does that for itself, but for its chunks' sums ("apart"): one barrier.  Returns
+    when the work after the last one began."""
+    cdef Job own
+    cdef double* sums = job.sums
+    cdef double* own_sums
+    cdef bint apart = job.schedule.apart
+    cdef int who = 0 if apart else thread, n_sharing = 1 if apart else n_threads
+    if apart:
+        own = job[0]
+        job = &own
+        lay_out_apart(job, s.values, thread == 0)
+        own_sums = job.sums
+        job.sums = sums
+    if job.reduces or job.reduce.gate != NONE:
+        visit_features[lane](job, False, who, n_sharing, s, lane_tag)
+        bn_barrier(n_sharing, &since)
+    if job.reduces:
+        visit_chunks[lane](job, False, thread, n_threads, s, lane_tag)
+        bn_barrier(n_threads, &since)
+    if job.reduces and apart:
+        job.sums = own_sums
+        memcpy(job.sums, sums, 4 * job.reduce.n_chunks * job.n_features * sizeof(double))
+    visit_features[lane](job, True, who, n_sharing, s, lane_tag)
+    if job.applies:
+        bn_barrier(n_sharing, &since)
+        visit_chunks[lane](job, True, thread, n_threads, s, lane_tag)
+    return since
+
+
 cdef void run_share(Job* job, int thread, int n_threads, const lane* lane_tag) noexcept nogil:
     """What one of n threads does of a call."""
     cdef Scratch s
     cdef long long since = bn_now() if n_threads > 1 else 0
-    cdef Py_ssize_t tiles = job.schedule.n_tiles
-    cdef Py_ssize_t n = tiles * job.reduce.n_chunks, m = tiles * job.apply.n_chunks
-    cdef Py_ssize_t together = job.schedule.together, shares = (tiles + together - 1) // together
+    cdef Py_ssize_t tiles = job.schedule.n_tiles, together = job.schedule.together
+    cdef Py_ssize_t shares = (tiles + together - 1) // together
     share_scratch(job, job.scratch + thread * job.scratch_bytes, &s)
     if job.schedule.sweep:
         sweep_tiles[lane](
             job, thread * shares // n_threads * together,
             min(tiles, (thread + 1) * shares // n_threads * together), &s, lane_tag,
         )
-    elif job.schedule.apart:
-        since = run_rows_apart[lane](job, thread, n_threads, since, &s, lane_tag)
     else:
-        if job.reduces or job.reduce.gate != NONE:
-            visit_features[lane](job, False, thread, n_threads, &s, lane_tag)
-            bn_barrier(n_threads, &since)
-        if job.reduces:
-            visit_chunks[lane](
-                job, False, thread * n // n_threads, (thread + 1) * n // n_threads, &s, lane_tag
-            )
-            bn_barrier(n_threads, &since)
-        visit_features[lane](job, True, thread, n_threads, &s, lane_tag)
-        if job.applies:
-            bn_barrier(n_threads, &since)
-            visit_chunks[lane](
-                job, True, thread * m // n_threads, (thread + 1) * m // n_threads, &s, lane_tag
-            )
+        since = share_rows[lane](job, thread, n_threads, since, &s, lane_tag)
     if job.schedule.stream or job.schedule.stream_gradient:
         bn_stream_end()
     if thread == 0 and n_threads > 1:
