@@ -366,13 +366,14 @@ cdef void choose_accesses(Plan* plan) noexcept:
 cdef inline Py_ssize_t rows_of_tree(const Plan* plan, const Segment* segment) noexcept nogil:
     """Sixteen rows whole pages apart would fill the ways of L1's sets twice: (32, 256, 14, 14)
     forward 250 us by eights, 290 by sixteens.  And rows come in from memory in better order by
-    eights: sums of (50000, 256), one thread, 2.9 ms by sixteens, 2.1; half types are widened in a
-    buffer first.  (A norm's order must not depend on how many samples there are.)"""
-    cdef Py_ssize_t last = segment.n_dims - 1, n_bytes = segment.n_rows * size_of(plan.storage)
-    cdef bint pages = last >= 0 and segment.stride[last][X] % PAGE_BYTES == 0
-    cdef bint far = not plan.by_row and not is_half(plan.storage) and (
-        n_bytes * plan.n_features * segment.n_joined * segment.n_run > FAR_BYTES
-    )
+    eights: sums of (50000, 256), one thread, 2.9 ms by sixteens, 2.1.  (A norm's order must not
+    depend on how many samples there are; half types have float32's.)"""
+    cdef Py_ssize_t last = segment.n_dims - 1, size = size_of(plan.storage)
+    cdef Py_ssize_t lane_bytes = max(size, <Py_ssize_t> sizeof(float))
+    cdef bint pages = last >= 0 and segment.stride[last][X] * lane_bytes // size % PAGE_BYTES == 0
+    cdef bint far = not plan.by_row and lane_bytes * segment.n_rows * segment.n_joined * (
+        plan.n_features * segment.n_run
+    ) > FAR_BYTES
     return TREE_ROWS if pages or far else 2 * TREE_ROWS
 
 
