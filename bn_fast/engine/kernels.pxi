@@ -25,8 +25,8 @@
 #       whether it may vectorize.
 #   (f) Rows from far away are walked strip by strip of STRIP columns, and with each strip its share
 #       of the rows that come next is prefetched, in the order of memory: the hardware's prefetchers
-#       lose the thread among eight rows.  Sums of (50000, 256), one thread: 4.2 ms without, 3.0 with
-#       each row's strip, 2.1 so, 1.2 one sequential read (AMD EPYC, Zen 4, 2026-11-26).
+#       lose the thread among eight rows.  Sums of (50000, 256), one thread: 4.2 ms without, with
+#       each row's strip 3.0, so 2.1, one sequential read 1.2 (AMD EPYC, Zen 4, 2026-11-26).
 
 ctypedef fused lane:
     float
@@ -238,8 +238,8 @@ cdef inline void prefetch_strip(
 cdef inline void prefetch_share(
     char** rows, Py_ssize_t n_rows, Py_ssize_t strip, Py_ssize_t width, const lane* lane_tag,
 ) noexcept nogil:
-    """A strip's share of some rows, in the order of memory, see (f); of rows of a page or more, which
-    the hardware's prefetchers follow, the strip of each: (16384, 1024) 5 % faster."""
+    """A strip's share of some rows, in the order of memory, see (f); of rows of a page or more,
+    which the hardware's prefetchers follow, the strip of each: (16384, 1024) 5 % faster."""
     cdef Py_ssize_t first = strip * n_rows, n, column
     cdef Py_ssize_t left = min(<Py_ssize_t> STRIP, width - strip) * n_rows
     if width * sizeof(lane) >= PAGE_BYTES:
