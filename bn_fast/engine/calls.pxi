@@ -496,19 +496,6 @@ def normalize(
     return run_forward(&job, gamma, beta, out, None)
 
 
-cdef void differentiate_statistics(
-    const Parameter* gamma, const double* inv_std, Py_ssize_t n, double* dgamma, double* dbeta,
-    double* scale,
-) noexcept:
-    """dvar in place of dgamma, and dmean in that of dbeta, where mean and var were given."""
-    cdef Py_ssize_t f
-    read_parameter(gamma, 0, n, scale)
-    for f in range(n):
-        scale[f] *= -inv_std[f]
-        dgamma[f] = scale[f] * dgamma[f] * (inv_std[f] / 2)
-        dbeta[f] *= scale[f]
-
-
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
     cdef Py_ssize_t f, n = cnp.PyArray_SIZE(target)
     cdef float* narrow = <float*> cnp.PyArray_DATA(target)
@@ -517,6 +504,35 @@ cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
             narrow[f] = <float> values[f]
     else:
         memcpy(cnp.PyArray_DATA(target), values, n * sizeof(double))
+
+
+cdef void differentiate_statistics(
+    Job* job, double* scale, cnp.ndarray dmean, cnp.ndarray dvar,
+) noexcept:
+    """dmean and dvar where mean and var were given, over the job's sums; scale: room for n values.
+    """
+    cdef double* dgamma = job.value[DGAMMA]
+    cdef double* dbeta = job.value[DBETA]
+    cdef const double* inv_std = job.value[INV_STD]
+    cdef Py_ssize_t f
+    read_parameter(&job.gamma_given, 0, job.n_features, scale)
+    for f in range(job.n_features):
+        scale[f] *= -inv_std[f]
+        dgamma[f] = scale[f] * dgamma[f] * (inv_std[f] / 2)
+        dbeta[f] *= scale[f]
+    store_parameter(dbeta, dmean)
+    store_parameter(dgamma, dvar)
+
+
+cdef inline bint wants(object needs, str name) except -1:
+    """Whether a gradient is among those that are wanted (None: all)."""
+    return needs is None or name in needs
+
+
+cdef inline cnp.ndarray new_parameter(cnp.ndarray x, Py_ssize_t n):
+    """n values of a parameter beside x."""
+    cdef cnp.npy_intp length = n
+    return cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
 
 
 def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
@@ -530,10 +546,9 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     cdef Job job
     cdef unsigned long long features
     cdef Py_ssize_t n
-    cdef cnp.npy_intp length
     cdef cnp.ndarray dgamma, dbeta, dresidual = None, dmean = None, dvar = None
     cdef double* sums
-    cdef bint needs_dx, needs_sums, needs_given = False, frozen = cache.frozen
+    cdef bint needs_dx, needs_given, frozen = cache.frozen
     x, gamma, beta, stats = cache.x, cache.gamma, cache.beta, cache.stats
     axis, eps, options = cache.axis, cache.eps, cache.options
     if small >= 0 and not (
@@ -544,21 +559,19 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         return None
     features = mask_of(axis)
     residual = None if options is None else (<tuple> options)[2]
-    needs_dx = needs is None or "dx" in needs
-    if needs is not None:
-        needs_given = "dmean" in needs or "dvar" in needs
-    needs_sums = needs is None or "dgamma" in needs or "dbeta" in needs or needs_given
-    if residual is not None and (needs is None or "dresidual" in needs):
+    needs_dx = wants(needs, "dx")
+    needs_given = needs is not None and ("dmean" in needs or "dvar" in needs)
+    if residual is not None and wants(needs, "dresidual"):
         dresidual = new_result(x)
     if out is None and needs_dx:
         out = new_result(x)
     # Whatever may fail for want of memory comes before anything is written to out.
-    length = n = cnp.PyArray_DIMS(stats)[1]
-    dgamma = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
-    dbeta = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+    n = cnp.PyArray_DIMS(stats)[1]
+    dgamma = new_parameter(x, n)
+    dbeta = new_parameter(x, n)
     if needs_given:
-        dmean = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
-        dvar = cnp.PyArray_EMPTY(1, &length, parameter_type(x), 0)
+        dmean = new_parameter(x, n)
+        dvar = new_parameter(x, n)
     sums = <double*> calloc((3 if needs_given else 2) * n + 1, sizeof(double))
     if sums == NULL:
         raise MemoryError("bn_fast: no memory for the sums of this call")
@@ -569,7 +582,10 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         bring(&job, Y, out)
         bring(&job, D, dresidual)
         set_parameter(&job.gamma_given, gamma, &one)
-        job.reduces = needs_sums or dresidual is not None or (needs_dx and not frozen)
+        job.reduces = (
+            wants(needs, "dgamma") or wants(needs, "dbeta") or needs_given
+            or dresidual is not None or (needs_dx and not frozen)
+        )
         job.applies = needs_dx
         # With weights dout has no shift, and M = 2 no form of its own.
         job.exact_mean = <double> eps >= 0 and job.array[W] == NULL
@@ -580,18 +596,14 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
         if needs_given:
-            differentiate_statistics(
-                &job.gamma_given, job.value[INV_STD], n, sums, sums + n, sums + 2 * n
-            )
-            store_parameter(sums + n, dmean)
-            store_parameter(sums, dvar)
+            differentiate_statistics(&job, sums + 2 * n, dmean, dvar)
     finally:
         free(sums)
     if out is not None and is_same_buffer(out, x):
         cache.overwritten = "batchnorm_backward"
-    if gamma is None or (needs is not None and "dgamma" not in needs):
+    if gamma is None or not wants(needs, "dgamma"):
         dgamma = None
-    if beta is None or (needs is not None and "dbeta" not in needs):
+    if beta is None or not wants(needs, "dbeta"):
         dbeta = None
     found = (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
     if needs_given:
