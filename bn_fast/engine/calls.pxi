@@ -116,7 +116,7 @@ cdef void plan_visits(Job* job) noexcept:
     cdef bint mixed = op.formula == MIXED
     cdef bint gated = op.takes_dout and job.activation != IDENTITY
     # What came through the gate is read again from dresidual; but not where 16 bits rounded it.
-    cdef bint rounded = is_half(storage_of(x)) and job.activation != RELU
+    cdef bint rounded = is_half(storage_of(x)) and kernels[job.activation][0].scales
     cdef bint opened = second is not None and not (rounded or mixed)
     cdef bint apply_gated = gated and not opened
     # Frozen statistics leave the output to dout alone, but for the gate.

@@ -1080,6 +1080,7 @@ ctypedef void (*Kernel)(const Block*, const void*, const void*) noexcept nogil
 ctypedef bint (*IsOpen)(double, double, const void*) noexcept nogil
 
 cdef struct Kernels:
+    bint scales               # what of dout comes through is not dout itself or 0
     IsOpen is_open
     Kernel sum_products
     Kernel apply[N_FORMULAS]
@@ -1088,6 +1089,7 @@ cdef Kernels[N_ACTIVATIONS][2] kernels
 
 
 cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* activation_tag):
+    row.scales = activation is LeakyRelu
     row.is_open = <IsOpen> is_open[activation]
     row.sum_products = <Kernel> sum_products_walked[lane, activation]
     row.apply[AFFINE] = <Kernel> apply_formula[lane, Affine, activation]
