@@ -577,6 +577,7 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
         distance = distance_from_mean(job, f, first, &look)
         if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
+            step = step if step < INFINITY else 0
             shift[f] = (mean[f] + step) - step
             v[RETRY][f] = 1
             n_far += 1
