@@ -188,6 +188,16 @@ def norm_forward(
     )
 
 
+cdef bint is_plain_call(x, gamma, beta, Py_ssize_t n, eps, out, double* number) except -1:
+    """Whether a forward call's arguments need no conversion and no check, of n parameters; number:
+    the default of eps, and then what it is."""
+    return (
+        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
+        and (eps is None or is_plain_number(eps, 0, number)) and is_plain_output(out, x)
+        and are_apart(out, gamma) and are_apart(out, beta)
+    )
+
+
 def plain_rows(
     x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, Py_ssize_t small,
 ):
@@ -204,10 +214,7 @@ def plain_rows(
     last = cnp.PyArray_NDIM(x) - 1
     if not (
         (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < small
-        and is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last])
-        and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last])
-        and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x)
-        and are_apart(out, gamma) and are_apart(out, beta)
+        and is_plain_call(x, gamma, beta, cnp.PyArray_DIMS(x)[last], eps, out, &number)
     ):
         return None
     norm.over = norm.along = <unsigned long long> 1 << last
@@ -217,6 +224,32 @@ def plain_rows(
     return out, norm_of(
         x, gamma, beta, &norm, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
     )
+
+
+def plain_channels(
+    x, gamma, beta, num_groups, axis, eps, out, bint keeps, Py_ssize_t small,
+):
+    """The same of group and instance norm (num_groups None) of an x with places."""
+    cdef double number = 1e-5
+    cdef Py_ssize_t n, n_groups
+    cdef Norm norm
+    if not is_plain_input(x, axis) or axis == 0 or not 0 < cnp.PyArray_SIZE(x) < small:
+        return None
+    n = n_groups = cnp.PyArray_DIMS(x)[<int> axis]
+    if num_groups is not None:
+        if type(num_groups) is not int or not 0 < num_groups <= n:
+            return None
+        n_groups = num_groups
+    norm.along = <unsigned long long> 1 << <int> axis
+    norm.over = ~(norm.along | 1)
+    norm.cells = n // n_groups
+    if n % n_groups or (norm.cells > 1 and n_along(x, norm.over) == 1) or (
+        not is_plain_call(x, gamma, beta, n, eps, out, &number)
+    ):
+        return None
+    if out is None:
+        out = new_result(x)
+    return out, norm_of(x, gamma, beta, &norm, number, out, FORWARD, 1, keeps)
 
 
 # ---------------------------------------------------------------- backward
