@@ -81,6 +81,17 @@ def norm_forward(
     n_threads: int,
     keeps: bool = True,
 ) -> tuple[Array, Any]: ...
+def plain_channels(
+    x: object,
+    gamma: object,
+    beta: object,
+    num_groups: object,
+    axis: object,
+    eps: object,
+    out: object,
+    keeps: bool,
+    small: int,
+) -> tuple[Array, Any] | None: ...
 def plain_rows(
     x: object,
     gamma: object,

@@ -150,7 +150,7 @@ def groups(
     what = partial(_each_channel, channels)
     gamma = _parameter(gamma, "gamma", shapes, what, x, hint)
     beta = _parameter(beta, "beta", shapes, what, x, hint)
-    axes = _axes_of_groups(x.shape, channels, n_groups)
+    axes = axes_of_groups(x.shape, channels, n_groups)
     return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
 
 
@@ -160,7 +160,7 @@ def channels(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> 
     shapes, what = ((x.shape[channel],),), partial(_each_channel, channel)
     gamma = _parameter(gamma, "gamma", shapes, what, x)
     beta = _parameter(beta, "beta", shapes, what, x)
-    axes = _axes_of_channels(x.shape, channel)
+    axes = axes_of_channels(x.shape, channel)
     return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
 
 
@@ -172,12 +172,12 @@ def axes_of_rows(shape: tuple[int, ...], over: tuple[int, ...]) -> Axes:
     return Axes(shape, over, over)
 
 
-def _axes_of_channels(shape: tuple[int, ...], channels: int) -> Axes:
+def axes_of_channels(shape: tuple[int, ...], channels: int) -> Axes:
     over = tuple(d for d in range(1, len(shape)) if d != channels)
     return Axes(shape, over, (channels,))
 
 
-def _axes_of_groups(shape: tuple[int, ...], channels: int, n_groups: int) -> Axes:
+def axes_of_groups(shape: tuple[int, ...], channels: int, n_groups: int) -> Axes:
     each = shape[channels] // n_groups
     cut = (*shape[:channels], n_groups, each, *shape[channels + 1 :])
     over = tuple(d for d in range(1, len(cut)) if d != channels)
@@ -306,10 +306,10 @@ def _fit(norm: str, shape: tuple[int, ...], axes: Axes) -> bool:
         return axes == axes_of_rows(shape, _axes(axes.over, len(shape)))
     channels = _axis(axes.along[0], len(shape))
     if norm == "instancenorm":
-        return axes == _axes_of_channels(shape, channels)
+        return axes == axes_of_channels(shape, channels)
     n_groups = axes.shape[channels]
     divides = shape[channels] % n_groups == 0
-    return divides and axes == _axes_of_groups(shape, channels, n_groups)
+    return divides and axes == axes_of_groups(shape, channels, n_groups)
 
 
 def _foreign_cache(norm: str, cache: Any) -> NormCache:

@@ -42,9 +42,9 @@ def _door(norm: str) -> str:
 
 def _axes(shape: tuple[int, ...], norm: str, number: int) -> Axes:
     if norm == "groupnorm":
-        return _norm_checks._axes_of_groups(shape, 1, number)
+        return _norm_checks.axes_of_groups(shape, 1, number)
     if norm == "instancenorm":
-        return _norm_checks._axes_of_channels(shape, 1)
+        return _norm_checks.axes_of_channels(shape, 1)
     return _norm_checks.axes_of_rows(shape, tuple(range(len(shape) - number, len(shape))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -69,6 +70,32 @@ def _straight(
         return None
     y, stats = plain
     axes = _norm_checks.axes_of_rows(x.shape, (x.ndim - 1,))
+    return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
+
+
+_axes_of_channels = lru_cache(_norm_checks.axes_of_channels)  # a network has a few
+_axes_of_groups = lru_cache(_norm_checks.axes_of_groups)
+
+
+def _plain_channels(
+    x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any, keeps: bool
+) -> tuple[Array, Any] | None:
+    size = functional._SERIAL_SIZE
+    return core.plain_channels(x, gamma, beta, num_groups, axis, eps, out, keeps, size)
+
+
+def _straight_channels(
+    norm: str, x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any
+) -> tuple[Array, NormCache] | None:
+    """`_straight` of group norm, or with num_groups None of instance norm."""
+    plain = _plain_channels(x, gamma, beta, num_groups, axis, eps, out, True)
+    if plain is None:
+        return None
+    y, stats = plain
+    if num_groups is None:
+        axes = _axes_of_channels(x.shape, axis)
+    else:
+        axes = _axes_of_groups(x.shape, axis, num_groups)
     return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
 
 
@@ -455,6 +482,10 @@ def groupnorm_forward(
     >>> cache.mean
     array([[ 2.,  2., 20., 20.]])
     """
+    if gn_param is None and num_groups is not None:
+        straight = _straight_channels("groupnorm", x, gamma, beta, num_groups, axis, eps, out)
+        if straight is not None:
+            return straight
     number = _norm_checks.epsilon(gn_param, "gn_param", eps)
     call = _norm_checks.groups(x, gamma, beta, num_groups, axis, number, out)
     return _forward("groupnorm", call)
@@ -574,6 +605,10 @@ def instancenorm_forward(
     array([[[-1.,  1.],
             [ 3.,  7.]]])
     """
+    if in_param is None:
+        straight = _straight_channels("instancenorm", x, gamma, beta, None, axis, eps, out)
+        if straight is not None:
+            return straight
     number = _norm_checks.epsilon(in_param, "in_param", eps)
     return _forward("instancenorm", _norm_checks.channels(x, gamma, beta, axis, number, out))
 
@@ -745,6 +780,10 @@ def group_norm(
     >>> group_norm([[1.0, 3.0, 10.0, 30.0]], 2, eps=0)
     array([[-1.,  1., -1.,  1.]])
     """
+    if eps is not None and num_groups is not None:  # the straight road
+        plain = _plain_channels(x, gamma, beta, num_groups, axis, eps, out, False)
+        if plain is not None:
+            return plain[0]
     call = _norm_checks.groups(x, gamma, beta, num_groups, axis, _checks.epsilon(eps), out)
     return _computed("groupnorm", call, False)[0]
 
@@ -768,5 +807,9 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    if eps is not None:  # the straight road
+        plain = _plain_channels(x, gamma, beta, None, axis, eps, out, False)
+        if plain is not None:
+            return plain[0]
     call = _norm_checks.channels(x, gamma, beta, axis, _checks.epsilon(eps), out)
     return _computed("instancenorm", call, False)[0]

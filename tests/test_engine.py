@@ -68,10 +68,10 @@ def test_the_size_of_the_caches_changes_no_bit(shape, axis, dtype, activation):
             core.set_caches(*old)
 
 
-NORMS = [  # shape, axes of a statistic, axes of the parameters
+NORMS = [  # shape, axes of a statistic, axes of the parameters: two are the channels of groups
     ((70, 300), (1,), (1,)), ((1000, 96), (1,), (1,)), ((3000, 8), (1,), (1,)),
     ((33, 1300), (0,), (0,)), ((40, 3000), (1,), (1,)), ((6, 64, 7, 7), (1,), (1,)),
-    ((5, 2, 6, 3, 70), (3, 4), (2, 3)), ((6, 8, 4, 9, 11), (2, 3, 4), (1, 2)),
+    ((10, 6, 3, 70), (2, 3), (1, 2)), ((6, 8, 4, 9, 11), (2, 3, 4), (1, 2)),
     ((6, 11, 9, 3), (1, 2), (3,)), ((6, 11, 9, 4, 5), (1, 2, 4), (3, 4)),
     ((6, 900, 3), (1,), (2,)), ((6, 9, 4, 5, 11), (3, 4), (1,)),
 ]  # fmt: skip
@@ -92,6 +92,7 @@ def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
     x[first] *= scale
     dout[first] *= scale
     n = int(np.prod([shape[d] for d in along]))
+    x, dout = (a.reshape(*shape[: along[0]], n, *shape[along[-1] + 1 :]) for a in (x, dout))
     kind = np.float64 if dtype is np.float64 else np.float32
     gamma, beta = normal(n, kind, 2), normal(n, kind, 3)
 

@@ -237,6 +237,7 @@ def test_hostile_dout(dtype, shape, kind):
         (np.float32, 100_000, 1e9),
         (np.float32, 300_000, 1e9),
         (np.float64, 300_000, 1e17),
+        (np.float64, 1000, 1e300),
     ],
 )
 @pytest.mark.parametrize("inner", [(), (4,), (500,)], ids=str)

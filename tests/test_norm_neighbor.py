@@ -49,6 +49,11 @@ def boundary_cases(at):
         ((at["FOLD_ROWS"] + 1, 4, 3, 3), 1, 2),
         ((2, 6, 7, 7), 1, 1),
         ((2, 7, 7, 12), -1, 3),
+        *(((2, n, 3), 1, 1) for n in around(at["TILE_COLUMNS"], at["MAX_COLUMNS"])),
+        *(((2, 3, n), -1, 1) for n in around(at["TILE_COLUMNS"], at["MAX_COLUMNS"])),
+        *(((2, n, at["ROW_LENGTH"]), 1, 1) for n in around(at["BLOCK_ROWS"])),
+        ((1, 2 * at["MAX_COLUMNS"] + 2, at["ROW_LENGTH"]), 1, 2),
+        *(((n, 2 * at["FOLD_ROWS"] + 2, 2), 1, 2) for n in (1, 3)),
         ((1, 4, piece + 1), 1, 2),
         ((2, 8), 1, 4),
     ]

@@ -196,6 +196,52 @@ def test_many_rows(norms, norm, shape):
     case.judge(norms, *case.problem(np.float32))
 
 
+EQUAL = [
+    *(Case("layernorm", (n, 5), -1) for n in (144, 513)),
+    *(Case(norm, (n, 40), -1) for norm in ("layernorm", "rmsnorm") for n in (36, 144, 2100)),
+    *(Case("layernorm", (40, n), 0) for n in (36, 513)),
+    Case("layernorm", (3, 4, 300), 1),
+    *(Case("groupnorm", (n, 64), 1, 2) for n in (36, 144, 513)),
+    *(Case("groupnorm", (2, 4, n), 1, 2) for n in (3, 36, 144, 2100)),
+    *(Case("groupnorm", (n, 4, 33), 1, 2) for n in (36, 144)),
+    *(Case("groupnorm", (2, n, 40), -1, 2) for n in (36, 144, 2100)),
+    *(Case("instancenorm", (2, 4, n), 1) for n in (36, 144, 2100)),
+]
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", EQUAL, ids=label)
+def test_equal_values_of_dout(case, dtype, repeated):
+    """The roundings of a sum of equal terms all go one way, be they in memory once or often."""
+    x, _, gamma, beta = case.problem(dtype)
+    for value in (0.1, 0.7, -1e5 / 3):
+        dout = np.broadcast_to(dtype(value), case.shape)
+        case.judge(bn_fast, x, dout if repeated else dout.copy(), gamma, beta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 6, 4), (3, 6, 40), (2, 40, 6), (3, 6, 16, 20)])
+def test_groups_whose_channels_differ(norms, shape, dtype):
+    """What the channels of a group have in common is not what each of them has."""
+    case = Case("groupnorm", shape, shape.index(6), 2)
+    x, dout, gamma, beta = case.problem(dtype)
+    lengths = [6 if n == 6 else 1 for n in shape]
+    far_x = np.array([0, 0, 1e3, -1e5, -3e5, 1], dtype).reshape(lengths)
+    far_dout = np.array([1e4, 0, 1, 0, -1e5, 3e5], dtype).reshape(lengths)
+    for a, b in ((x, dout + far_dout), (x + far_x, dout), (x + far_x, dout + far_dout)):
+        case.judge(norms, a, b, gamma, beta)
+    one_channel = [slice(None)] * len(shape)
+    one_channel[case.axis] = slice(1, 2)
+    for value in (0, 0.3):
+        dout[tuple(one_channel)] = value
+        case.judge(norms, x, dout, gamma, beta)
+    dout[...] = 0.3
+    dx = case.backward(norms, dout, case.forward(norms, x, None, None)[1])[0]
+    if norms is bn_fast:
+        np.testing.assert_array_equal(dx, 0)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @all_cases
 def test_half_types(norms, case, dtype):

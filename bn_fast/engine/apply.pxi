@@ -55,7 +55,7 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     cdef Block block
     if plan.used[S]:
         n = v.n_rows
-        v.varies = point_parameters[lane](v, S, lane_tag)
+        point_parameters[lane](v, S, lane_tag)
         point_parameters[lane](v, B, lane_tag)
     fill_block[lane](&block, v, n, lane_tag)
     block.row[X] = v.s.row[v.job.op.input if plan.used[G] else X]

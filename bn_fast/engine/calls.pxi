@@ -177,6 +177,7 @@ cdef void make_schedule(Job* job) noexcept:
     work.feature_bytes = cnp.PyArray_NBYTES(array_of(job, X)) // job.n_features
     work.n_inputs = 2 if job.op.takes_dout else 1
     work.unit = job.varying.unit
+    work.cells = job.cells
     work.untouched = is_untouched(array_of(job, Y)) or is_untouched(array_of(job, D))
     job.schedule.n_threads = bn_coming(job.n_threads)
     choose_tile(&job.schedule, &work)
@@ -232,7 +233,7 @@ cdef int execute(Job* job) except -1:
     job.reduce = &plans[0]
     job.apply = &plans[1]
     if job.reduces and job.array[W] == NULL:
-        job.total = count
+        job.total = count * (1 if job.op.takes_dout else job.cells)
     plan_visits(job)
     if job.value[TOTAL] != NULL:
         job.total = count
@@ -347,6 +348,7 @@ cdef void new_job(
     job.op = &operations[1 if storage_of(x) == FLOAT64 else 0][operation]
     job.features = features
     job.n_features = n
+    job.cells = 1
     job.n_threads = n_threads
     job.eps = -1
     job.exact_mean = True

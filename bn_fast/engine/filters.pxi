@@ -215,26 +215,26 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
 
 # ---------------------------------------------------------------- gamma and beta that vary
 
-cdef Py_ssize_t point_parameters(Visit* v, int role, const lane* lane_tag) noexcept nogil:
-    """Point the role's rows at gamma or beta as the rows at hand have them, in the visit's lanes;
-    returns how far apart a row's are: 1, or 0 if it has but one."""
+cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept nogil:
+    """Point the role's rows at gamma or beta as the rows at hand have them, in the visit's lanes.
+    """
     cdef const Plan* plan = v.plan
     cdef Storage storage = FLOAT64 if plan.storage == FLOAT64 else FLOAT32
-    cdef Py_ssize_t i, step = v.segment.run_stride[S] if plan.layout == ROWS else 0
+    cdef Py_ssize_t i
+    cdef bint own = plan.layout == ROWS
     cdef char** rows = v.s.row[role]
     cdef lane* buffer = <lane*> v.s.buffer[role]
     find_rows(v, role, v.n_rows, False, rows)
-    if sizeof(lane) == size_of(storage) and (step == 0 or step == sizeof(lane)):
-        return step != 0
-    if step != 0:  # all rows have the same, or there is but one, see rows_at_hand
+    if sizeof(lane) == size_of(storage) and is_adjacent(v):
+        return
+    if own:  # all rows have the same, or there is but one, see rows_at_hand
         gather_row[lane](
             storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
         )
     for i in range(v.n_rows):
-        if step == 0:
+        if not own:
             buffer[i] = <lane> load_value(storage, rows[i])
-        rows[i] = <char*> (buffer + (i if step == 0 else 0))
-    return step != 0
+        rows[i] = <char*> (buffer + (0 if own else i))
 
 
 cdef inline void scale_row(

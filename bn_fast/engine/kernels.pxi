@@ -168,7 +168,6 @@ cdef struct Block:
     Walk walk
     bint singly               # rows are written one by one,
     bint stream               # and past the caches
-    bint varies               # s and b along a row; else each row has one
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
     const char* bias
@@ -627,8 +626,8 @@ cdef void sum_products_along(
 
 
 cdef inline void sum_scaled_tree(
-    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, lane shift_x, lane shift_g,
-    lane one, double* restrict s, double* restrict ss,
+    const lane* x, const lane* g, const lane* scale, lane shift_x, lane shift_g, lane one,
+    double* restrict s, double* restrict ss,
 ) noexcept nogil:
     """Four times LANES elements of a row, t = scale g - its shift."""
     cdef Py_ssize_t j
@@ -638,23 +637,23 @@ cdef inline void sum_scaled_tree(
         d1 = plus(x[LANES + j], -shift_x, one)
         d2 = plus(x[2 * LANES + j], -shift_x, one)
         d3 = plus(x[3 * LANES + j], -shift_x, one)
-        t0 = g[j] * scale[j * step] - shift_g
-        t1 = g[LANES + j] * scale[(LANES + j) * step] - shift_g
-        t2 = g[2 * LANES + j] * scale[(2 * LANES + j) * step] - shift_g
-        t3 = g[3 * LANES + j] * scale[(3 * LANES + j) * step] - shift_g
+        t0 = g[j] * scale[j] - shift_g
+        t1 = g[LANES + j] * scale[LANES + j] - shift_g
+        t2 = g[2 * LANES + j] * scale[2 * LANES + j] - shift_g
+        t3 = g[3 * LANES + j] * scale[3 * LANES + j] - shift_g
         s[j] += <double> ((t0 + t1) + (t2 + t3))
         ss[j] += <double> ((t0 * d0 + t1 * d1) + (t2 * d2 + t3 * d3))
 
 
 cdef inline void sum_scaled_run(
-    const lane* x, const lane* g, const lane* scale, Py_ssize_t step, Py_ssize_t width,
-    lane shift_x, lane shift_g, double* restrict s, double* restrict ss,
+    const lane* x, const lane* g, const lane* scale, Py_ssize_t width, lane shift_x, lane shift_g,
+    double* restrict s, double* restrict ss,
 ) noexcept nogil:
     cdef Py_ssize_t i, k, whole = width // (4 * LANES) * (4 * LANES), left = width - whole
     cdef lane[4 * LANES] x_last, g_last, last
     cdef lane one = <lane> bn_one()
     for i in range(0, whole, 64):  # 4 * LANES; Cython wants a literal step
-        sum_scaled_tree(x + i, g + i, scale + i * step, step, shift_x, shift_g, one, s, ss)
+        sum_scaled_tree(x + i, g + i, scale + i, shift_x, shift_g, one, s, ss)
     if left:
         # What is missing adds 0; filled in first, as to choose value by value took longer than the
         # sums: group norm's backward of (16, 512, 7, 7), one thread, 1.18 to 0.85 ms.
@@ -664,9 +663,8 @@ cdef inline void sum_scaled_run(
             last[k] = 1
         memcpy(x_last, x + whole, left * sizeof(lane))
         memcpy(g_last, g + whole, left * sizeof(lane))
-        for k in range(left):
-            last[k] = scale[(whole + k) * step]
-        sum_scaled_tree(x_last, g_last, last, 1, shift_x, shift_g, one, s, ss)
+        memcpy(last, scale + whole, left * sizeof(lane))
+        sum_scaled_tree(x_last, g_last, last, shift_x, shift_g, one, s, ss)
 
 
 cdef void sum_products_by_row(
@@ -690,17 +688,10 @@ cdef void sum_products_by_row(
                 shift_x, shift_g, one, s, ss, shift_x, shift_x, shift_x, 0,
                 <const Identity*> NULL,
             )
-        elif block.varies:
-            sum_scaled_run(
-                <const lane*> block.row[X][r], <const lane*> block.row[G][r],
-                <const lane*> block.row[S][r], 1, block.width, shift_x[0], shift_g[0],
-                s, ss,
-            )
         else:
             sum_scaled_run(
                 <const lane*> block.row[X][r], <const lane*> block.row[G][r],
-                <const lane*> block.row[S][r], 0, block.width, shift_x[0], shift_g[0],
-                s, ss,
+                <const lane*> block.row[S][r], block.width, shift_x[0], shift_g[0], s, ss,
             )
         block.sum_1[r] = bn_fold_lanes(s)
         block.sum_2[r] = bn_fold_lanes(ss)
@@ -843,17 +834,19 @@ cdef inline void apply_row(
     const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
     const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
     const lane* restrict open_bias, lane slope, lane one,
-    const lane* restrict scale, const lane* restrict beta, Py_ssize_t varies,
+    const lane* restrict scale, const lane* restrict beta,
     const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """Scale and beta are by the column (varies = 1) or of the whole row (0)."""
-    cdef Py_ssize_t j, k
+    """Scale and beta are the columns' where the constants are the row's, and the other way round.
+    """
+    cdef Py_ssize_t j, k, own
     cdef lane factor = 1, term = 0
     for j in range(width):
         k = j if extent is OfColumn else 0
         if formula is Scaled or formula is ScaledGradient:
-            factor = scale[j * varies]
-            term = beta[j * varies]
+            own = 0 if extent is OfColumn else j
+            factor = scale[own]
+            term = beta[own]
         y[j] = combine(
             x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k], coef_r[k],
             bias[k], open_scale[k], open_bias[k], slope, one, factor, term, formula_tag,
@@ -964,7 +957,7 @@ cdef void apply_singly(
                 <const lane*> block.bias + first, <const lane*> block.open_scale + first,
                 <const lane*> block.open_bias + first, <lane> block.slope, one,
                 <const lane*> (block.row[S][i] if scaled else block.shift[X]),
-                <const lane*> (block.row[B][i] if scaled else block.shift[X]), 0,
+                <const lane*> (block.row[B][i] if scaled else block.shift[X]),
                 formula_tag, activation_tag, extent_tag,
             )
             if block.stream:
@@ -981,7 +974,7 @@ cdef inline void apply_own_four(
     const lane* restrict g2, const lane* restrict g3,
     lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
     const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
-    const lane* restrict scale, const lane* restrict beta, Py_ssize_t varies, lane one,
+    const lane* restrict scale, const lane* restrict beta, lane one,
     const formula* formula_tag,
 ) noexcept nogil:
     """Four rows with constants of their own and gamma and beta in common; shift_x, shift_g, coef_x,
@@ -989,8 +982,8 @@ cdef inline void apply_own_four(
     cdef Py_ssize_t j
     cdef lane s, t
     for j in range(width):
-        s = scale[j * varies]
-        t = beta[j * varies]
+        s = scale[j]
+        t = beta[j]
         y0[j] = combine(
             x0[j], g0[j], 0, k[0], m[0], 0, a[0], b[0], 0, c[0], 0, 0, 0, one, s, t, formula_tag,
             <const Identity*> NULL,
@@ -1010,7 +1003,7 @@ cdef inline void apply_own_four(
 
 
 cdef void apply_by_row(
-    const Block* block, Py_ssize_t varies, const lane* lane_tag, const formula* formula_tag,
+    const Block* block, const lane* lane_tag, const formula* formula_tag,
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
     cdef Py_ssize_t i = 0
@@ -1038,7 +1031,7 @@ cdef void apply_by_row(
                 <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
                 <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
                 <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
-                k, m, a, b, c, scale, beta, varies, one, formula_tag,
+                k, m, a, b, c, scale, beta, one, formula_tag,
             )
             i += 4
             continue
@@ -1048,7 +1041,7 @@ cdef void apply_by_row(
             <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
             <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
             <const lane*> block.bias + i, <const lane*> block.open_scale,
-            <const lane*> block.open_bias, 0, one, scale, beta, varies, formula_tag,
+            <const lane*> block.open_bias, 0, one, scale, beta, formula_tag,
             <const Identity*> NULL, <const OfRow*> NULL,
         )
         i += 1
@@ -1060,10 +1053,7 @@ cdef void apply_formula(
 ) noexcept nogil:
     if block.walk == BY_ROW:
         if activation is Identity and takes_rows(formula_tag):
-            if block.varies:
-                apply_by_row(block, 1, lane_tag, formula_tag)
-            else:
-                apply_by_row(block, 0, lane_tag, formula_tag)
+            apply_by_row(block, lane_tag, formula_tag)
     elif block.walk == ALONG:
         apply_singly(block, lane_tag, formula_tag, activation_tag, <const OfRow*> NULL)
     elif block.singly or formula is Scaled:
@@ -1221,9 +1211,9 @@ cdef void sum_one_row(
 cdef void sum_of_row(
     const lane* restrict x, const lane* restrict g, Py_ssize_t width,
     const lane* restrict shift, const lane* restrict scale, const lane* restrict rest,
-    Py_ssize_t each, double* s, double* ss,
+    double* s, double* ss,
 ) noexcept nogil:
-    """One parameter for the row: its columns' constants (each = 1), or the row's (0)."""
+    """One parameter for the row, whose columns have constants of their own."""
     cdef Py_ssize_t i, j, k, whole = width // LANES * LANES
     cdef double[LANES] sums
     cdef double[LANES] products
@@ -1231,14 +1221,12 @@ cdef void sum_of_row(
     set_lanes[double](products, 0)
     for i in range(0, whole, 16):  # LANES; Cython wants a literal step
         for j in range(LANES):
-            k = (i + j) * each
-            sums[j] += <double> g[i + j]
-            products[j] += <double> (g[i + j] * x_hat_of(x[i + j], shift[k], scale[k], rest[k]))
+            k = i + j
+            sums[j] += <double> g[k]
+            products[j] += <double> (g[k] * x_hat_of(x[k], shift[k], scale[k], rest[k]))
     for j in range(width - whole):
-        k = (whole + j) * each
-        sums[j] += <double> g[whole + j]
-        products[j] += <double> (
-            g[whole + j] * x_hat_of(x[whole + j], shift[k], scale[k], rest[k])
-        )
+        k = whole + j
+        sums[j] += <double> g[k]
+        products[j] += <double> (g[k] * x_hat_of(x[k], shift[k], scale[k], rest[k]))
     s[0] += bn_fold_lanes(sums)
     ss[0] += bn_fold_lanes(products)

@@ -3,24 +3,16 @@
 #
 #     norm        statistics over      gamma, beta along    so that they are
 #     instance    places               channels             constants of the features (n, c)
-#     group       C/G, places          groups, C/G          varying within the features (n, g)
+#     group       C/G, places          channels             the same; C/G features share statistics
 #     layer, RMS  any axes             the same axes        varying within the features, the others
 #
 # Rows of features with constants of their own are the layout ROWS; short ones are taken as columns.
-# What varies within a statistic has roles (S, B) and is multiplied in by the formulas SCALED and
-# SCALED_GRADIENT, or on the way of rows (filters.pxi); its gradients: parameters.pxi.
+# What features share: cells.pxi.  What varies within a statistic has roles (S, B) and is multiplied
+# in by the formulas SCALED and SCALED_GRADIENT, or on the way of rows (filters.pxi); its gradients:
+# parameters.pxi.  Groups without places, (N, C), are rows whose gamma varies too.
 
 cdef enum:
     MAX_DEFAULTS = 4096
-
-
-cdef bint are_within(cnp.ndarray x, unsigned long long over, unsigned long long along) noexcept:
-    """Whether parameters vary within a statistic."""
-    cdef int d
-    for d in range(cnp.PyArray_NDIM(x)):
-        if over >> d & along >> d & 1 and cnp.PyArray_DIMS(x)[d] > 1:
-            return True
-    return False
 
 
 cdef cnp.ndarray filled(int kind, Py_ssize_t n, double value):
@@ -66,18 +58,50 @@ cdef void place_parameters(Job* job, cnp.ndarray x, unsigned long long along) no
             stride *= cnp.PyArray_DIMS(x)[d]
 
 
-cdef cnp.ndarray seen_in(cnp.ndarray array, axes):
-    """The array (or None) as a norm's axes have it: its own, but for the channels, which may be
-    two.  (Not by `reshape`, which forgets the strides of axes of length 1: a sample alone would be
+cdef struct Norm:             # a norm of an array
+    unsigned long long over   # the axes that its statistics are over,
+    unsigned long long along  # and those of its parameters
+    Py_ssize_t cells          # neighbors along these that share a statistic
+    bint cut                  # the channels are seen as two axes
+
+
+cdef int find_norm(cnp.ndarray x, axes, Norm* norm) except -1:
+    """axes: Axes (_cache.py), which fit x.  Groups of cells that have places need no cut."""
+    cdef unsigned long long channels
+    shape, over, along = axes
+    norm.over, norm.along, norm.cells = mask_of(over), mask_of(along), 1
+    norm.cut = len(shape) > cnp.PyArray_NDIM(x)
+    if not norm.cut:
+        return 0
+    channels = <unsigned long long> 1 << <int> along[0]
+    if cnp.PyArray_SIZE(x) > n_along(x, channels | 1):  # there are places
+        norm.along, norm.over = channels, ~(channels | 1)
+        norm.cells = shape[along[1]]
+        norm.cut = False
+    return 0
+
+
+cdef inline Py_ssize_t n_statistics(cnp.ndarray seen, const Norm* norm) noexcept:
+    return n_along(seen, ~norm.over) // norm.cells
+
+
+cdef inline bint are_within(cnp.ndarray seen, const Norm* norm) noexcept:
+    """Whether parameters vary within a statistic."""
+    return n_along(seen, norm.over & norm.along) > 1
+
+
+cdef cnp.ndarray seen_by(const Norm* norm, cnp.ndarray array, axes):
+    """The array (or None) as the norm has it: its own, but for the channels, which may be two.
+    (Not by `reshape`, which forgets the strides of axes of length 1: a sample alone would be
     another layout, of other bits.)"""
     cdef cnp.npy_intp[MAX_DIMS] size
     cdef cnp.npy_intp[MAX_DIMS] stride
     cdef cnp.ndarray seen
     cdef int d, n, channels
+    if array is None or not norm.cut:
+        return array
     shape, _, along = axes
     n = len(shape)
-    if array is None or cnp.PyArray_NDIM(array) == n:
-        return array
     channels = along[0]
     for d in range(n):
         size[d] = shape[d]
@@ -96,31 +120,42 @@ cdef cnp.ndarray in_line(cnp.ndarray values):
     return values if values is None or cnp.PyArray_NDIM(values) == 1 else values.ravel()
 
 
+cdef void start_norm(
+    Job* job, int operation, cnp.ndarray x, cnp.ndarray stats, const Norm* norm, bint keeps,
+    int n_threads,
+) noexcept:
+    """As `new_job`.  Statistics that features share are not theirs; nor are some that nobody keeps.
+    """
+    cdef int k
+    new_job(job, operation, x, stats, ~norm.over, n_threads)
+    job.by_row = True
+    job.cells = norm.cells
+    job.n_features = n_along(x, ~norm.over)
+    if keeps and norm.cells > 1:
+        job.shared = job.value[MEAN]
+    for k in range(MEAN, MULTIPLIER + 1):
+        job.value[k] = job.value[k] if keeps and norm.cells == 1 else NULL
+
+
 cdef cnp.ndarray norm_of(
-    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, unsigned long long over,
-    unsigned long long along, double eps, cnp.ndarray out, int operation, int n_threads,
-    bint keeps,
+    cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, const Norm* norm, double eps,
+    cnp.ndarray out, int operation, int n_threads, bint keeps,
 ):
     """Fills out, of the shape of x; returns the statistics, None if they are not to be kept."""
     cdef Job job
-    cdef Py_ssize_t n = n_along(x, ~over), size
-    cdef cnp.ndarray stats = new_statistics(n if keeps else 0)
+    cdef Py_ssize_t size
+    cdef cnp.ndarray stats = new_statistics(n_statistics(x, norm) if keeps else 0)
     cdef cnp.ndarray scale, shift
-    cdef int k
     if cnp.PyArray_SIZE(x) == 0:
         memset(cnp.PyArray_DATA(stats), 0, cnp.PyArray_NBYTES(stats))
         return stats if keeps else None
-    new_job(&job, operation, x, stats, ~over, n_threads)
-    job.n_features = n
-    for k in range(MEAN, MULTIPLIER + 1):
-        job.value[k] = job.value[k] if keeps else NULL
-    job.by_row = True
+    start_norm(&job, operation, x, stats, norm, keeps, n_threads)
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
     set_constant(&job.beta_given, &zero)
-    if are_within(x, over, along):  # without them too: the same rows, and so the same bits
-        size = n_along(x, along)
-        place_parameters(&job, x, along)
+    if are_within(x, norm):  # without them too: the same rows, and so the same bits
+        size = n_along(x, norm.along)
+        place_parameters(&job, x, norm.along)
         scale = native_parameter(gamma, x, size, 1)
         shift = native_parameter(beta, x, size, 0)
         job.varying.gamma = <char*> cnp.PyArray_DATA(scale)
@@ -143,12 +178,23 @@ def norm_forward(
     gamma, beta: float32 or float64, or None.  axes: Axes (_cache.py).  out: new if None.
     Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
     """
-    _, over, along = axes
+    cdef Norm norm
+    find_norm(x, axes, &norm)
     if out is None:
         out = new_result(x)
     return out, norm_of(
-        seen_in(x, axes), in_line(gamma), in_line(beta), mask_of(over), mask_of(along), eps,
-        seen_in(out, axes), FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
+        seen_by(&norm, x, axes), in_line(gamma), in_line(beta), &norm, eps,
+        seen_by(&norm, out, axes), FORWARD if has_mean else RMS_FORWARD, n_threads, keeps,
+    )
+
+
+cdef bint is_plain_call(x, gamma, beta, Py_ssize_t n, eps, out, double* number) except -1:
+    """Whether a forward call's arguments need no conversion and no check, of n parameters; number:
+    the default of eps, and then what it is."""
+    return (
+        is_plain_parameter(gamma, n) and is_plain_parameter(beta, n)
+        and (eps is None or is_plain_number(eps, 0, number)) and is_plain_output(out, x)
+        and are_apart(out, gamma) and are_apart(out, beta)
     )
 
 
@@ -162,24 +208,48 @@ def plain_rows(
     """
     cdef double number = 1e-5
     cdef int last
-    cdef unsigned long long mask
+    cdef Norm norm
     if not is_plain_array(x) or type(axis) is not int or cnp.PyArray_NDIM(x) < 1:
         return None
     last = cnp.PyArray_NDIM(x) - 1
     if not (
         (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < small
-        and is_plain_parameter(gamma, cnp.PyArray_DIMS(x)[last])
-        and is_plain_parameter(beta, cnp.PyArray_DIMS(x)[last])
-        and (eps is None or is_plain_number(eps, 0, &number)) and is_plain_output(out, x)
-        and are_apart(out, gamma) and are_apart(out, beta)
+        and is_plain_call(x, gamma, beta, cnp.PyArray_DIMS(x)[last], eps, out, &number)
     ):
         return None
-    mask = <unsigned long long> 1 << last
+    norm.over = norm.along = <unsigned long long> 1 << last
+    norm.cells = 1
     if out is None:
         out = new_result(x)
     return out, norm_of(
-        x, gamma, beta, mask, mask, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
+        x, gamma, beta, &norm, number, out, FORWARD if has_mean else RMS_FORWARD, 1, keeps
     )
+
+
+def plain_channels(
+    x, gamma, beta, num_groups, axis, eps, out, bint keeps, Py_ssize_t small,
+):
+    """The same of group and instance norm (num_groups None) of an x with places."""
+    cdef double number = 1e-5
+    cdef Py_ssize_t n, n_groups
+    cdef Norm norm
+    if not is_plain_input(x, axis) or axis == 0 or not 0 < cnp.PyArray_SIZE(x) < small:
+        return None
+    n = n_groups = cnp.PyArray_DIMS(x)[<int> axis]
+    if num_groups is not None:
+        if type(num_groups) is not int or not 0 < num_groups <= n:
+            return None
+        n_groups = num_groups
+    norm.along = <unsigned long long> 1 << <int> axis
+    norm.over = ~(norm.along | 1)
+    norm.cells = n // n_groups
+    if n % n_groups or (norm.cells > 1 and n_along(x, norm.over) == 1) or (
+        not is_plain_call(x, gamma, beta, n, eps, out, &number)
+    ):
+        return None
+    if out is None:
+        out = new_result(x)
+    return out, norm_of(x, gamma, beta, &norm, number, out, FORWARD, 1, keeps)
 
 
 # ---------------------------------------------------------------- backward
@@ -242,30 +312,26 @@ cdef void store_parts(
 
 
 cdef int differentiate_norm(
-    cache, cnp.ndarray dout, cnp.ndarray x, cnp.ndarray out, cnp.ndarray dgamma,
+    cache, const Norm* norm, cnp.ndarray dout, cnp.ndarray x, cnp.ndarray out, cnp.ndarray dgamma,
     cnp.ndarray dbeta, int n_threads,
 ) except -1:
-    """Fill out, dgamma and dbeta, where they are not None; dout, x and out as the norm's axes have
-    them."""
+    """Fill out, dgamma and dbeta, where they are not None; dout, x and out as the norm has them."""
     cdef Job job
-    _, axes, parameters = cache.axes
-    cdef unsigned long long over = mask_of(axes), along = mask_of(parameters)
-    cdef bint has_mean = cache.norm != "rmsnorm", within = are_within(x, over, along)
+    cdef bint has_mean = cache.norm != "rmsnorm", within = are_within(x, norm)
     cdef bint sums_needed = dgamma is not None or dbeta is not None
-    cdef Py_ssize_t n = n_along(x, ~over), size = n_along(x, along), units = 0
+    cdef Py_ssize_t n = n_along(x, ~norm.over), size = n_along(x, norm.along), units = 0
     cdef cnp.ndarray gamma = in_line(cache.gamma), stats = cache.stats, scale
     cdef double* sums
     cdef double* low
     cdef double* lows
     if has_mean and not cache.exact_mean:
-        stats = with_mean_of(x, stats, over, n_threads)
-    new_job(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, ~over, n_threads)
-    job.by_row = True
+        stats = with_mean_of(x, stats, norm.over, n_threads)
+    start_norm(&job, BACKWARD if has_mean else RMS_BACKWARD, x, stats, norm, True, n_threads)
     bring(&job, G, dout)
     bring(&job, Y, out)
     set_constant(&job.gamma_given, &one)
     if within:
-        place_parameters(&job, x, along)
+        place_parameters(&job, x, norm.along)
         scale = native_parameter(gamma, x, size, 1)
         job.varying.gamma = job.varying.beta = <char*> cnp.PyArray_DATA(scale)
         job.varying.size = size
@@ -339,15 +405,16 @@ cdef bint is_plain_norm_cache(cache, object x, object gamma) except -1:
     cdef Py_ssize_t n_parameters
     cdef double number
     cdef cnp.ndarray seen
+    cdef Norm norm
     if not is_plain_array(x) or not is_plain_number(cache.eps, -INFINITY, &number):
         return False
     beta_shape, stats = cache.beta_shape, cache.stats
-    _, over, along = cache.axes
-    seen = seen_in(x, cache.axes)
-    n_parameters = n_along(seen, mask_of(along))
+    find_norm(x, cache.axes, &norm)
+    seen = seen_by(&norm, x, cache.axes)
+    n_parameters = n_along(seen, norm.along)
     if not (
         is_norm_parameter(gamma, n_parameters) and cnp.PyArray_CheckExact(stats)
-        and are_statistics(stats, n_along(seen, ~mask_of(over)))
+        and are_statistics(stats, n_statistics(seen, &norm))
     ):
         return False
     return beta_shape is None or is_shape_of(beta_shape, n_parameters)
@@ -360,8 +427,8 @@ def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     cache: a NormCache (_cache.py), whose axes fit its x; told if that is overwritten.  small: as
     for `backward`.
     """
-    cdef cnp.ndarray dgamma = None, dbeta = None, target = None
-    cdef bint in_order
+    cdef cnp.ndarray dgamma = None, dbeta = None, target = None, seen
+    cdef Norm norm
     x, gamma, beta_shape = cache.x, cache.gamma, cache.beta_shape
     if small >= 0 and not (
         is_plain_norm_cache(cache, x, gamma) and cnp.PyArray_SIZE(x) < small
@@ -372,17 +439,21 @@ def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
         dgamma = new_gradient(x, (<object> gamma).shape)
     if beta_shape is not None and (needs is None or "dbeta" in needs):
         dbeta = new_gradient(x, beta_shape)
+    axes = cache.axes
+    find_norm(x, axes, &norm)
+    seen = seen_by(&norm, x, axes)
     target = out
     if needs is None or "dx" in needs:
-        out = new_result(x) if out is None else out
-        # The order of sums must not depend on the strides of out.
-        in_order = dgamma is None and dbeta is None or cache.norm == "instancenorm"
-        target = out if in_order or is_in_order_of(out, x) else new_result(x)
+        target = out = new_result(x) if out is None else out
+        # The order of sums over rows must not depend on the strides of out.
+        if (dgamma is not None or dbeta is not None) and are_within(seen, &norm) and (
+            not is_in_order_of(out, x)
+        ):
+            target = new_result(x)
     if cnp.PyArray_SIZE(x) and not (target is None and dgamma is None and dbeta is None):
-        axes = cache.axes
         differentiate_norm(
-            cache, seen_in(dout, axes), seen_in(x, axes), seen_in(target, axes), dgamma, dbeta,
-            n_threads,
+            cache, &norm, seen_by(&norm, dout, axes), seen, seen_by(&norm, target, axes), dgamma,
+            dbeta, n_threads,
         )
         if target is not None and target is not out:
             cnp.PyArray_CopyInto(out, target)

@@ -77,9 +77,14 @@ cdef void start_product(
 cdef void start_gradients(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
+    cdef Py_ssize_t f = first
     round_means[lane](job, first, n, 1.5 * 2.0 ** 49, lane_tag)
+    while f < first + n and job.exact_mean:  # cells may be more than are sampled at a time
+        sample_shift[lane](job, G, f, min(<Py_ssize_t> MAX_COLUMNS, first + n - f), lane_tag)
+        f += MAX_COLUMNS
+    if job.cells > 1:
+        drop_lone_shifts(job, first, n)
     if job.exact_mean:
-        sample_shift[lane](job, G, first, n, lane_tag)
         if job.reduce.gate != NONE:
             drop_gated_shift[lane](job, first, n, lane_tag)
 

@@ -40,9 +40,7 @@ cdef void add_own_rows(
             sum_four_rows[lane](x + i, g + i, v.width, shift + i, scale + i, rest + i, s, ss)
             i += 4
             continue
-        if step == 0:
-            sum_of_row[lane](x[i], g[i], v.width, shift + i, scale + i, rest + i, 0, s, ss)
-        elif step == 1:
+        if step == 1:
             sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], 1, s, ss)
         else:
             sum_one_row[lane](x[i], g[i], v.width, shift[i], scale[i], rest[i], step, s, ss)
@@ -58,7 +56,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef double* s
     cdef Py_ssize_t i = 0, n = v.n_rows, size = sizeof(lane)
     cdef int r
-    if v.varies and v.plan.feature_stride[S] == 0:
+    if v.plan.feature_stride[S] == 0:
         s = v.s.varying + (v.s.row[S][0] - v.plan.base[S]) // size
         fill_gradient[lane](&block, v, n, 0, lane_tag)
         while i + 4 <= n:
@@ -74,7 +72,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
                 s, s + v.job.varying.size,
             )
             i += 4
-    add_own_rows[lane](v, i, v.varies, size, lane_tag)
+    add_own_rows[lane](v, i, 1, size, lane_tag)
     if i == n:
         return
     v.first += i
@@ -101,7 +99,7 @@ cdef void add_columns(Visit* v, const lane* lane_tag) noexcept nogil:
         for j in range(0, v.width, 64):  # TREE_COLUMNS; Cython wants a literal step
             sum_of_row[lane](
                 <lane*> v.s.row[X][i] + j, <lane*> v.s.row[G][i] + j,
-                min(<Py_ssize_t> TREE_COLUMNS, v.width - j), shift + j, scale + j, rest + j, 1,
+                min(<Py_ssize_t> TREE_COLUMNS, v.width - j), shift + j, scale + j, rest + j,
                 s, s + v.job.varying.size,
             )
 
@@ -146,7 +144,7 @@ cdef void sum_parameters(
     v.plan = job.apply
     v.s = s
     v.segment = &v.plan.segment[0]
-    v.scales = v.varies = v.wide = False
+    v.scales = v.wide = False
     # Of columns if their rows come in this order then.  (3000, 30), one thread: 325 to 266 us.
     s.adds = job.applies and not any_wide and (
         is_adjacent(&v) if own else job.apply.n_chunks == 1

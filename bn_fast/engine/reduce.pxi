@@ -15,13 +15,6 @@ cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_ta
     return <lane*> v.s.column[column]
 
 
-cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
-    """Whether gamma along a row can be read where it is, or there is but one."""
-    cdef Py_ssize_t stride = v.segment.run_stride[S]
-    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
-    return v.plan.layout != ROWS or stride == 0 or (stride == size and (not v.wide or size == 8))
-
-
 cdef inline bint is_alone(const Visit* v) noexcept nogil:
     """Whether rows of their own are taken singly: their factors differ, or gamma is gathered."""
     cdef bint gathered = v.plan.used[S] and v.plan.feature_stride[S] != 0 and not is_adjacent(v)
@@ -59,7 +52,7 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
             fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
     if v.scales and plan.used[S] and plan.used[G]:
         if plan.layout == ROWS:  # the kernels multiply
-            v.varies = point_parameters[lane](v, S, lane_tag)
+            point_parameters[lane](v, S, lane_tag)
         else:
             scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:

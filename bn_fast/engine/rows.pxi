@@ -53,7 +53,6 @@ cdef struct Visit:            # to one chunk of a tile
     Py_ssize_t first          # and their columns; or the features whose rows they are
     Py_ssize_t width
     bint scales               # dout by gamma, where that varies
-    bint varies               # gamma and beta along the row
     bint singly               # rows are written one by one,
     bint stream               # and by the kernel past the caches
 
@@ -239,6 +238,14 @@ cdef inline Py_ssize_t first_column(const Visit* v) noexcept nogil:
     return 0 if v.plan.layout == ROWS else v.first
 
 
+cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
+    """Whether gamma along a row can be read where it is; a column has but one."""
+    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    return v.plan.layout != ROWS or (
+        v.segment.run_stride[S] == size and (not v.wide or size == 8)
+    )
+
+
 cdef void find_rows(
     Visit* v, int role, Py_ssize_t n, bint at_first, char** rows,
 ) noexcept nogil:
@@ -396,7 +403,6 @@ cdef void fill_block(
     block.walk = (
         ALONG if v.plan.layout == LONG_RUN else BY_ROW if v.plan.layout == ROWS else ACROSS
     )
-    block.varies = v.varies
     for r in range(3):
         block.shift[r] = block.coef[r] = some
     block.bias = block.open_shift = block.open_scale = block.open_bias = some

@@ -117,6 +117,7 @@ cdef struct Work:             # what a schedule is made for
     Py_ssize_t feature_bytes  # of one array
     int n_inputs              # of the first visit
     Py_ssize_t unit           # features that one thread takes, 0: any
+    Py_ssize_t cells          # of which a tile has all that share a statistic
     bint untouched            # an output's pages are yet to be made
 
 
@@ -225,6 +226,7 @@ cdef void choose_norm_tile(
     while 2 * tile <= largest and 2 * tile * bytes <= near:
         tile *= 2
     schedule.tile = min(min(tile, limit), plan.n_features)
+    schedule.tile = max(work.cells, schedule.tile // work.cells * work.cells)
     schedule.sweep = True
     if not plan.used[S] and plan.layout != ROWS and schedule.n_threads > 1:
         schedule.sweep = work.n_features // schedule.tile >= 2 * schedule.n_threads

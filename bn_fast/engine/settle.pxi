@@ -86,6 +86,8 @@ cdef struct Job:
     int activation
     double negative_slope
     Py_ssize_t n_features
+    Py_ssize_t cells          # neighbors that share a statistic, see cells.pxi,
+    double* shared            # (4, n_features / cells): those that they share; NULL: not wanted
     double total              # values per feature, M, of all parts; with weights their sum, W
     double eps                # negative where it is not known
     double low                # see low_limit
@@ -128,6 +130,8 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
             job.value[v] = values
             values += stride
     job.sums = values
+    if job.cells > 1:
+        job.value[MULTIPLIER] = job.value[INV_STD]
 
 
 cdef void read_parameter(
@@ -219,23 +223,24 @@ cdef inline double load_gamma(const Plan* plan, const char* value) noexcept nogi
 
 
 cdef Py_ssize_t sample_rows(
-    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n_features, char** row,
+    const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n, Py_ssize_t cells, char** row,
     float[MAX_COLUMNS]* sample, const lane* lane_tag,
 ) noexcept nogil:
-    """Addresses of the three sampled values of a tile's first feature, and how far the next
-    feature's lie, in bytes; half types are taken to `sample`."""
+    """Addresses of three values of a tile's first feature, or of the first, the middle and the last
+    of so many cells, and how far the next one's lie, in bytes; half types' n are taken to `sample`.
+    """
     cdef Py_ssize_t offset[MAX_COLUMNS]
     cdef float ones[MAX_COLUMNS]
-    cdef Py_ssize_t f, k, step = plan.feature_stride[role]
+    cdef Py_ssize_t f, k, step = plan.feature_stride[role] * cells
     for k in range(3):
-        row[k] = value_at(plan, role, first, &plan.sample[k])
+        row[k] = value_at(plan, role, first + (cells - 1) * k // 2, &plan.sample[k])
     if not is_half(plan.storage):
         return step
-    for f in range(n_features):
+    for f in range(n):
         offset[f] = f * step
         ones[f] = 1
     for k in range(3):
-        gather_row[float](plan.storage, row[k], offset, n_features, ones, sample[k])
+        gather_row[float](plan.storage, row[k], offset, n, ones, sample[k])
         row[k] = <char*> sample[k]
     return sizeof(float)
 
@@ -310,15 +315,18 @@ cdef void sample_shift(
     more thing to round, M times over (float64, M = 1e6: 55 roundings for dgamma; M = 1560, of 24
     features one or two had a shift: 12 for dbeta, 1 without).  Not so a dout that repeats itself:
     its roundings do not average out.
+
+    Cells have one shift of x, that their sums may be added, and each its own of dout.
     """
     cdef char* row[3]
     cdef float[3][MAX_COLUMNS] sample
     cdef lane[3][MAX_COLUMNS] scaled
     cdef const char* gamma
-    cdef Py_ssize_t f, k, step = sample_rows(
-        job.reduce, role, first, n_features, row, sample, lane_tag
-    )
     cdef bint around_zero = role == G
+    cdef Py_ssize_t cells = 1 if around_zero else job.cells, n = n_features // cells
+    cdef Py_ssize_t f, k, step = sample_rows(
+        job.reduce, role, first, n, cells, row, sample, lane_tag
+    )
     cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
     cdef double* spread = job.value[SPREAD] + first
     if role == G and job.reduce.used[S]:  # what is summed
@@ -331,17 +339,14 @@ cdef void sample_shift(
             row[k] = <char*> scaled[k]
         step = sizeof(lane)
     if step != sizeof(lane):
-        sample_features(
-            row[0], row[1], row[2], step, n_features, around_zero, shift, spread, lane_tag
-        )
+        sample_features(row[0], row[1], row[2], step, n, around_zero, shift, spread, lane_tag)
     elif around_zero:  # what the compiler knows it can vectorize
-        sample_features(
-            row[0], row[1], row[2], sizeof(lane), n_features, True, shift, spread, lane_tag
-        )
+        sample_features(row[0], row[1], row[2], sizeof(lane), n, True, shift, spread, lane_tag)
     else:
-        sample_features(
-            row[0], row[1], row[2], sizeof(lane), n_features, False, shift, spread, lane_tag
-        )
+        sample_features(row[0], row[1], row[2], sizeof(lane), n, False, shift, spread, lane_tag)
+    if cells > 1:
+        for f in range(n_features - 1, -1, -1):
+            shift[f] = shift[f // cells]
 
 
 cdef void round_means(
@@ -375,7 +380,7 @@ cdef void round_near(
     cdef double* mean = job.value[MEAN] + first
     cdef double near, shift, step
     cdef Py_ssize_t f, k, stride = sample_rows(
-        job.reduce, X, first, n_features, row, sample, lane_tag
+        job.reduce, X, first, n_features, 1, row, sample, lane_tag
     )
     for f in range(n_features):
         near = INFINITY
@@ -475,9 +480,9 @@ cdef void drop_gated_shift(
     cdef double residual = 0
     cdef bint open
     cdef lane d
-    x_step = sample_rows(plan, X, first, n_features, x, x_sample, lane_tag)
+    x_step = sample_rows(plan, X, first, n_features, 1, x, x_sample, lane_tag)
     if plan.used[R]:
-        r_step = sample_rows(plan, R, first, n_features, r, r_sample, lane_tag)
+        r_step = sample_rows(plan, R, first, n_features, 1, r, r_sample, lane_tag)
     for f in range(first, first + n_features):
         d = <lane> v[SHIFT_X][f] - <lane> v[GATE_SHIFT][f]
         open = is_open_at(job, d * <lane> v[GATE_COEF][f] + <lane> v[GATE_BIAS][f])
@@ -577,6 +582,7 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
         distance = distance_from_mean(job, f, first, &look)
         if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
+            step = step if step < INFINITY else 0
             shift[f] = (mean[f] + step) - step
             v[RETRY][f] = 1
             n_far += 1
@@ -753,15 +759,18 @@ cdef inline void backward_constants(
     double* restrict shift_x, double* restrict shift_g, double* restrict factor,
     double* restrict factor_g, double* restrict coef_g, double* restrict coef_x,
     double* restrict bias, double* restrict wide_mark,
-    Py_ssize_t n, double m, double eps, double low, bint wide, const lane* lane_tag,
+    Py_ssize_t n, double m, double eps, double low, bint wide, bint shared, const lane* lane_tag,
 ) noexcept nogil:
     """dx = a ((dout - mean_g) - (x - mean) r mean_gx), a = gamma r; M = 1 leaves dx = 0.
 
     M = 2 leaves of two terms of the size of dout only dx = a eps r^2 (dout - mean_g), which is used
     where eps is known (not negative): no digit is lost.
+
+    Of cells that share a statistic dx = a (dout - shift_g) + r (mean_g - (x - mean) r mean_gx), as
+    `share_gradients` has left these three.
     """
     cdef Py_ssize_t f
-    cdef double r, a, q, rest, share, back
+    cdef double r, a, b, q, rest, share, back
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
@@ -771,7 +780,8 @@ cdef inline void backward_constants(
         r = inv_std[f]
         share = eps * r * r
         shift_x[f] = mean[f] if wide else <double> (<lane> mean[f])
-        shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
+        if not shared:
+            shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
         back = 1
@@ -780,17 +790,19 @@ cdef inline void backward_constants(
             back = min(back, sinking(gamma[f], r))
         factor_g[f] = back
         a = gamma[f] * (r / back if wide else r) * (share if share > least else least)
+        b = (r / back if wide else r) if shared else a
         q = mean_gx[f] * some * back
         coef_g[f] = a
-        coef_x[f] = -(a * q * (r / factor[f] if wide else r))
+        coef_x[f] = -(b * q * (r / factor[f] if wide else r))
         bias[f] = (
             (-coef_x[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
-            - a * (((mean_g[f] - shift_g[f]) + mean_g_low[f]) * back)
+            + (r * mean_g[f] if shared
+               else -a * (((mean_g[f] - shift_g[f]) + mean_g_low[f]) * back))
         )
         wide_mark[f] = (
             beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
             + beyond(a, low) + beyond(coef_x[f], low) + above(bias[f], low)
-            + (1 - two) * is_lost(a, gamma[f], r) + is_lost(coef_x[f], a, q)
+            + (1 - two) * is_lost(a, gamma[f], r) + is_lost(coef_x[f], b, q)
         )
 
 
@@ -806,7 +818,7 @@ cdef inline void forward_set(
 
 
 cdef inline void backward_set(
-    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, bint shared, const lane* lane_tag,
 ) noexcept nogil:
     cdef double** v = job.value
     backward_constants[lane](
@@ -814,11 +826,13 @@ cdef inline void backward_set(
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, total_of(job, f) if job.op.centers else INFINITY, job.eps, job.low, wide, lane_tag,
+        n, total_of(job, f) if job.op.centers and not shared else INFINITY, job.eps, job.low, wide,
+        shared, lane_tag,
     )
 
 
-# Whether lanes are wide is a constant of the inlined loops, for gcc to vectorize them.
+# Whether lanes are wide, and statistics shared, is a constant of the inlined loops, for gcc to
+# vectorize them.
 
 cdef void set_forward_constants(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
@@ -843,10 +857,15 @@ cdef void set_backward_constants(
             v[MEAN_G][k] = v[DBETA][k] / total_of(job, k)
             v[MEAN_G_LOW][k] = 0
             v[MEAN_GX][k] = v[DGAMMA][k] * (1 / total_of(job, k))
-    if wide:
-        backward_set[lane](job, f, n, True, lane_tag)
+    if job.cells > 1:
+        if wide:
+            backward_set[lane](job, f, n, True, True, lane_tag)
+        else:
+            backward_set[lane](job, f, n, False, True, lane_tag)
+    elif wide:
+        backward_set[lane](job, f, n, True, False, lane_tag)
     else:
-        backward_set[lane](job, f, n, False, lane_tag)
+        backward_set[lane](job, f, n, False, False, lane_tag)
 
 
 cdef void set_frozen_constants(

@@ -28,7 +28,7 @@ cdef void visit_tile(
     v.s = s
     v.wide = wide
     v.scales = True
-    v.varies = v.singly = v.stream = False
+    v.singly = v.stream = False
     v.feature = first
     while v.feature < first + n_features:
         v.n_features = visited_together(
@@ -66,9 +66,18 @@ cdef void start_tile(Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_
     cdef Py_ssize_t f
     for f in range(first, first + n):
         job.value[FACTOR_X][f] = job.value[FACTOR_G][f] = 1
+    if job.cells > 1 and job.op.takes_dout:
+        take_shared(job, first, n)
     if job.reduce.gate != NONE:
         start_gate[lane](job, first, n, lane_tag)
     job.op.start(job, first, n, lane_tag)
+
+
+cdef void add_up(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The sums of each statistic."""
+    merge_chunks(job, first, n)
+    if job.cells > 1 and not job.op.takes_dout:
+        share_sums(job, first, n)
 
 
 cdef void settle_tile(
@@ -79,7 +88,7 @@ cdef void settle_tile(
     cdef Py_ssize_t f, chunk
     cdef double unsettled
     cdef int attempt
-    merge_chunks(job, first, n)
+    add_up(job, first, n)
     unsettled = job.op.settle(job, first, n, True)
     for attempt in range(3):
         if unsettled == 0:
@@ -89,11 +98,50 @@ cdef void settle_tile(
                 job.op.retry(job, f, lane_tag)
         for chunk in range(job.reduce.n_chunks):
             visit_tile[double](job, False, chunk, first, n, True, s, NULL)
-        merge_chunks(job, first, n)
+        add_up(job, first, n)
         unsettled = 0
         for f in range(first, first + n):
             if retry[f] != 0:
                 unsettled += job.op.settle(job, f, 1, False)
+
+
+cdef void sum_deviations(
+    const Job* shared, Py_ssize_t first, Py_ssize_t n, Scratch* s,
+) noexcept nogil:
+    """The sums of x - mean of the tile's cells, in wide lanes, in place of what has been settled."""
+    cdef Job job = shared[0]
+    cdef Plan alone = job.reduce[0]
+    cdef Py_ssize_t f, chunk
+    alone.used[G] = False
+    job.reduce = &alone
+    for f in range(first, first + n):
+        job.value[SHIFT_X][f] = job.value[MEAN][f]
+        if alone.storage == FLOAT64:
+            job.value[FACTOR_X][f] = wide_factor(job.value[MEAN][f], job.value[INV_STD][f])
+        else:
+            job.value[FACTOR_X][f] = 1
+    for chunk in range(alone.n_chunks):
+        visit_tile[double](&job, False, chunk, first, n, True, s, NULL)
+    merge_chunks(&job, first, n)
+
+
+cdef void settle_cells(
+    Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
+) noexcept nogil:
+    """What features that share their statistics have in common."""
+    cdef Py_ssize_t start = first, shifted
+    if not job.op.takes_dout:
+        give_shared(job, first, n)
+        return
+    while start < first + n:  # run after run of groups
+        shifted = 0
+        while start + shifted < first + n and are_shifted(job, start + shifted, job.cells):
+            shifted += job.cells
+        if shifted:
+            sum_deviations(job, start, shifted, s)
+        start += shifted + job.cells
+    read_parameter(&job.gamma_given, first, n, job.value[GAMMA] + first)
+    share_gradients[lane](job, first, n, lane_tag)
 
 
 cdef void finish_tile(
@@ -104,6 +152,8 @@ cdef void finish_tile(
     cdef Py_ssize_t f
     if job.reduces:
         settle_tile[lane](job, first, n, s, lane_tag)
+        if job.cells > 1:
+            settle_cells[lane](job, first, n, s, lane_tag)
     if not (job.applies or job.varying.unit):
         return
     read_parameter(&job.gamma_given, first, n, v[GAMMA] + first)
@@ -202,6 +252,7 @@ cdef void visit_features(
     for tile in range(job.schedule.n_tiles):
         tile_range(&job.schedule, job.apply, tile, &first, &n)
         share = max(<Py_ssize_t> SHARE_FEATURES, (n + n_threads - 1) // n_threads)
+        share = (share + job.cells - 1) // job.cells * job.cells
         start = thread * share
         if start >= n:
             continue
@@ -220,6 +271,8 @@ cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
         if job.given[result] and job.reduces and not first:
             job.value[result] = values
             values += job.n_features
+    if not (first or job.op.takes_dout):
+        job.shared = NULL
     lay_out(job, values, job.n_features, 0)
 
 
