@@ -65,9 +65,9 @@ cdef bint are_shifted(const Job* job, Py_ssize_t first, Py_ssize_t n) noexcept n
 
 
 cdef void drop_lone_shifts(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    """Keep the shifts of dout where each cell of a group has one.  They cost another visit to x, see
-    `add_shifts`, and one cell in fifty has one by chance, which cost (32, 256, 14, 14) backward 40 %;
-    one that has to have it is found again, by `look_again`."""
+    """Keep the shifts of dout where each cell of a group has one.  They cost another visit to x,
+    see `add_shifts`, and one cell in fifty has one by chance, which cost (32, 256, 14, 14) backward
+    40 %; one that has to have it is found again, by `look_again`."""
     cdef Py_ssize_t group, f, start, cells = job.cells
     for group in range(first // cells, (first + n) // cells):
         start = group * cells

@@ -174,9 +174,9 @@ cdef struct Block:
     int formula
     int activation
     double slope              # the activation's, below 0
-    const char* open_scale    # forward's constants of x for the gate in GRADIENT and in sums; the
-    const char* open_bias     # shift is that of x,
-    const char* open_shift    # but in sums it is forward's own
+    const char* gate_coef     # forward's constants of x for the gate in GRADIENT and in sums; the
+    const char* gate_bias     # shift is that of x,
+    const char* gate_shift    # but in sums it is forward's own
     double* sum_1
     double* sum_2
 
@@ -508,7 +508,7 @@ cdef inline void sum_products_tree(
     const lane* g0, const lane* g1, const lane* g2, const lane* g3,
     Py_ssize_t first, Py_ssize_t last, const lane* shift_x, const lane* shift_g,
     lane one, double* restrict s, double* restrict ss,
-    const lane* open_shift, const lane* open_scale, const lane* open_bias, lane open_slope,
+    const lane* gate_shift, const lane* gate_coef, const lane* gate_bias, lane slope,
     const activation* activation_tag,
 ) noexcept nogil:
     """Four rows; eight pairs would fill the ways of a cache set where rows lie 4 KiB apart."""
@@ -518,17 +518,17 @@ cdef inline void sum_products_tree(
         k = shift_x[j]
         m = shift_g[j]
         if activation is not Identity:
-            o = open_shift[j]
-            a = open_scale[j]
-            c = open_bias[j]
+            o = gate_shift[j]
+            a = gate_coef[j]
+            c = gate_bias[j]
         d0 = plus(x0[j], -k, one)
         d1 = plus(x1[j], -k, one)
         d2 = plus(x2[j], -k, one)
         d3 = plus(x3[j], -k, one)
-        t0 = let_through(g0[j], x0[j] - o, a, c, open_slope, activation_tag)
-        t1 = let_through(g1[j], x1[j] - o, a, c, open_slope, activation_tag)
-        t2 = let_through(g2[j], x2[j] - o, a, c, open_slope, activation_tag)
-        t3 = let_through(g3[j], x3[j] - o, a, c, open_slope, activation_tag)
+        t0 = let_through(g0[j], x0[j] - o, a, c, slope, activation_tag)
+        t1 = let_through(g1[j], x1[j] - o, a, c, slope, activation_tag)
+        t2 = let_through(g2[j], x2[j] - o, a, c, slope, activation_tag)
+        t3 = let_through(g3[j], x3[j] - o, a, c, slope, activation_tag)
         t0 = plus(t0, -m, one)
         t1 = plus(t1, -m, one)
         t2 = plus(t2, -m, one)
@@ -547,10 +547,10 @@ cdef void sum_products_across(
     """
     cdef const lane* shift_x = <const lane*> block.shift[X]
     cdef const lane* shift_g = <const lane*> block.shift[G]
-    cdef const lane* open_shift = <const lane*> block.open_shift
-    cdef const lane* open_scale = <const lane*> block.open_scale
-    cdef const lane* open_bias = <const lane*> block.open_bias
-    cdef lane open_slope = <lane> block.slope
+    cdef const lane* gate_shift = <const lane*> block.gate_shift
+    cdef const lane* gate_coef = <const lane*> block.gate_coef
+    cdef const lane* gate_bias = <const lane*> block.gate_bias
+    cdef lane slope = <lane> block.slope
     cdef char** x_rows = block.row[X]
     cdef char** g_rows = block.row[G]
     cdef Py_ssize_t i, strip, width = block.width, ahead = block.ahead
@@ -568,7 +568,7 @@ cdef void sum_products_across(
                 <const lane*> g_rows[i], <const lane*> g_rows[i + 1],
                 <const lane*> g_rows[i + 2], <const lane*> g_rows[i + 3],
                 strip, min(strip + step, width), shift_x, shift_g, one, block.sum_1, block.sum_2,
-                open_shift, open_scale, open_bias, open_slope, activation_tag,
+                gate_shift, gate_coef, gate_bias, slope, activation_tag,
             )
             strip += step
 
@@ -576,7 +576,7 @@ cdef void sum_products_across(
 cdef inline void sum_products_run(
     const lane* x, const lane* g, Py_ssize_t width, const lane* shift_x, const lane* shift_g,
     lane one, double* restrict s, double* restrict ss,
-    const lane* open_shift, const lane* open_scale, const lane* open_bias, lane open_slope,
+    const lane* gate_shift, const lane* gate_coef, const lane* gate_bias, lane slope,
     const activation* activation_tag,
 ) noexcept nogil:
     """The same of a row of one feature, wound up on LANES columns."""
@@ -591,7 +591,7 @@ cdef inline void sum_products_run(
             x, x + LANES, x + 2 * LANES, x + 3 * LANES,
             g, g + LANES, g + 2 * LANES, g + 3 * LANES,
             0, LANES, shift_x, shift_g, one, s, ss,
-            open_shift, open_scale, open_bias, open_slope, activation_tag,
+            gate_shift, gate_coef, gate_bias, slope, activation_tag,
         )
         x += 4 * LANES
         g += 4 * LANES
@@ -601,7 +601,7 @@ cdef inline void sum_products_run(
         sum_products_tree(
             x_row[0], x_row[1], x_row[2], x_row[3], g_row[0], g_row[1], g_row[2], g_row[3],
             0, LANES, shift_x, shift_g, one, s, ss,
-            open_shift, open_scale, open_bias, open_slope, activation_tag,
+            gate_shift, gate_coef, gate_bias, slope, activation_tag,
         )
 
 
@@ -618,8 +618,8 @@ cdef void sum_products_along(
         sum_products_run(
             <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
             <const lane*> block.shift[X], <const lane*> block.shift[G], one, s, ss,
-            <const lane*> block.open_shift, <const lane*> block.open_scale,
-            <const lane*> block.open_bias, <lane> block.slope, activation_tag,
+            <const lane*> block.gate_shift, <const lane*> block.gate_coef,
+            <const lane*> block.gate_bias, <lane> block.slope, activation_tag,
         )
     memcpy(block.sum_1, s, sizeof(s))
     memcpy(block.sum_2, ss, sizeof(ss))
@@ -712,7 +712,7 @@ cdef void sum_products_walked(
 
 cdef inline lane combine(
     lane x, lane g, lane r, lane k, lane m, lane n, lane a, lane b, lane e, lane c,
-    lane open_scale, lane open_bias, lane slope, lane one, lane scale, lane beta,
+    lane gate_coef, lane gate_bias, lane slope, lane one, lane scale, lane beta,
     const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """One element.  The bias comes before a residual and after gradients: that is where the digits
@@ -722,7 +722,7 @@ cdef inline lane combine(
         d = plus(x, -k, one)
         if formula is ScaledGradient:
             g = g * scale
-        z = (let_through(g, d, open_scale, open_bias, slope, activation_tag) - m) * b
+        z = (let_through(g, d, gate_coef, gate_bias, slope, activation_tag) - m) * b
         if formula is Mixed:
             z = z + (r - n) * e
         z = (z + d * a) + c
@@ -764,7 +764,7 @@ cdef inline void apply_four(
     lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
     const lane* restrict shift_x, const lane* restrict shift_g, const lane* restrict shift_r,
     const lane* restrict coef_x, const lane* restrict coef_g, const lane* restrict coef_r,
-    const lane* restrict bias, const lane* restrict open_scale, const lane* restrict open_bias,
+    const lane* restrict bias, const lane* restrict gate_coef, const lane* restrict gate_bias,
     lane slope, lane one, const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """Four rows at a time, so that the constants are loaded once for four."""
@@ -778,8 +778,8 @@ cdef inline void apply_four(
             m = shift_g[j]
             b = coef_g[j]
             if activation is not Identity:
-                oa = open_scale[j]
-                oc = open_bias[j]
+                oa = gate_coef[j]
+                oc = gate_bias[j]
         if formula is Mixed:
             n = shift_r[j]
             e = coef_r[j]
@@ -823,7 +823,7 @@ cdef void apply_across(
             <const lane*> block.shift[X], <const lane*> block.shift[G],
             <const lane*> block.shift[R], <const lane*> block.coef[X],
             <const lane*> block.coef[G], <const lane*> block.coef[R], <const lane*> block.bias,
-            <const lane*> block.open_scale, <const lane*> block.open_bias,
+            <const lane*> block.gate_coef, <const lane*> block.gate_bias,
             <lane> block.slope, <lane> bn_one(), formula_tag, activation_tag,
         )
 
@@ -832,8 +832,8 @@ cdef inline void apply_row(
     const lane* restrict x, const lane* restrict g, const lane* restrict r, lane* restrict y,
     Py_ssize_t width, const lane* restrict shift_x, const lane* restrict shift_g,
     const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
-    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict open_scale,
-    const lane* restrict open_bias, lane slope, lane one,
+    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict gate_coef,
+    const lane* restrict gate_bias, lane slope, lane one,
     const lane* restrict scale, const lane* restrict beta,
     const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
@@ -849,7 +849,7 @@ cdef inline void apply_row(
             term = beta[own]
         y[j] = combine(
             x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k], coef_r[k],
-            bias[k], open_scale[k], open_bias[k], slope, one, factor, term, formula_tag,
+            bias[k], gate_coef[k], gate_bias[k], slope, one, factor, term, formula_tag,
             activation_tag,
         )
 
@@ -954,8 +954,8 @@ cdef void apply_singly(
                 <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
                 <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
                 <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
-                <const lane*> block.bias + first, <const lane*> block.open_scale + first,
-                <const lane*> block.open_bias + first, <lane> block.slope, one,
+                <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
+                <const lane*> block.gate_bias + first, <lane> block.slope, one,
                 <const lane*> (block.row[S][i] if scaled else block.shift[X]),
                 <const lane*> (block.row[B][i] if scaled else block.shift[X]),
                 formula_tag, activation_tag, extent_tag,
@@ -1040,8 +1040,8 @@ cdef void apply_by_row(
             block.width, <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
             <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
             <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
-            <const lane*> block.bias + i, <const lane*> block.open_scale,
-            <const lane*> block.open_bias, 0, one, scale, beta, formula_tag,
+            <const lane*> block.bias + i, <const lane*> block.gate_coef,
+            <const lane*> block.gate_bias, 0, one, scale, beta, formula_tag,
             <const Identity*> NULL, <const OfRow*> NULL,
         )
         i += 1

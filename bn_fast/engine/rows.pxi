@@ -2,7 +2,7 @@
 # go back where they belong.  A visit is to one chunk of a tile; it takes rows some at a time.
 
 
-# Columns of constants: those of the values (see settle.pxi), and
+# Columns of constants: those of the values (see job.pxi), and
 cdef enum:
     ONES = N_OWN
     SUM_1
@@ -405,7 +405,7 @@ cdef void fill_block(
     )
     for r in range(3):
         block.shift[r] = block.coef[r] = some
-    block.bias = block.open_shift = block.open_scale = block.open_bias = some
+    block.bias = block.gate_shift = block.gate_coef = block.gate_bias = some
     block.activation = IDENTITY
     block.slope = v.job.negative_slope
     block.sum_1 = <double*> v.s.column[SUM_1] + v.first
@@ -427,9 +427,9 @@ cdef void fill_gradient(
     block.bias = <char*> columns_at[lane](v, BIAS, lane_tag)
     if v.gate == INSIDE:
         block.activation = v.job.activation
-        block.open_shift = <char*> columns_at[lane](v, GATE_SHIFT, lane_tag)
-        block.open_scale = <char*> columns_at[lane](v, GATE_COEF, lane_tag)
-        block.open_bias = <char*> columns_at[lane](v, GATE_BIAS, lane_tag)
+        block.gate_shift = <char*> columns_at[lane](v, GATE_SHIFT, lane_tag)
+        block.gate_coef = <char*> columns_at[lane](v, GATE_COEF, lane_tag)
+        block.gate_bias = <char*> columns_at[lane](v, GATE_BIAS, lane_tag)
 
 
 cdef Py_ssize_t pad_rows(

@@ -108,7 +108,8 @@ cdef void settle_tile(
 cdef void sum_deviations(
     const Job* shared, Py_ssize_t first, Py_ssize_t n, Scratch* s,
 ) noexcept nogil:
-    """The sums of x - mean of the tile's cells, in wide lanes, in place of what has been settled."""
+    """The sums of x - mean of the tile's cells, in wide lanes, in place of what has been settled.
+    """
     cdef Job job = shared[0]
     cdef Plan alone = job.reduce[0]
     cdef Py_ssize_t f, chunk

@@ -1,0 +1,153 @@
+# What a call knows: its arrays, what was asked for, and values of each feature.
+
+# One value for each feature.  The engine's own come first: each of them may have a column too, as a
+# constant of the kernels.  A new constant is a name here, and a line where it is computed.
+cdef enum:
+    SHIFT_X = 0               # y = the sum of (input - shift) coef, + bias
+    SHIFT_G
+    COEF_X
+    COEF_G
+    BIAS
+    FACTOR_X                  # what wide lanes multiply x and dout by
+    FACTOR_G
+    GAMMA
+    BETA
+    MEAN_G                    # mean of dout, and what float64 leaves of it
+    MEAN_G_LOW
+    MEAN_GX                   # mean of dout x_hat
+    SPREAD                    # of the values of dout from which its shift was guessed
+    RETRY                     # 1 where the sums have to be had again, in wide lanes
+    WIDE                      # 1 where the output has to be computed in wide lanes
+    N_PLAIN
+    GATE_SHIFT = N_PLAIN      # what forward had as SHIFT_X, FACTOR_X, COEF_X, BIAS, WIDE
+    GATE_FACTOR
+    GATE_COEF
+    GATE_BIAS
+    GATE_WIDE
+    N_GATED
+    SHIFT_R = N_GATED         # constants of the second order: see set_second_constants
+    MIX_X
+    MIX_G
+    MIX_R
+    MIX_BIAS
+    N_OWN
+    MEAN = N_OWN              # given with the call, or its results
+    MEAN_LOW                  # mean + mean_low is the mean to twice the digits
+    INV_STD
+    VAR
+    DGAMMA
+    DBETA
+    MULTIPLIER                # of the second sum: inv_std for dgamma, ones for sum dout (x - mean)
+    MEAN_R                    # means of ddx
+    MEAN_R_LOW
+    PRODUCT_GR                # mean (ddx - its mean) (dout - its mean) inv_std
+    ALONG_R                   # mean ddx x_hat
+    ALONG_G                   # mean dout x_hat
+    DDGAMMA
+    DDBETA
+    TOTAL                     # as the job's total, where that differs between features
+    N_VALUES
+
+cdef struct Parameter:        # gamma or beta as the caller gave it; data is NULL where unused
+    const char* data
+    Py_ssize_t stride
+    Py_ssize_t period         # after so many features it begins anew
+    bint single
+
+cdef struct Varying:          # gamma and beta that vary within a statistic, in the native lanes
+    char* gamma               # NULL: there are none
+    char* beta
+    cnp.npy_intp[MAX_DIMS] stride  # along x's axes, of either
+    Py_ssize_t size           # how many there are
+    double* totals            # of their gradients: [unit][dbeta, dgamma][size]
+    double* lows              # the low parts of these, where a unit has several folds
+    Py_ssize_t unit           # features whose sums are made together, 0: none are wanted
+
+cdef struct Operation
+
+cdef struct Job:
+    const Operation* op
+    void* array[N_ROLES]      # what the call has brought (NULL: none), borrowed from it
+    unsigned long long features  # a mask of the axes that name them
+    bint by_row               # runs are rows, where they are long enough
+    Varying varying
+    int n_threads             # at most
+    long long worked          # the first of them, since the last barrier, in ns,
+    long long done_at         # until then
+    bint reduces              # the two visits that a call needs
+    bint applies
+    Schedule schedule
+    bint exact_mean           # the mean is that of x itself, so sum (x - mean) = 0
+    int activation
+    double negative_slope
+    Py_ssize_t n_features
+    Py_ssize_t cells          # neighbors that share a statistic, see cells.pxi,
+    double* shared            # (4, n_features / cells): those that they share; NULL: not wanted
+    double total              # values per feature, M, of all parts; with weights their sum, W
+    double eps                # negative where it is not known
+    double low                # see low_limit
+    Parameter gamma_given
+    Parameter beta_given
+    double* value[N_VALUES]
+    bint given[N_VALUES]      # arrays that the call has brought
+    double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
+    Py_ssize_t stride         # of the engine's own arrays, from one to the next
+    Py_ssize_t own_features   # threads have arrays of their own, for so many; 0: they share them
+    bint has_options          # rows need more buffers and columns
+    Py_ssize_t width          # of the widest row of columns
+    Py_ssize_t buffer_elements
+    Py_ssize_t scratch_bytes
+    char* scratch
+    Plan* reduce              # of either visit; not here, as threads have copies of this
+    Plan* apply
+
+
+cdef inline double total_of(const Job* job, Py_ssize_t f) noexcept nogil:
+    return job.total if job.value[TOTAL] == NULL else job.value[TOTAL][f]
+
+
+cdef inline int n_own_values(const Job* job) noexcept nogil:
+    if not job.given[MEAN]:  # nobody wants the statistics
+        return VAR + 1
+    return N_OWN if job.given[DDGAMMA] else N_GATED if job.reduce.gate != NONE else N_PLAIN
+
+
+cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first) noexcept nogil:
+    """Let the engine's own arrays begin at feature `first`, `stride` apart.
+
+    A swept tile's are its own and stay in cache: for (16, 65536) they are as large as the data.
+    """
+    cdef int v
+    values -= first
+    job.stride = stride
+    for v in range(n_own_values(job)):
+        if not job.given[v]:
+            job.value[v] = values
+            values += stride
+    job.sums = values
+    if job.cells > 1:
+        job.value[MULTIPLIER] = job.value[INV_STD]
+
+
+cdef void read_parameter(
+    const Parameter* given, Py_ssize_t first, Py_ssize_t n, double* restrict values,
+) noexcept nogil:
+    cdef Py_ssize_t f, left
+    cdef const char* data
+    if first >= given.period:
+        first = first % given.period
+    left = given.period - first
+    if n > left:
+        read_parameter(given, first, left, values)
+        read_parameter(given, first + left, n - left, values + left)
+        return
+    data = given.data + first * given.stride
+    if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
+        for f in range(n):
+            values[f] = (<const float*> data)[f]
+    elif given.single:
+        for f in range(n):
+            values[f] = (<const float*> (data + f * given.stride))[0]
+    else:
+        for f in range(n):
+            values[f] = (<const double*> (data + f * given.stride))[0]
