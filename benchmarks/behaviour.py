@@ -1,6 +1,6 @@
 """What the table of shapes does not show: threads, latency, memory, strides, digits, ISAs.
 
-Each measurement prints one table. Blocks of calls take turns, and medians are compared;
+Each measurement prints one table. Blocks of calls take turns, and the fastest are compared;
 nothing else should run meanwhile.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from cases import Case
 from implementations import IMPLEMENTATIONS
 from problem import Problem
-from timing import medians
+from timing import fastest
 
 import bn_fast
 import bn_fast.functional
@@ -115,7 +115,7 @@ def threads(rounds: int) -> None:
             for name in ("forward", "backward")
             for n in counts
         }
-        times = medians(calls, rounds)
+        times = fastest(calls, rounds)
         row = [str(shape)]
         for name in ("forward", "backward"):
             row.append(" ".join(micro(times[f"{name} {n}"]) for n in counts))
@@ -236,7 +236,7 @@ def small(rounds: int) -> None:
     layer.forward(x)
     calls["bn_fast layer forward"] = partial(layer.forward, x)
     calls["bn_fast layer backward"] = partial(layer.backward, dout)
-    times = medians(calls, rounds)
+    times = fastest(calls, rounds)
     rows = []
     for name in (*kinds, "layer"):
         row = [name]
@@ -298,8 +298,8 @@ def fresh(rounds: int) -> None:
     for shape in ((1024, 4096), (4096, 4096), (100_000, 512)):
         layer = Layer(normal(shape))
         names = ("forward", "forward_fresh", "backward", "backward_fresh")
-        times = medians({name: getattr(layer, name) for name in names}, rounds)
-        times |= medians({"touch": lambda shape=shape: _touch(shape)}, rounds)
+        times = fastest({name: getattr(layer, name) for name in names}, rounds)
+        times |= fastest({"touch": lambda shape=shape: _touch(shape)}, rounds)
         rows.append([str(shape), *(f"{times[name] * 1e3:.3g}" for name in (*names, "touch"))])
     show(
         "New results, ms",
@@ -336,7 +336,7 @@ def strides(rounds: int) -> None:
                 for who, one in (("view", layer), ("twin", twin))
                 for what in ("forward", "backward")
             }
-            times = medians(calls, rounds)
+            times = fastest(calls, rounds)
             row = [str(shape), name]
             for what in ("forward", "backward"):
                 ratio = times[f"view {what}"] / times[f"twin {what}"]
@@ -387,7 +387,7 @@ def isa(rounds: int) -> None:
         for shape, axis in SHAPES:
             layer = Layer(normal(shape).astype(dtype), axis)
             for what in ("forward", "backward"):
-                times = medians({n: on(n, getattr(layer, what)) for n in modules}, rounds)
+                times = fastest({n: on(n, getattr(layer, what)) for n in modules}, rounds)
                 label = f"{shape} {np.dtype(dtype)} {what}"
                 rows.append([label, *map(micro, times.values()), min(times, key=times.__getitem__)])
     bn_fast.functional.core = modules[bn_fast.build_info()["isa"]]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
 from timeit import Timer
 from typing import Any, TypeVar
 
@@ -36,5 +35,6 @@ def measure(calls: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, 
     return times
 
 
-def medians(calls: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, float]:
-    return {name: median(times) for name, times in measure(calls, rounds).items()}
+def fastest(calls: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, float]:
+    """What else a machine does never makes a call faster."""
+    return {name: min(times) for name, times in measure(calls, rounds).items()}
