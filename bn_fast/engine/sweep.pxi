@@ -303,6 +303,8 @@ cdef long long share_rows(
     if job.reduces and apart:
         job.sums = own_sums
         memcpy(job.sums, sums, 4 * job.reduce.n_chunks * job.n_features * sizeof(double))
+    if apart and thread and not job.applies:  # one writes what the call has brought for the means
+        return since
     visit_features[lane](job, True, who, n_sharing, s, lane_tag)
     if job.applies:
         bn_barrier(n_sharing, &since)
