@@ -366,7 +366,7 @@ cdef void choose_accesses(Plan* plan) noexcept:
 cdef inline Py_ssize_t rows_of_tree(const Plan* plan, const Segment* segment) noexcept nogil:
     """Sixteen rows whole pages apart would fill the ways of L1's sets twice: (32, 256, 14, 14)
     forward 250 us by eights, 290 by sixteens.  And rows come in from memory in better order by
-    eights: sums of (50000, 256), one thread, 2.9 ms by sixteens, 2.1.  (A norm's order must not
+    eights: sums of (50000, 256), one thread, 3.0 ms by sixteens, 2.1.  (A norm's order must not
     depend on how many samples there are; half types have float32's.)"""
     cdef Py_ssize_t last = segment.n_dims - 1, size = size_of(plan.storage)
     cdef Py_ssize_t lane_bytes = max(size, <Py_ssize_t> sizeof(float))
