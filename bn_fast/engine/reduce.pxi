@@ -174,11 +174,11 @@ cdef void reduce_own_rows(
 
 
 cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:
-    """The two sums of one chunk for the visit's features, into the job's."""
+    """The two sums of one chunk for the visit's features."""
     cdef Job* job = v.job
     cdef const Plan* plan = v.plan
     cdef Py_ssize_t row_end, piece, n = v.n_features, stride = job.stride
-    cdef double* total = job.sums + chunk * 4 * stride + v.feature
+    cdef double* total = v.s.sums + v.feature
     cdef double* sum_1 = <double*> v.s.column[SUM_1]
     cdef double* sum_2 = <double*> v.s.column[SUM_2]
     cdef bint first_block = True

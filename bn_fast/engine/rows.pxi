@@ -31,6 +31,7 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     Py_ssize_t n_ones         # native factors of 1 that are set
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
+    double* sums              # of the chunk at hand, as the job's
     double* varying           # sums for gamma and beta since the last fold,
     double* fold              # and where they are but for a unit's first
     bint adds                 # to these as it applies

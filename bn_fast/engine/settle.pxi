@@ -583,17 +583,74 @@ cdef inline double settle_gradients(
     return count
 
 
-cdef void merge_chunks(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    """Add the chunks' sums to those of chunk 0, in order, rounding errors kept."""
-    cdef Py_ssize_t chunk, which, stride = job.stride
+# ---------------------------------------------------------------- sums of chunks
+#
+# The sums of chunks are added as a binary tree whose nodes are chunks k 2^l .. (k + 1) 2^l - 1, so
+# that the order depends on their number alone and yet a thread adds up what lies in its own share,
+# in its own cache: chunks start .. end - 1 leave few nodes, one after the other in slots from
+# `start` on.  Of (3136, 512) on two threads 82 KB are left for the others to read, of 410.
+
+cdef inline Py_ssize_t node_length(Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    """Of the largest node that begins with chunk `start` and ends before `end`."""
+    cdef Py_ssize_t length = 1
+    while start % (2 * length) == 0 and start + 2 * length <= end:
+        length *= 2
+    return length
+
+
+cdef inline Py_ssize_t n_nodes(Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t n = 0
+    while start < end:
+        start += node_length(start, end)
+        n += 1
+    return n
+
+
+cdef void join_nodes(
+    Job* job, Py_ssize_t low, Py_ssize_t high, Py_ssize_t first, Py_ssize_t n,
+) noexcept nogil:
+    """Add one slot's sums to another's, rounding errors kept."""
+    cdef Py_ssize_t which, stride = job.stride
     cdef double* total
     cdef double* part
-    for chunk in range(1, job.reduce.n_chunks):
-        for which in range(0, 4, 2):
-            total = job.sums + first + which * stride
-            part = total + 4 * chunk * stride
-            add_compensated(total, total + stride, part, n)
-            fold_halves(total + stride, part + stride, n)
+    for which in range(0, 4, 2):
+        total = job.sums + (4 * low + which) * stride + first
+        part = job.sums + (4 * high + which) * stride + first
+        add_compensated(total, total + stride, part, n)
+        fold_halves(total + stride, part + stride, n)
+
+
+cdef inline Py_ssize_t share_start(
+    Py_ssize_t n_tasks, int thread, int n_threads, Py_ssize_t tile, Py_ssize_t n_tiles,
+) noexcept nogil:
+    """A thread's first chunk of a tile; tasks are tiles of chunk 0, of chunk 1, ..."""
+    return (thread * n_tasks // n_threads - tile + n_tiles - 1) // n_tiles
+
+
+cdef void join_shares(
+    Job* job, double* sums, Py_ssize_t tile, int n_threads, Py_ssize_t first, Py_ssize_t n,
+) noexcept nogil:
+    """The sums of n_threads' shares of a tile's chunks, which lie in `sums`, into the job's first
+    slot."""
+    cdef Py_ssize_t[MAX_CHUNKS] open_nodes
+    cdef Py_ssize_t n_tiles = job.schedule.n_tiles, n_tasks = job.reduce.n_chunks * n_tiles
+    cdef Py_ssize_t start, end, slot, which, at, n_open = 0
+    cdef int thread
+    for thread in range(n_threads):
+        start = slot = share_start(n_tasks, thread, n_threads, tile, n_tiles)
+        end = share_start(n_tasks, thread + 1, n_threads, tile, n_tiles)
+        while start < end:
+            if sums != job.sums:
+                for which in range(4):
+                    at = (4 * slot + which) * job.stride + first
+                    memcpy(job.sums + at, sums + at, n * sizeof(double))
+            open_nodes[n_open] = slot
+            n_open += 1
+            slot += 1
+            start += node_length(start, end)
+            while n_open > (n_nodes(0, start) if start < job.reduce.n_chunks else 1):
+                n_open -= 1
+                join_nodes(job, open_nodes[n_open - 1], open_nodes[n_open], first, n)
 
 
 # ---------------------------------------------------------------- statistics to constants

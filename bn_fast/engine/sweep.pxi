@@ -42,9 +42,35 @@ cdef void visit_tile(
 
 
 cdef void reduce_tile(
-    Job* job, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
+    Job* job, Py_ssize_t start, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t n, bint wide,
+    Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
-    visit_tile[lane](job, False, chunk, first, n, False, s, lane_tag)
+    """The sums of one more chunk of a share that began with chunk `start`."""
+    cdef Py_ssize_t slot = start + n_nodes(start, chunk)
+    s.sums = job.sums + 4 * slot * job.stride
+    visit_tile[lane](job, False, chunk, first, n, wide, s, lane_tag)
+    while slot >= start + n_nodes(start, chunk + 1):
+        join_nodes(job, slot - 1, slot, first, n)
+        slot -= 1
+
+
+cdef void add_up(
+    Job* job, double* sums, Py_ssize_t tile, int n_threads, Py_ssize_t first, Py_ssize_t n,
+) noexcept nogil:
+    """The sums of each statistic, out of those of n threads."""
+    join_shares(job, sums, tile, n_threads, first, n)
+    if job.cells > 1 and not job.op.takes_dout:
+        share_sums(job, first, n)
+
+
+cdef void sum_tile(
+    Job* job, Py_ssize_t first, Py_ssize_t n, bint wide, Scratch* s, const lane* lane_tag,
+) noexcept nogil:
+    """The sums of all chunks, by one thread."""
+    cdef Py_ssize_t chunk
+    for chunk in range(job.reduce.n_chunks):
+        reduce_tile[lane](job, 0, chunk, first, n, wide, s, lane_tag)
+    add_up(job, job.sums, 0, 1, first, n)
 
 
 cdef void apply_tile(
@@ -73,32 +99,21 @@ cdef void start_tile(Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_
     job.op.start(job, first, n, lane_tag)
 
 
-cdef void add_up(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    """The sums of each statistic."""
-    merge_chunks(job, first, n)
-    if job.cells > 1 and not job.op.takes_dout:
-        share_sums(job, first, n)
-
-
 cdef void settle_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
     """Settle the sums of the tile's features, again in wide lanes where needed."""
     cdef double* retry = job.value[RETRY]
-    cdef Py_ssize_t f, chunk
-    cdef double unsettled
+    cdef Py_ssize_t f
+    cdef double unsettled = job.op.settle(job, first, n, True)
     cdef int attempt
-    add_up(job, first, n)
-    unsettled = job.op.settle(job, first, n, True)
     for attempt in range(3):
         if unsettled == 0:
             break
         for f in range(first, first + n):
             if retry[f] != 0:
                 job.op.retry(job, f, lane_tag)
-        for chunk in range(job.reduce.n_chunks):
-            visit_tile[double](job, False, chunk, first, n, True, s, NULL)
-        add_up(job, first, n)
+        sum_tile[double](job, first, n, True, s, NULL)
         unsettled = 0
         for f in range(first, first + n):
             if retry[f] != 0:
@@ -112,7 +127,7 @@ cdef void sum_deviations(
     """
     cdef Job job = shared[0]
     cdef Plan alone = job.reduce[0]
-    cdef Py_ssize_t f, chunk
+    cdef Py_ssize_t f
     alone.used[G] = False
     job.reduce = &alone
     for f in range(first, first + n):
@@ -121,9 +136,7 @@ cdef void sum_deviations(
             job.value[FACTOR_X][f] = wide_factor(job.value[MEAN][f], job.value[INV_STD][f])
         else:
             job.value[FACTOR_X][f] = 1
-    for chunk in range(alone.n_chunks):
-        visit_tile[double](&job, False, chunk, first, n, True, s, NULL)
-    merge_chunks(&job, first, n)
+    sum_tile[double](&job, first, n, True, s, NULL)
 
 
 cdef void settle_cells(
@@ -211,8 +224,7 @@ cdef void sweep_tiles(
         if job.reduces or job.reduce.gate != NONE:
             start_tile[lane](job, first, n, lane_tag)
         if job.reduces:
-            for chunk in range(job.reduce.n_chunks):
-                reduce_tile[lane](job, chunk, first, n, s, lane_tag)
+            sum_tile[lane](job, first, n, False, s, lane_tag)
         finish_tile[lane](job, first, n, s, lane_tag)
         if job.varying.unit:
             sum_parameters[lane](job, first, n, s, lane_tag)
@@ -234,21 +246,26 @@ cdef void visit_chunks(
     cdef Py_ssize_t n_tiles = job.schedule.n_tiles, first, n, index, turn
     cdef Py_ssize_t n_tasks = n_tiles * (job.apply.n_chunks if applies else job.reduce.n_chunks)
     cdef Py_ssize_t start = thread * n_tasks // n_threads
-    cdef Py_ssize_t end = (thread + 1) * n_tasks // n_threads
+    cdef Py_ssize_t end = (thread + 1) * n_tasks // n_threads, tile
     for turn in range(end - start):
         index = end - 1 - turn if applies else start + turn
-        tile_range(&job.schedule, job.apply, index % n_tiles, &first, &n)
+        tile = index % n_tiles
+        tile_range(&job.schedule, job.apply, tile, &first, &n)
         if applies:
             apply_tile[lane](job, index // n_tiles, first, n, s, lane_tag)
         else:
-            reduce_tile[lane](job, index // n_tiles, first, n, s, lane_tag)
+            reduce_tile[lane](
+                job, share_start(n_tasks, thread, n_threads, tile, n_tiles), index // n_tiles,
+                first, n, False, s, lane_tag,
+            )
 
 
 cdef void visit_features(
-    Job* job, bint finishes, int thread, int n_threads, Scratch* s, const lane* lane_tag,
+    Job* job, double* sums, int n_summing, int thread, int n_threads, Scratch* s,
+    const lane* lane_tag,
 ) noexcept nogil:
-    """What comes before or after the first visit, feature by feature: a thread's share of each
-    tile."""
+    """What comes before the first visit, or after it, when n threads have summed, feature by
+    feature: a thread's share of each tile."""
     cdef Py_ssize_t tile, first, n, share, start
     for tile in range(job.schedule.n_tiles):
         tile_range(&job.schedule, job.apply, tile, &first, &n)
@@ -258,7 +275,9 @@ cdef void visit_features(
         if start >= n:
             continue
         share = min(share, n - start)
-        if finishes:
+        if n_summing and job.reduces:
+            add_up(job, sums, tile, n_summing, first + start, share)
+        if n_summing:
             finish_tile[lane](job, first + start, share, s, lane_tag)
         else:
             start_tile[lane](job, first + start, share, lane_tag)
@@ -295,17 +314,16 @@ cdef long long share_rows(
         own_sums = job.sums
         job.sums = sums
     if job.reduces or job.reduce.gate != NONE:
-        visit_features[lane](job, False, who, n_sharing, s, lane_tag)
+        visit_features[lane](job, NULL, 0, who, n_sharing, s, lane_tag)
         bn_barrier(n_sharing, &since)
     if job.reduces:
         visit_chunks[lane](job, False, thread, n_threads, s, lane_tag)
         bn_barrier(n_threads, &since)
     if job.reduces and apart:
         job.sums = own_sums
-        memcpy(job.sums, sums, 4 * job.reduce.n_chunks * job.n_features * sizeof(double))
     if apart and thread and not job.applies:  # one writes what the call has brought for the means
         return since
-    visit_features[lane](job, True, who, n_sharing, s, lane_tag)
+    visit_features[lane](job, sums, n_threads, who, n_sharing, s, lane_tag)
     if job.applies:
         bn_barrier(n_sharing, &since)
         visit_chunks[lane](job, True, thread, n_threads, s, lane_tag)
