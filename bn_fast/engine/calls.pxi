@@ -149,6 +149,8 @@ cdef void plan_visits(Job* job) noexcept:
     make_plan(apply, x, job.features, &features)
     if job.varying.unit:
         job.varying.unit = unit_features(apply, job.n_features)
+        if not folds_again(job):
+            job.varying.lows = NULL
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     for r in range(Y):

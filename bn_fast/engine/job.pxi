@@ -60,7 +60,7 @@ cdef struct Varying:          # gamma and beta that vary within a statistic, in 
     cnp.npy_intp[MAX_DIMS] stride  # along x's axes, of either
     Py_ssize_t size           # how many there are
     double* totals            # of their gradients: [unit][dbeta, dgamma][size]
-    double* lows              # the low parts of these, where a unit has several folds
+    double* lows              # the low parts of these; NULL where no unit has several folds
     Py_ssize_t unit           # features whose sums are made together, 0: none are wanted
 
 cdef struct Operation

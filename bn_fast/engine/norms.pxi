@@ -358,7 +358,7 @@ cdef int differentiate_norm(
         execute(&job)
         if within and sums_needed:
             units = (n + job.varying.unit - 1) // job.varying.unit
-            lows = job.varying.lows if folds_again(&job) else NULL
+            lows = job.varying.lows
             store_parts(job.varying.totals, lows, low, units, 2 * size, size, dbeta)
             lows = lows + size if lows != NULL else NULL
             store_parts(job.varying.totals + size, lows, low + size, units, 2 * size, size, dgamma)
