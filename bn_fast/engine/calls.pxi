@@ -12,10 +12,8 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
         high[k] = low[k] + cnp.PyArray_ITEMSIZE(array)
         for d in range(cnp.PyArray_NDIM(array)):
             span = (cnp.PyArray_DIMS(array)[d] - 1) * cnp.PyArray_STRIDES(array)[d]
-            if span > 0:
-                high[k] += span
-            else:
-                low[k] += span
+            high[k] += max(span, 0)
+            low[k] += min(span, 0)
     return low[0] < high[1] and low[1] < high[0]
 
 
@@ -149,6 +147,8 @@ cdef void plan_visits(Job* job) noexcept:
     make_plan(apply, x, job.features, &features)
     if job.varying.unit:
         job.varying.unit = unit_features(apply, job.n_features)
+        if not folds_again(job):
+            job.varying.lows = NULL
     # An array that is overwritten is read through the buffer, so that kernels may assume that
     # nothing they read is what they write.
     for r in range(Y):
@@ -169,7 +169,7 @@ cdef bint overwrites_inputs(const Job* job) noexcept:
     return False
 
 
-cdef void make_schedule(Job* job) noexcept:
+cdef void make_schedule(Job* job, int n_threads) noexcept:
     cdef Work work
     work.reduce = job.reduce
     work.apply = job.apply
@@ -179,7 +179,7 @@ cdef void make_schedule(Job* job) noexcept:
     work.unit = job.varying.unit
     work.cells = job.cells
     work.untouched = is_untouched(array_of(job, Y)) or is_untouched(array_of(job, D))
-    job.schedule.n_threads = bn_coming(job.n_threads)
+    job.schedule.n_threads = bn_coming(n_threads)
     choose_tile(&job.schedule, &work)
     job.schedule.apart = settles_apart(&job.schedule, &work) and not overwrites_inputs(job)
     choose_detours(&job.schedule, &work)
@@ -201,12 +201,6 @@ cdef void size_scratch(Job* job) noexcept:
         if plan.layout == ROWS:
             job.width = max(job.width, tile)
     job.width = (job.width + 7) // 8 * 8
-    job.buffer_elements = max(
-        <Py_ssize_t> GATHER_ELEMENTS,
-        job.width * (
-            1 if job.reduce.layout == LONG_RUN else 4 if job.reduce.layout == ROWS else TREE_ROWS
-        ),
-    )
     job.own_features = 0
     if job.schedule.apart:
         job.own_features = job.n_features
@@ -215,8 +209,16 @@ cdef void size_scratch(Job* job) noexcept:
     job.scratch_bytes = share_scratch(job, <char*> 64, &s)
 
 
-cdef int execute(Job* job) except -1:
-    """Plan, allocate, run; where x has no elements there is nothing to do."""
+cdef void* allocate(size_t n_bytes) except NULL:
+    cdef void* memory = malloc(n_bytes)
+    if memory == NULL:
+        raise MemoryError("bn_fast: no memory for the sums and constants of this call")
+    return memory
+
+
+cdef int execute(Job* job, int n_threads) except -1:
+    """Plan, allocate, run, on so many threads at most; where x has no elements there is nothing to
+    do."""
     cdef cnp.ndarray x = array_of(job, X)
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x), n = job.n_features, n_values = 0
     cdef Plan[2] plans
@@ -229,7 +231,6 @@ cdef int execute(Job* job) except -1:
     count = <double> (size // n)
     for v in range(N_VALUES):
         job.given[v] = job.value[v] != NULL
-    job.low = low_limit(storage_of(x))
     job.reduce = &plans[0]
     job.apply = &plans[1]
     if job.reduces and job.array[W] == NULL:
@@ -241,21 +242,16 @@ cdef int execute(Job* job) except -1:
     # hold anything, as under a mask the padding's filler.
     samples = job.reduces and not job.op.takes_dout and job.value[TOTAL] == NULL
     choose_sample(job.reduce, 0, job.total / count / 2 if samples else 0, job.reduce.sample)
-    job.has_options = job.reduce.gate != NONE or (
-        job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
-    )
-    make_schedule(job)
+    make_schedule(job, n_threads)
     size_scratch(job)
     if not job.own_features or job.schedule.apart:
         n_values = 4 * job.reduce.n_chunks * n if job.reduces else 0
         if not job.own_features:
             n_values += n_own_values(job) * n
         n_values = (n_values + 7) // 8 * 8
-    memory = <char*> malloc(
+    memory = <char*> allocate(
         n_values * sizeof(double) + job.schedule.n_threads * job.scratch_bytes + 64
     )
-    if memory == NULL:
-        raise MemoryError("bn_fast: no memory for the scratch of this call")
     try:
         job.scratch = <char*> ((<size_t> memory + 63) // 64 * 64)
         job.stride = n
@@ -271,9 +267,6 @@ cdef int execute(Job* job) except -1:
                 run_natively(job)
     finally:
         free(memory)
-        for v in range(N_VALUES):
-            if not job.given[v]:
-                job.value[v] = NULL
     return 0
 
 
@@ -338,7 +331,6 @@ cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, cnp.npy_intp le
 
 cdef void new_job(
     Job* job, int operation, cnp.ndarray x, cnp.ndarray stats, unsigned long long features,
-    int n_threads,
 ) noexcept:
     """features: the mask of their axes.  stats: mean, the mean's low part, inv_std and var: float64
     (4, n_features), contiguous."""
@@ -349,9 +341,7 @@ cdef void new_job(
     job.features = features
     job.n_features = n
     job.cells = 1
-    job.n_threads = n_threads
     job.eps = -1
-    job.exact_mean = True
     bring(job, X, x)
     for k in range(4):
         job.value[MEAN + k] = <double*> cnp.PyArray_DATA(stats) + k * n
@@ -397,10 +387,16 @@ def are_finite(cnp.ndarray mean not None, cnp.ndarray var not None):
 
 
 cdef cnp.ndarray new_statistics(Py_ssize_t n):
-    cdef cnp.npy_intp shape[2]
-    shape[0] = 4
-    shape[1] = n
+    cdef cnp.npy_intp[2] shape = [4, n]
     return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef cnp.ndarray filled(int kind, Py_ssize_t n_rows, Py_ssize_t n, double value):
+    cdef cnp.npy_intp[2] shape = [n_rows, n]
+    cdef cnp.ndarray values = cnp.PyArray_ZEROS(2, shape, kind, 0)
+    if value != 0:
+        values.fill(value)
+    return values
 
 
 cpdef cnp.ndarray given_statistics(cnp.ndarray mean, cnp.ndarray var, double eps):
@@ -460,18 +456,31 @@ cdef int bring_options(Job* job, options, cnp.ndarray beta) except -1:
 
 
 cdef cnp.ndarray run_forward(
-    Job* job, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray out, options,
+    Job* job, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray out, int n_threads,
 ):
     """Apply what the job says of statistics; returns out (new if None)."""
     if out is None:
         out = new_result(array_of(job, X))
-    bring_options(job, options, beta)
     bring(job, Y, out)
     set_parameter(&job.gamma_given, gamma, &one)
     set_parameter(&job.beta_given, beta, &zero)
     job.applies = True
-    execute(job)
+    execute(job, n_threads)
     return out
+
+
+cdef int run_backward(
+    Job* job, cnp.ndarray dout, cnp.ndarray gamma, cnp.ndarray dx, double* sums, int n_threads,
+) except -1:
+    """The sums of dout and the job's x, dgamma and dbeta, each of n_features values, if they are
+    asked for; and dx, if it is not None."""
+    bring(job, G, dout)
+    bring(job, Y, dx)
+    set_parameter(&job.gamma_given, gamma, &one)
+    job.applies = dx is not None
+    job.value[DGAMMA] = sums
+    job.value[DBETA] = sums + job.n_features
+    return execute(job, n_threads)
 
 
 cdef void take_statistics(Job* job, double eps) noexcept:
@@ -494,13 +503,18 @@ def normalize(
     cdef unsigned long long features = mask_of(axis)
     if not are_statistics(stats, n_along(x, features)):
         raise ValueError("stats must be float64, contiguous and of shape (4, n_features)")
-    new_job(&job, FROZEN, x, stats, features, n_threads)
-    return run_forward(&job, gamma, beta, out, None)
+    new_job(&job, FROZEN, x, stats, features)
+    return run_forward(&job, gamma, beta, out, n_threads)
 
 
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
-    cdef Py_ssize_t f, n = cnp.PyArray_SIZE(target)
-    cdef float* narrow = <float*> cnp.PyArray_DATA(target)
+    """Into a contiguous array; None: nowhere."""
+    cdef Py_ssize_t f, n
+    cdef float* narrow
+    if target is None:
+        return
+    n = cnp.PyArray_SIZE(target)
+    narrow = <float*> cnp.PyArray_DATA(target)
     if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
         for f in range(n):
             narrow[f] = <float> values[f]
@@ -546,69 +560,55 @@ def backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     where all has been checked.
     """
     cdef Job job
-    cdef unsigned long long features
     cdef Py_ssize_t n
-    cdef cnp.ndarray dgamma, dbeta, dresidual = None, dmean = None, dvar = None
+    cdef cnp.ndarray dgamma = None, dbeta = None, dresidual = None, dmean = None, dvar = None
     cdef double* sums
-    cdef bint needs_dx, needs_given, frozen = cache.frozen
+    cdef bint frozen = cache.frozen
     x, gamma, beta, stats = cache.x, cache.gamma, cache.beta, cache.stats
     axis, eps, options = cache.axis, cache.eps, cache.options
     if small >= 0 and not (
         is_plain_cache(x, gamma, beta, stats, axis, eps) and cnp.PyArray_SIZE(x) < small
-        and is_plain_gradient(dout, x, gamma, out)
-        and (options is None or (are_plain_options(options, x, out) and are_apart(out, beta)))
+        and is_plain_gradient(dout, x, gamma, out) and are_plain_options(options, x, beta, out)
     ):
         return None
-    features = mask_of(axis)
     residual = None if options is None else (<tuple> options)[2]
-    needs_dx = wants(needs, "dx")
-    needs_given = needs is not None and ("dmean" in needs or "dvar" in needs)
-    if residual is not None and wants(needs, "dresidual"):
-        dresidual = new_result(x)
-    if out is None and needs_dx:
-        out = new_result(x)
-    # Whatever may fail for want of memory comes before anything is written to out.
     n = cnp.PyArray_DIMS(stats)[1]
-    dgamma = new_parameter(x, n)
-    dbeta = new_parameter(x, n)
-    if needs_given:
+    # Whatever may fail for want of memory comes before anything is written to out.
+    if gamma is not None and wants(needs, "dgamma"):
+        dgamma = new_parameter(x, n)
+    if beta is not None and wants(needs, "dbeta"):
+        dbeta = new_parameter(x, n)
+    if needs is not None and ("dmean" in needs or "dvar" in needs):
         dmean = new_parameter(x, n)
         dvar = new_parameter(x, n)
-    sums = <double*> calloc((3 if needs_given else 2) * n + 1, sizeof(double))
-    if sums == NULL:
-        raise MemoryError("bn_fast: no memory for the sums of this call")
+    if residual is not None and wants(needs, "dresidual"):
+        dresidual = new_result(x)
+    if out is None and wants(needs, "dx"):
+        out = new_result(x)
+    sums = <double*> allocate((3 * n + 1) * sizeof(double))
     try:
-        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, features, n_threads)
+        memset(sums, 0, 2 * n * sizeof(double))  # what they are of no elements
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, mask_of(axis))
         bring_options(&job, options, beta)
-        bring(&job, G, dout)
-        bring(&job, Y, out)
         bring(&job, D, dresidual)
-        set_parameter(&job.gamma_given, gamma, &one)
         job.reduces = (
-            wants(needs, "dgamma") or wants(needs, "dbeta") or needs_given
-            or dresidual is not None or (needs_dx and not frozen)
+            dgamma is not None or dbeta is not None or dmean is not None or dresidual is not None
+            or (out is not None and not frozen)
         )
-        job.applies = needs_dx
         # With weights dout has no shift, and M = 2 no form of its own.
-        job.exact_mean = <double> eps >= 0 and job.array[W] == NULL
         job.eps = eps if job.array[W] == NULL else -1
-        job.value[DGAMMA] = sums
-        job.value[DBETA] = sums + n
-        execute(&job)
+        job.exact_mean = job.eps >= 0
+        run_backward(&job, dout, gamma, out, sums, n_threads)
         store_parameter(sums, dgamma)
         store_parameter(sums + n, dbeta)
-        if needs_given:
+        if dmean is not None:
             differentiate_statistics(&job, sums + 2 * n, dmean, dvar)
     finally:
         free(sums)
     if out is not None and is_same_buffer(out, x):
         cache.overwritten = "batchnorm_backward"
-    if gamma is None or not wants(needs, "dgamma"):
-        dgamma = None
-    if beta is None or not wants(needs, "dbeta"):
-        dbeta = None
     found = (out, dgamma, dbeta) if residual is None else (out, dgamma, dbeta, dresidual)
-    if needs_given:
+    if dmean is not None:
         found += (dmean if "dmean" in needs else None, dvar if "dvar" in needs else None)
     return found
 
@@ -625,12 +625,11 @@ def moments(
     cdef Job job
     cdef unsigned long long features = mask_of(axis)
     cdef cnp.ndarray stats = new_statistics(n_along(x, features))
-    new_job(&job, FORWARD, x, stats, features, n_threads)
+    new_job(&job, FORWARD, x, stats, features)
     bring(&job, W, weights)
-    job.reduces = True
-    job.eps = 0
+    take_statistics(&job, 0)
     take_total(&job, total)
-    execute(&job)
+    execute(&job, n_threads)
     return stats
 
 
@@ -641,24 +640,14 @@ def backward_sums(
     """sum dout (x - mean), times inv_std if `normalized`, and sum dout as float64 (2, n_features),
     whatever x has to do with stats."""
     cdef Job job
-    cdef Py_ssize_t f, n = cnp.PyArray_DIMS(stats)[1]
-    cdef cnp.npy_intp shape[2]
-    cdef cnp.ndarray sums, ones
-    shape[0] = 2
-    shape[1] = n
-    sums = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
-    ones = cnp.PyArray_EMPTY(1, &shape[1], cnp.NPY_FLOAT64, 0)
-    new_job(&job, BACKWARD, x, stats, mask_of(axis), n_threads)
-    bring(&job, G, dout)
+    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
+    cdef cnp.ndarray sums = filled(cnp.NPY_FLOAT64, 2, n, 0)
+    cdef cnp.ndarray ones = filled(cnp.NPY_FLOAT64, 1, n, 1)
+    new_job(&job, BACKWARD, x, stats, mask_of(axis))
     job.reduces = True
-    job.exact_mean = False
     if not normalized:
         job.value[MULTIPLIER] = <double*> cnp.PyArray_DATA(ones)
-        for f in range(n):
-            (<double*> cnp.PyArray_DATA(ones))[f] = 1
-    job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
-    job.value[DBETA] = job.value[DGAMMA] + n
-    execute(&job)
+    run_backward(&job, dout, None, None, <double*> cnp.PyArray_DATA(sums), n_threads)
     return sums
 
 
@@ -670,19 +659,12 @@ def backward_dx(
     sums, float64 (2, n_features), are dgamma and dbeta over all parts, and total counts them; the
     rest is a Cache's."""
     cdef Job job
-    cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
+    cdef cnp.ndarray x = cache.x, stats = cache.stats
     if out is None:
         out = new_result(x)
-    new_job(&job, BACKWARD, x, stats, mask_of(cache.axis), n_threads)
-    bring(&job, G, dout)
-    bring(&job, Y, out)
-    set_parameter(&job.gamma_given, gamma, &one)
-    job.applies = True
-    job.exact_mean = False
+    new_job(&job, BACKWARD, x, stats, mask_of(cache.axis))
     take_total(&job, total)
-    job.value[DGAMMA] = <double*> cnp.PyArray_DATA(sums)
-    job.value[DBETA] = job.value[DGAMMA] + cnp.PyArray_DIMS(sums)[1]
-    execute(&job)
+    run_backward(&job, dout, cache.gamma, out, <double*> cnp.PyArray_DATA(sums), n_threads)
     return out
 
 
@@ -697,22 +679,21 @@ def backward_dx(
 #
 # The formulas behind the constants: functional.py.
 
-cdef int sum_pair(Job* job, cnp.ndarray other, double* mean, double* along) except -1:
+cdef int sum_pair(
+    Job job, cnp.ndarray other, double* mean, double* along, double* sums, int n_threads,
+) except -1:
     """Backward's sums of the job's array, which has its statistics, and another: its mean (two
     rows) and that of its product with x_hat, also where the sum leaves the range."""
     cdef Py_ssize_t f, n = job.n_features
     cdef double m = <double> (cnp.PyArray_SIZE(other) // n)
-    cdef double* total = job.value[DGAMMA]
     job.reduces = True
     job.value[MEAN_GX] = along
     if mean != NULL:
         job.value[MEAN_G] = mean
         job.value[MEAN_G_LOW] = mean + n
-    bring(job, G, other)
-    execute(job)
-    job.value[MEAN_G] = job.value[MEAN_G_LOW] = NULL
+    run_backward(&job, other, None, None, sums, n_threads)
     for f in range(n):
-        along[f] = total[f] / m if isfinite(total[f]) else along[f]
+        along[f] = sums[f] / m if isfinite(sums[f]) else along[f]
     return 0
 
 
@@ -733,20 +714,16 @@ cdef int sum_pairs(
     cdef cnp.ndarray plain = new_statistics(n)  # of dout: its mean, and the factor
     cdef double* value = <double*> cnp.PyArray_DATA(plain)
     if not frozen:
-        new_job(&job, BACKWARD, x, stats, features, n_threads)
+        new_job(&job, BACKWARD, x, stats, features)
         job.exact_mean = exact_mean
-        job.value[DGAMMA] = dgamma
-        job.value[DBETA] = dgamma + n
-        sum_pair(&job, dout, v + 2 * n, v + 6 * n)
-        sum_pair(&job, ddx, v, v + 5 * n)
+        sum_pair(job, dout, v + 2 * n, v + 6 * n, dgamma, n_threads)
+        sum_pair(job, ddx, v, v + 5 * n, dgamma, n_threads)
     memcpy(value, v + 2 * n, 2 * n * sizeof(double))
     memcpy(value + 2 * n, inv_std, n * sizeof(double))  # a product alone may leave the range
     memset(value + 3 * n, 0, n * sizeof(double))
-    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, features, n_threads)
+    new_job(&job, FROZEN_BACKWARD if frozen else PRODUCT, dout, plain, features)
     job.exact_mean = exact_mean
-    job.value[DGAMMA] = dgamma
-    job.value[DBETA] = dgamma + n
-    sum_pair(&job, ddx, NULL, v + 4 * n)
+    sum_pair(job, ddx, NULL, v + 4 * n, dgamma, n_threads)
     if not frozen:
         for f in range(n):
             dgamma[f] -= inv_std[f] * m * v[5 * n + f] * v[6 * n + f]
@@ -766,45 +743,29 @@ def double_backward(
     cdef cnp.ndarray x = cache.x, gamma = cache.gamma, stats = cache.stats
     cdef unsigned long long features = mask_of(cache.axis)
     cdef bint frozen = cache.frozen
-    cdef Py_ssize_t n = cnp.PyArray_DIMS(stats)[1]
-    cdef cnp.npy_intp shape[2]
-    cdef double* v
-    cdef cnp.ndarray values, dgamma, dx, ddout
-    cdef int k
+    cdef cnp.npy_intp n = cnp.PyArray_DIMS(stats)[1]
+    cdef cnp.ndarray values = filled(cnp.NPY_FLOAT64, 9, n, 0)
+    cdef cnp.ndarray dx = new_result(x), ddout = new_result(x)
+    cdef cnp.ndarray dgamma = cnp.PyArray_ZEROS(1, &n, parameter_type(x), 0)
+    cdef double* v = <double*> cnp.PyArray_DATA(values)
     cdef int* names = [MEAN_R, MEAN_R_LOW, MEAN_G, MEAN_G_LOW, PRODUCT_GR, ALONG_R, ALONG_G]
-    dx = new_result(x)
-    ddout = new_result(x)
-    shape[0] = 9
-    shape[1] = n
-    values = cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
-    v = <double*> cnp.PyArray_DATA(values)
-    dgamma = cnp.PyArray_ZEROS(1, &shape[1], parameter_type(x), 0)
+    cdef int k
     if cnp.PyArray_SIZE(x) == 0:
         return dx, dgamma, ddout
     if ddx is None or frozen:
         # dx is that of backward, with ddgamma for gamma.
-        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, features, n_threads)
-        bring(&job, G, dout)
-        bring(&job, Y, dx)
-        set_parameter(&job.gamma_given, ddgamma, NULL)
+        new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, features)
         job.reduces = not frozen
-        job.applies = True
         job.eps = cache.eps
         job.exact_mean = job.eps >= 0
-        job.value[DGAMMA] = v + 7 * n
-        job.value[DBETA] = v + 8 * n
-        execute(&job)
+        run_backward(&job, dout, ddgamma, dx, v + 7 * n, n_threads)
     if ddx is None:  # ddout is forward's output, with ddgamma and ddbeta for gamma and beta
-        new_job(&job, FROZEN, x, stats, features, n_threads)
-        bring(&job, Y, ddout)
-        set_parameter(&job.gamma_given, ddgamma, NULL)
-        set_parameter(&job.beta_given, ddbeta, NULL)
-        job.applies = True
-        execute(&job)
+        new_job(&job, FROZEN, x, stats, features)
+        run_forward(&job, ddgamma, ddbeta, ddout, n_threads)
         return dx, dgamma, ddout
     sum_pairs(v, ddx, dout, cache, n_threads)
     store_parameter(v + 7 * n, dgamma)
-    new_job(&job, SECOND, x, stats, features, n_threads)
+    new_job(&job, SECOND, x, stats, features)
     bring(&job, R, ddx)
     bring(&job, D, ddout)
     if not frozen:
@@ -816,7 +777,7 @@ def double_backward(
         job.value[names[k]] = v + k * n
     job.value[DDGAMMA] = <double*> cnp.PyArray_DATA(ddgamma)
     job.value[DDBETA] = <double*> cnp.PyArray_DATA(ddbeta)
-    execute(&job)
+    execute(&job, n_threads)
     return dx, dgamma, ddout
 
 
@@ -883,15 +844,18 @@ cdef inline bint is_plain_input(object x, object axis) noexcept:
     )
 
 
-cpdef bint is_plain(x, gamma, beta, axis, out) noexcept:
-    """Whether a forward call's arguments need no conversion and no check."""
-    cdef Py_ssize_t n
-    if not is_plain_input(x, axis):
-        return False
-    n = cnp.PyArray_DIMS(x)[<int> axis]
+cdef bint is_plain_rest(x, gamma, beta, Py_ssize_t n, out) noexcept:
+    """Whether n parameters and out need no conversion and no check beside such an x."""
     return (
         is_plain_parameter(gamma, n) and is_plain_parameter(beta, n) and is_plain_output(out, x)
         and are_apart(out, gamma) and are_apart(out, beta)
+    )
+
+
+cpdef bint is_plain(x, gamma, beta, axis, out) noexcept:
+    """Whether a forward call's arguments need no conversion and no check."""
+    return is_plain_input(x, axis) and is_plain_rest(
+        x, gamma, beta, cnp.PyArray_DIMS(x)[<int> axis], out
     )
 
 
@@ -906,20 +870,13 @@ cpdef bint is_plain_gradient(dout, cnp.ndarray x, cnp.ndarray gamma, out) noexce
 cpdef bint are_plain_statistics(mean, var, Py_ssize_t n_features) noexcept:
     """Whether running averages, None for the defaults, need no conversion and no check; no variance
     is negative."""
-    cdef char* data
-    cdef Py_ssize_t f, stride
+    cdef Py_ssize_t f
     if not (is_plain_parameter(mean, n_features) and is_plain_parameter(var, n_features)):
         return False
-    if var is None:
-        return True
-    data = <char*> cnp.PyArray_DATA(var)
-    stride = cnp.PyArray_STRIDES(var)[0]
-    for f in range(n_features):
-        if cnp.PyArray_TYPE(var) == cnp.NPY_FLOAT32:
-            if (<float*> (data + f * stride))[0] < 0:
+    if var is not None:
+        for f in range(n_features):
+            if load_value(storage_of(var), <char*> cnp.PyArray_GETPTR1(var, f)) < 0:
                 return False
-        elif (<double*> (data + f * stride))[0] < 0:
-            return False
     return True
 
 
@@ -1000,10 +957,11 @@ cpdef tuple forward(
         train = False
     else:
         stats = new_statistics(n)
-    new_job(&job, FORWARD if train else FROZEN, x, stats, features, n_threads)
+    new_job(&job, FORWARD if train else FROZEN, x, stats, features)
     if train:
         take_statistics(&job, eps)
-    out = run_forward(&job, gamma, beta, out, options)
+    bring_options(&job, options, beta)
+    out = run_forward(&job, gamma, beta, out, n_threads)
     if train and mean is not None and cnp.PyArray_SIZE(x):
         old = momentum
         average_in(mean, job.value[MEAN], old, 1 - old)
@@ -1057,13 +1015,15 @@ cdef bint is_plain_cache(
     )
 
 
-cdef bint are_plain_options(object options, cnp.ndarray x, object out) noexcept:
-    """The same of what it was asked for, and whether out is apart from it."""
+cdef bint are_plain_options(object options, cnp.ndarray x, object beta, object out) noexcept:
+    """The same of what it was asked for, and whether out is apart from what that depends on."""
+    if options is None:
+        return True
     if not isinstance(options, tuple) or len(options) != 7:
         return False
     activation, negative_slope, residual, weights, _, spoilt, _ = <tuple> options
     return (
         is_plain_activation(activation) and type(negative_slope) is float
         and is_plain_residual(residual, x, None) and weights is None and spoilt is False
-        and are_apart(out, residual)
+        and are_apart(out, residual) and are_apart(out, beta)
     )

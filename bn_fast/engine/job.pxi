@@ -60,7 +60,7 @@ cdef struct Varying:          # gamma and beta that vary within a statistic, in 
     cnp.npy_intp[MAX_DIMS] stride  # along x's axes, of either
     Py_ssize_t size           # how many there are
     double* totals            # of their gradients: [unit][dbeta, dgamma][size]
-    double* lows              # the low parts of these, where a unit has several folds
+    double* lows              # the low parts of these; NULL where no unit has several folds
     Py_ssize_t unit           # features whose sums are made together, 0: none are wanted
 
 cdef struct Operation
@@ -71,7 +71,6 @@ cdef struct Job:
     unsigned long long features  # a mask of the axes that name them
     bint by_row               # runs are rows, where they are long enough
     Varying varying
-    int n_threads             # at most
     long long worked          # the first of them, since the last barrier, in ns,
     long long done_at         # until then
     bint reduces              # the two visits that a call needs
@@ -85,7 +84,6 @@ cdef struct Job:
     double* shared            # (4, n_features / cells): those that they share; NULL: not wanted
     double total              # values per feature, M, of all parts; with weights their sum, W
     double eps                # negative where it is not known
-    double low                # see low_limit
     Parameter gamma_given
     Parameter beta_given
     double* value[N_VALUES]
@@ -93,9 +91,7 @@ cdef struct Job:
     double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     Py_ssize_t stride         # of the engine's own arrays, from one to the next
     Py_ssize_t own_features   # threads have arrays of their own, for so many; 0: they share them
-    bint has_options          # rows need more buffers and columns
     Py_ssize_t width          # of the widest row of columns
-    Py_ssize_t buffer_elements
     Py_ssize_t scratch_bytes
     char* scratch
     Plan* reduce              # of either visit; not here, as threads have copies of this

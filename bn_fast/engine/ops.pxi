@@ -109,7 +109,7 @@ cdef inline double squares_settled(
     return settle_statistics(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f,
-        v[VAR] + f, v[RETRY] + f, n, total_of(job, f), job.eps, job.low, first_try,
+        v[VAR] + f, v[RETRY] + f, n, total_of(job, f), job.eps, low_limit(job), first_try,
     )
 
 
@@ -124,7 +124,7 @@ cdef inline double products_settled(
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f,
         v[MEAN] + f, v[MEAN_LOW] + f, v[MULTIPLIER] + f, v[DGAMMA] + f, v[DBETA] + f,
         v[MEAN_G] + f, v[MEAN_G_LOW] + f, v[MEAN_GX] + f, v[RETRY] + f,
-        n, total_of(job, f), job.low, first_try,
+        n, total_of(job, f), low_limit(job), first_try,
     )
 
 

@@ -184,7 +184,7 @@ cdef void enter_fold(Job* job, Py_ssize_t first, Scratch* s) noexcept nogil:
     cdef Py_ssize_t unit = first // job.varying.unit
     if first % job.varying.unit == 0:
         s.varying = job.varying.totals + unit * 2 * job.varying.size
-        if folds_again(job):
+        if job.varying.lows != NULL:
             memset(job.varying.lows + unit * 2 * job.varying.size, 0, n_bytes)
     elif first % job.apply.n_features % fold_features(job) == 0:
         s.varying = s.fold

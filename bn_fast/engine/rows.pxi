@@ -65,17 +65,26 @@ cdef inline bint is_plain_column(int column) noexcept nogil:
 cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept nogil:
     """Lay one thread's columns and buffers out in its memory; returns how many bytes they take."""
     cdef Py_ssize_t columns = job.width * sizeof(double)
+    cdef Py_ssize_t buffer = sizeof(double) * max(
+        <Py_ssize_t> GATHER_ELEMENTS,
+        job.width * (
+            1 if job.reduce.layout == LONG_RUN else 4 if job.reduce.layout == ROWS else TREE_ROWS
+        ),
+    )
+    cdef bint has_options = job.reduce.gate != NONE or (
+        job.array[R] != NULL or job.array[D] != NULL or job.array[W] != NULL
+    )
     cdef char* start = memory
     cdef int c, r
     for c in range(N_COLUMNS):
-        if job.has_options or is_plain_column(c) or (job.by_row and c <= HAT_REST):
+        if has_options or is_plain_column(c) or (job.by_row and c <= HAT_REST):
             s.column[c] = memory
             memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
     for r in range(N_ROLES):
-        if r == X or r == G or r == Y or (job.has_options and r < S) or (job.by_row and r >= S):
+        if r == X or r == G or r == Y or (has_options and r < S) or (job.by_row and r >= S):
             s.offset[r] = <Py_ssize_t*> memory
             s.buffer[r] = memory + columns
-            memory += columns + job.buffer_elements * sizeof(double)
+            memory += columns + buffer
     for r in range(N_ROLES):
         s.shape[r][0] = 0  # of no features
     s.n_ones = 0
@@ -184,19 +193,16 @@ cdef void set_factors(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void set_gate(Visit* v, const lane* native_tag) noexcept nogil:
     """The columns of forward's constants, in the lanes that it had, if there is a gate."""
     cdef const Plan* plan = v.plan
-    cdef const double* wide = v.job.value[GATE_WIDE]
-    cdef Py_ssize_t f
     cdef int r
     v.gate = plan.gate
     v.any_wide = False
     if plan.gate == NONE:
         return
+    v.any_wide = fold_run(v.job.value[GATE_WIDE] + v.feature, v.n_features) != 0
     expand[lane](v, GATE_SHIFT, -1, False, GATE_SHIFT, native_tag)
     expand[lane](v, GATE_COEF, -1, False, GATE_COEF, native_tag)
     expand[lane](v, GATE_BIAS, -1, False, GATE_BIAS, native_tag)
     set_all[lane](<lane*> v.s.column[NATIVE_ONES], v.width, 1)
-    for f in range(v.feature, v.feature + v.n_features):
-        v.any_wide = v.any_wide or wide[f] != 0
     if not (v.any_wide or v.wide):
         return
     v.gate = BEFORE

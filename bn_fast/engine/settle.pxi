@@ -6,9 +6,9 @@
 
 # ---------------------------------------------------------------- the range
 
-cdef inline double low_limit(Storage storage) noexcept nogil:
+cdef inline double low_limit(const Job* job) noexcept nogil:
     """Constants between this and its inverse leave the lanes room for x - shift and its square."""
-    return 1e-290 if storage == FLOAT64 else 1e-30
+    return 1e-290 if job.reduce.storage == FLOAT64 else 1e-30
 
 
 cdef inline double scaled_down() noexcept nogil:
@@ -276,7 +276,7 @@ cdef inline void set_gate_constants(
     forward_constants[lane](
         v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
         v[GATE_SHIFT] + f, v[GATE_FACTOR] + f, v[GATE_COEF] + f, v[GATE_BIAS] + f,
-        v[GATE_WIDE] + f, n, job.low, wide, lane_tag,
+        v[GATE_WIDE] + f, n, low_limit(job), wide, lane_tag,
     )
 
 
@@ -520,12 +520,13 @@ cdef double settle_squares_alone(
     cdef double** v = job.value
     cdef Py_ssize_t f
     cdef double s2, spread, finite, scale, count = 0, again = 1 if first_try else 0
+    cdef double low = low_limit(job)
     for f in range(first, first + n):
         s2 = finish_sum(job.sums[2 * job.stride + f], job.sums[3 * job.stride + f])
         finite = 1.0 if s2 < INFINITY else 0.0
         spread = s2 * (1 / job.total)
         scale = v[FACTOR_X][f]
-        v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < job.low else 0.0))
+        v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < low else 0.0))
         count += v[RETRY][f]
         v[MEAN][f] = v[MEAN_LOW][f] = 0
         v[VAR][f] = spread / scale / scale
@@ -716,7 +717,7 @@ cdef inline void forward_set(
     forward_constants[lane](
         v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, job.low, wide, lane_tag,
+        n, low_limit(job), wide, lane_tag,
     )
 
 
@@ -729,8 +730,8 @@ cdef inline void backward_set(
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, total_of(job, f) if job.op.centers and not shared else INFINITY, job.eps, job.low, wide,
-        shared, lane_tag,
+        n, total_of(job, f) if job.op.centers and not shared else INFINITY, job.eps,
+        low_limit(job), wide, shared, lane_tag,
     )
 
 
@@ -783,7 +784,7 @@ cdef void set_frozen_constants(
         back = sinking(v[GAMMA][k], v[INV_STD][k]) if wide else 1.0
         v[FACTOR_X][k] = v[FACTOR_G][k] = back  # of dout, in either role
         v[COEF_X][k] = v[GAMMA][k] * (v[INV_STD][k] / back)
-        v[WIDE][k] = beyond(v[COEF_X][k], job.low) + is_lost(
+        v[WIDE][k] = beyond(v[COEF_X][k], low_limit(job)) + is_lost(
             v[COEF_X][k], v[GAMMA][k], v[INV_STD][k]
         )
 
@@ -798,7 +799,7 @@ cdef void set_second_constants(
     ddout = gamma r (ddx - A) + w x_hat + ddbeta
     """
     cdef double** v = job.value
-    cdef double low = job.low
+    cdef double low = low_limit(job)
     cdef double r, a, w, b, d, t, back, rest, rest_g, rest_r
     cdef Py_ssize_t k
     for k in range(f, f + n):
