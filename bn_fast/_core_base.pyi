@@ -1,4 +1,4 @@
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 from ._cache import Axes, Cache, NormCache
@@ -17,7 +17,7 @@ def backward(
     cache: Cache,
     out: object,
     needs: Container[str] | None,
-    n_threads: int,
+    n_threads: int | Callable[[], int],
     small: int = -1,
 ) -> Any: ...  # a tuple; or None
 def backward_dx(
@@ -67,7 +67,7 @@ def norm_backward(
     cache: NormCache,
     out: object,
     needs: Container[str] | None,
-    n_threads: int,
+    n_threads: int | Callable[[], int],
     small: int = -1,
 ) -> Any: ...  # a tuple; or None
 def norm_forward(
@@ -90,6 +90,7 @@ def plain_channels(
     eps: object,
     out: object,
     keeps: bool,
+    n_threads: Callable[[], int],
     small: int,
 ) -> tuple[Array, Any] | None: ...
 def plain_rows(
@@ -101,6 +102,7 @@ def plain_rows(
     out: object,
     has_mean: bool,
     keeps: bool,
+    n_threads: Callable[[], int],
     small: int,
 ) -> tuple[Array, Any] | None: ...
 def normalize(
@@ -122,6 +124,7 @@ def plain_forward(
     activation: object,
     negative_slope: object,
     residual: object,
+    n_threads: Callable[[], int],
     small: int,
 ) -> (
     tuple[

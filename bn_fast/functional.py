@@ -186,7 +186,8 @@ def batchnorm_forward(
     dtype('float16')
     """
     plain = weights is None and core.plain_forward(
-        x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, _SERIAL_SIZE
+        x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, get_num_threads,
+        _SERIAL_SIZE,
     )
     if plain:  # the straight road
         x, gamma, beta, asked, (y, stats, eps, frozen) = plain
@@ -362,8 +363,8 @@ def batchnorm_backward(
     (None, None, None, array([-3.]), array([-0.6875]))
     """
     gradients: tuple[Any, ...] | None = None
-    if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:
-        gradients = core.backward(dout, cache, out, None, 1, _SERIAL_SIZE)  # the straight road
+    if type(cache) is Cache and needs is GRADIENTS and not cache.overwritten:  # the straight road
+        gradients = core.backward(dout, cache, out, None, get_num_threads, _SERIAL_SIZE)
     if gradients is None:
         wanted = _checks.needs(needs, out)
         dout, kept, out = _checks.backward_arrays(dout, cache, out)

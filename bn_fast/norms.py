@@ -12,6 +12,7 @@ from . import _checks, _norm_checks, functional
 from ._cache import Axes, NormCache
 from ._core import core
 from ._norm_checks import GRADIENTS, RMS_GRADIENTS, NormCall, refusing
+from ._threads import get_num_threads
 from ._types import Array
 from .functional import n_threads_for
 
@@ -57,14 +58,16 @@ def _cache(
 def _plain_rows(
     norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any, keeps: bool
 ) -> tuple[Array, Any] | None:
-    size, has_mean = functional._SERIAL_SIZE, norm != "rmsnorm"
-    return core.plain_rows(x, gamma, beta, axis, eps, out, has_mean, keeps, size)
+    has_mean, small = norm != "rmsnorm", functional._SERIAL_SIZE
+    return core.plain_rows(
+        x, gamma, beta, axis, eps, out, has_mean, keeps, get_num_threads, small
+    )
 
 
 def _straight(
     norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any
 ) -> tuple[Array, NormCache] | None:
-    """Small rows whose arguments need no conversion, without a closer look; None for others."""
+    """Rows whose arguments need no conversion, without a closer look; None for others."""
     plain = _plain_rows(norm, x, gamma, beta, axis, eps, out, True)
     if plain is None:
         return None
@@ -80,8 +83,10 @@ _axes_of_groups = lru_cache(_norm_checks.axes_of_groups)
 def _plain_channels(
     x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any, keeps: bool
 ) -> tuple[Array, Any] | None:
-    size = functional._SERIAL_SIZE
-    return core.plain_channels(x, gamma, beta, num_groups, axis, eps, out, keeps, size)
+    small = functional._SERIAL_SIZE
+    return core.plain_channels(
+        x, gamma, beta, num_groups, axis, eps, out, keeps, get_num_threads, small
+    )
 
 
 def _straight_channels(
@@ -123,7 +128,8 @@ def _backward(
         and not cache.overwritten
         and _norm_checks.axes_fit(cache)
     ):  # the straight road
-        found = core.norm_backward(dout, cache, out, None, 1, functional._SERIAL_SIZE)
+        small = functional._SERIAL_SIZE
+        found = core.norm_backward(dout, cache, out, None, get_num_threads, small)
     if found is None:
         dout, kept, out, wanted = _norm_checks.backward(norm, dout, cache, out, needs)
         found = core.norm_backward(dout, kept, out, wanted, n_threads_for(kept.x))

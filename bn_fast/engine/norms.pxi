@@ -181,9 +181,9 @@ def norm_forward(
 
 
 def plain_rows(
-    x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, Py_ssize_t small,
+    x, gamma, beta, axis, eps, out, bint has_mean, bint keeps, n_threads, Py_ssize_t small,
 ):
-    """The straight road of layer and RMS norm over the last axis, of fewer than `small` elements.
+    """The straight road of layer and RMS norm over the last axis.
 
     Returns what `norm_forward` does, or None, and nothing is done, where an argument needs a closer
     look.
@@ -196,25 +196,27 @@ def plain_rows(
         return None
     last = cnp.PyArray_NDIM(x) - 1
     if not (
-        (axis == -1 or axis == last) and 0 < cnp.PyArray_SIZE(x) < small
+        (axis == -1 or axis == last) and cnp.PyArray_SIZE(x)
         and (eps is None or is_plain_number(eps, 0, &number))
         and is_plain_rest(x, gamma, beta, cnp.PyArray_DIMS(x)[last], out)
     ):
         return None
     channels = <unsigned long long> 1 << last
     set_norm(&norm, has_mean, channels, channels, 1)
-    return norm_of(x, gamma, beta, &norm, number, out, 1, keeps)
+    return norm_of(
+        x, gamma, beta, &norm, number, out, n_threads_of(x, n_threads, small), keeps
+    )
 
 
 def plain_channels(
-    x, gamma, beta, num_groups, axis, eps, out, bint keeps, Py_ssize_t small,
+    x, gamma, beta, num_groups, axis, eps, out, bint keeps, n_threads, Py_ssize_t small,
 ):
     """The same of group and instance norm (num_groups None) of an x with places."""
     cdef double number = 1e-5
     cdef unsigned long long channels
     cdef Py_ssize_t n, n_groups
     cdef Norm norm
-    if not is_plain_input(x, axis) or axis == 0 or not 0 < cnp.PyArray_SIZE(x) < small:
+    if not is_plain_input(x, axis) or axis == 0 or cnp.PyArray_SIZE(x) == 0:
         return None
     n = n_groups = cnp.PyArray_DIMS(x)[<int> axis]
     if num_groups is not None:
@@ -227,7 +229,9 @@ def plain_channels(
         (eps is None or is_plain_number(eps, 0, &number)) and is_plain_rest(x, gamma, beta, n, out)
     ):
         return None
-    return norm_of(x, gamma, beta, &norm, number, out, 1, keeps)
+    return norm_of(
+        x, gamma, beta, &norm, number, out, n_threads_of(x, n_threads, small), keeps
+    )
 
 
 # ---------------------------------------------------------------- backward
@@ -375,12 +379,12 @@ cdef bint is_plain_norm_cache(cache, cnp.ndarray seen, const Norm* norm) except 
     )
 
 
-def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
+def norm_backward(dout, cache, out, needs, n_threads, Py_ssize_t small=-1):
     """Gradients dx (in out, new if None), dgamma and dbeta in the shapes of gamma and beta: those
     that were given and that `needs` names (None: all), and None for the others.
 
-    cache: a NormCache (_cache.py), whose axes fit its x; told if that is overwritten.  small: as
-    for `backward`.
+    cache: a NormCache (_cache.py), whose axes fit its x; told if that is overwritten.  small,
+    n_threads: as for `backward`.
     """
     cdef cnp.ndarray dgamma = None, dbeta = None, target = None, seen
     cdef Norm norm
@@ -390,8 +394,7 @@ def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     find_norm(x, cache.axes, cache.norm != "rmsnorm", &norm)
     seen = seen_by(&norm, x)
     if small >= 0 and not (
-        is_plain_norm_cache(cache, seen, &norm) and cnp.PyArray_SIZE(x) < small
-        and is_plain_gradient(dout, x, gamma, out)
+        is_plain_norm_cache(cache, seen, &norm) and is_plain_gradient(dout, x, gamma, out)
     ):
         return None
     if gamma is not None and wants(needs, "dgamma"):
@@ -409,7 +412,7 @@ def norm_backward(dout, cache, out, needs, int n_threads, Py_ssize_t small=-1):
     if cnp.PyArray_SIZE(x) and not (target is None and dgamma is None and dbeta is None):
         differentiate_norm(
             cache, &norm, seen_by(&norm, dout), seen, seen_by(&norm, target), dgamma, dbeta,
-            n_threads,
+            n_threads_of(x, n_threads, small),
         )
         if target is not None and target is not out:
             cnp.PyArray_CopyInto(out, target)
