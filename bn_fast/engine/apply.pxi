@@ -112,7 +112,7 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
         v.scales = plan.layout == ROWS  # of columns only what has been added up
     v.group = rows_at_hand(v, v.width, APPLY_ROWS)
     v.stream = streams_rows(plan, v.access)
-    v.singly = v.stream or (v.job.schedule.singly and v.width % LANES == 0)
+    v.singly = v.stream or (v.job.schedule.singly and v.width % (LANES // 2) == 0)
     v.ahead = 0
     if (
         v.job.schedule.prefetch_again and v.access[X] != GATHERED and plan.layout != LONG_RUN

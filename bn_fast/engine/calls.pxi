@@ -203,9 +203,9 @@ cdef void size_scratch(Job* job) noexcept:
     job.width = (job.width + 7) // 8 * 8
     job.own_features = 0
     if job.schedule.apart:
-        job.own_features = job.n_features
+        job.own_features = pitch(job.n_features)
     elif job.schedule.sweep and job.schedule.n_tiles > 1:
-        job.own_features = tile
+        job.own_features = pitch(tile)
     job.scratch_bytes = share_scratch(job, <char*> 64, &s)
 
 
@@ -245,19 +245,19 @@ cdef int execute(Job* job, int n_threads) except -1:
     make_schedule(job, n_threads)
     size_scratch(job)
     if not job.own_features or job.schedule.apart:
-        n_values = 4 * job.reduce.n_chunks * n if job.reduces else 0
+        n_values = 4 * job.reduce.n_chunks * pitch(n) if job.reduces else 0
         if not job.own_features:
-            n_values += n_own_values(job) * n
+            n_values += n_own_values(job) * pitch(n)
         n_values = (n_values + 7) // 8 * 8
     memory = <char*> allocate(
         n_values * sizeof(double) + job.schedule.n_threads * job.scratch_bytes + 64
     )
     try:
         job.scratch = <char*> ((<size_t> memory + 63) // 64 * 64)
-        job.stride = n
+        job.stride = pitch(n)
         job.sums = <double*> job.scratch
         if not job.own_features:
-            lay_out(job, job.sums, n, 0)
+            lay_out(job, job.sums, pitch(n), 0)
         job.scratch += n_values * sizeof(double)
         job.schedule.n_threads = bn_startable(job.schedule.n_threads)
         if job.schedule.n_threads <= 1 and size < HELD_SIZE:

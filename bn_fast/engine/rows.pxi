@@ -64,7 +64,7 @@ cdef inline bint is_plain_column(int column) noexcept nogil:
 
 cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept nogil:
     """Lay one thread's columns and buffers out in its memory; returns how many bytes they take."""
-    cdef Py_ssize_t columns = job.width * sizeof(double)
+    cdef Py_ssize_t columns = pitch(job.width) * sizeof(double)
     cdef Py_ssize_t buffer = sizeof(double) * max(
         <Py_ssize_t> GATHER_ELEMENTS,
         job.width * (

@@ -290,10 +290,10 @@ cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
         result = job.op.results[i]
         if job.given[result] and job.reduces and not first:
             job.value[result] = values
-            values += job.n_features
+            values += job.own_features
     if not (first or job.op.takes_dout):
         job.shared = NULL
-    lay_out(job, values, job.n_features, 0)
+    lay_out(job, values, job.own_features, 0)
 
 
 cdef long long share_rows(
