@@ -97,11 +97,11 @@ cdef void start_at_means(
 
 # ---------------------------------------------------------------- settle
 #
-# Whether it is the first try is a constant of the inlined loops: as a variable it kept gcc 12 from
-# vectorizing them: four times the instructions.
+# Whether it is the first try, and exact, is a constant of the inlined loops: as a variable it kept
+# gcc 12 from vectorizing them: four times the instructions.
 
 cdef inline double squares_settled(
-    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, bint exact,
 ) noexcept nogil:
     cdef double** v = job.value
     cdef double* sums = job.sums + f
@@ -110,11 +110,12 @@ cdef inline double squares_settled(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         v[SHIFT_X] + f, v[FACTOR_X] + f, v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f,
         v[VAR] + f, v[RETRY] + f, n, total_of(job, f), job.eps, low_limit(job), first_try,
+        exact,
     )
 
 
 cdef inline double products_settled(
-    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, bint exact,
 ) noexcept nogil:
     cdef double** v = job.value
     cdef double* sums = job.sums + f
@@ -124,20 +125,28 @@ cdef inline double products_settled(
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f,
         v[MEAN] + f, v[MEAN_LOW] + f, v[MULTIPLIER] + f, v[DGAMMA] + f, v[DBETA] + f,
         v[MEAN_G] + f, v[MEAN_G_LOW] + f, v[MEAN_GX] + f, v[RETRY] + f,
-        n, total_of(job, f), low_limit(job), first_try,
+        n, total_of(job, f), low_limit(job), first_try, exact,
     )
 
 
 cdef double settle_squares(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
     if job.value[TOTAL] != NULL:
         return settle_one_by_one(job, f, n, first_try)
-    return squares_settled(job, f, n, True) if first_try else squares_settled(job, f, n, False)
+    if not first_try:
+        return squares_settled(job, f, n, False, True)
+    if job.reduce.storage == FLOAT64:
+        return squares_settled(job, f, n, True, True)
+    return squares_settled(job, f, n, True, False)
 
 
 cdef double settle_products(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
     if job.value[TOTAL] != NULL:
         return settle_one_by_one(job, f, n, first_try)
-    return products_settled(job, f, n, True) if first_try else products_settled(job, f, n, False)
+    if not first_try:
+        return products_settled(job, f, n, False, True)
+    if job.reduce.storage == FLOAT64:
+        return products_settled(job, f, n, True, True)
+    return products_settled(job, f, n, True, False)
 
 
 cdef double settle_one_by_one(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
@@ -148,9 +157,9 @@ cdef double settle_one_by_one(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_t
     cdef Py_ssize_t k
     for k in range(f, f + n):
         if job.op.takes_dout:
-            count += products_settled(job, k, 1, first_try)
+            count += products_settled(job, k, 1, first_try, True)
         else:
-            count += squares_settled(job, k, 1, first_try)
+            count += squares_settled(job, k, 1, first_try, True)
         if v[TOTAL][k] == 0 and job.op.takes_dout:
             v[MEAN_G][k] = v[MEAN_G_LOW][k] = v[MEAN_GX][k] = 0
         elif v[TOTAL][k] == 0:

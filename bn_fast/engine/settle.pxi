@@ -466,13 +466,14 @@ cdef inline double settle_statistics(
     const double* restrict shift, const double* restrict factor,
     double* restrict mean, double* restrict mean_low, double* restrict inv_std,
     double* restrict var, double* restrict retry,
-    Py_ssize_t n, double m, double eps, double low, bint first_try,
+    Py_ssize_t n, double m, double eps, double low, bint first_try, bint exact,
 ) noexcept nogil:
     """Mean, variance and inverse deviation of n features from their sums of d = x - shift:
     mean = shift + S1/M,  M var = S2 - S1^2/M, whose low parts count: the two may be ten times as
-    large as what they leave.  Returns how many need another try (marked).
+    large as what they leave.  Not where `exact` is false: what float32 lanes have added lost more.
+    Returns how many need another try (marked).
 
-    The first try is in native lanes, whose factor is 1.  Divisions are what this loop costs.
+    The first try is in native lanes, whose factor is 1.
     """
     cdef Py_ssize_t f
     cdef double s1, s2, delta, delta_low, part, left, square, m2, high, spread, back, scaled_eps
@@ -483,13 +484,16 @@ cdef inline double settle_statistics(
         s2 = finish_sum(s2_high[f], s2_low[f])
         finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         delta = s1 * per
-        part = head(delta)
-        left = ((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]  # S1 - M delta
+        left = 0
         square = delta * s1
-        m2 = (s2 - square) + (
-            (((s2_high[f] - s2) + s2_low[f]) - product_error(delta, s1, square))
-            - delta * (((s1_high[f] - s1) + s1_low[f]) + left)
-        )
+        m2 = s2 - square
+        if exact:
+            part = head(delta)
+            left = ((s1_high[f] - part * m) - (delta - part) * m) + s1_low[f]  # S1 - M delta
+            m2 = m2 + (
+                (((s2_high[f] - s2) + s2_low[f]) - product_error(delta, s1, square))
+                - delta * (((s1_high[f] - s1) + s1_low[f]) + left)
+            )
         spread = m2 * per if m2 > 0 else 0.0
         sank = (
             (1.0 if s1 != 0 else 0.0) * (1.0 if spread + eps < low else 0.0)
@@ -543,7 +547,7 @@ cdef inline double settle_gradients(
     const double* restrict mean, const double* restrict mean_low,
     const double* restrict multiplier, double* restrict dgamma, double* restrict dbeta,
     double* restrict mean_g, double* restrict mean_g_low, double* restrict mean_gx,
-    double* restrict retry, Py_ssize_t n, double m, double low, bint first_try,
+    double* restrict retry, Py_ssize_t n, double m, double low, bint first_try, bint exact,
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
@@ -562,16 +566,21 @@ cdef inline double settle_gradients(
         retry[f] = again * (1 - finite + sank)
         count += retry[f]
         shift = shift_g[f] * (1.0 if first_try else factor_g[f])
-        part = head(shift)
         t = m * shift
-        t_low = (part * m - t) + (shift - part) * m
-        t_low = t_low if fabs(t) < 1e290 else 0.0
-        high = s1_high[f] + t
-        rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
-        dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f]) * back
+        if exact:
+            part = head(shift)
+            t_low = (part * m - t) + (shift - part) * m
+            t_low = t_low if fabs(t) < 1e290 else 0.0
+            high = s1_high[f] + t
+            rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
+            dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f]) * back
+        else:
+            dbeta[f] = (s1 + t) * back
         t = s1 * per
-        part = head(t)  # what that left, as in forward
-        t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per
+        t_low = 0
+        if exact:
+            part = head(t)  # what that left, as in forward
+            t_low = (((s1_high[f] - part * m) - (t - part) * m) + s1_low[f]) * per
         high = shift + t
         mean_g[f] = high * back
         mean_g_low[f] = (((shift - high) + t) + (t_low if fabs(t) < 1e290 else 0.0)) * back
