@@ -4,6 +4,7 @@ import ast
 import inspect
 import sys
 from decimal import Decimal, localcontext
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -475,10 +476,13 @@ def test_spatial():
 
 def test_the_reference_imports_numpy_only():
     """And what checks and keeps arguments for it and the compiled functions alike."""
-    assert imported_by(reference) == {".batch", ".norms"}
-    assert imported_by(reference.batch) == {"numpy", "numpy.lib.array_utils", "numpy.typing"}
+    own = {"._arrays", "._caches", ".batch", ".derivations", ".norms", ".oracle", ".pieces"}
+    assert imported_by(reference) == own - {"._arrays"}
+    others = {"numpy", "numpy.lib.array_utils", "numpy.typing"} | own
     shared = {"..", ".._cache", ".._norm_checks", ".._types"}
-    assert imported_by(reference.norms) == {"numpy", "numpy.typing"} | shared
+    for name in own:
+        module = import_module(name, reference.__name__)
+        assert imported_by(module) <= (others | shared if name == ".norms" else others)
 
 
 def imported_by(module):
