@@ -13,7 +13,8 @@ from problem import EPS, Calls, Problem, Results, named
 
 import bn_fast
 from bn_fast import reference
-from bn_fast.reference.batch import ACTIVATIONS, GRADIENTS
+from bn_fast.reference import ACTIVATIONS
+from bn_fast.reference.batch import GRADIENTS
 
 SLOPE = 0.01  # everyone's default of leaky_relu
 

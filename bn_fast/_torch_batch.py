@@ -10,7 +10,14 @@ from ._cache import Cache
 from ._checks import GRADIENTS
 from ._core import core
 from ._torch_tensors import in_strides, new_gradient, to_array, to_parameter, to_tensor
-from ._torch_transforms import apply, check_transforms, no_forward_mode, register, replace
+from ._torch_transforms import (
+    apply,
+    check_transforms,
+    no_forward_mode,
+    operator,
+    register,
+    replace,
+)
 from ._types import Array
 from .functional import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
 
@@ -47,6 +54,7 @@ def _forward(
     training: bool,
     momentum: float,
     eps: float,
+    *,
     out: torch.Tensor | None = None,
 ) -> tuple[Array, Cache, Array | None, Array | None]:
     """Output, cache, and what becomes of the running statistics; nothing is changed."""
@@ -74,32 +82,20 @@ def _forward(
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        running_mean: torch.Tensor | None,
-        running_var: torch.Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> torch.Tensor:
-        y, cache, mean, var = _forward(
-            input, weight, bias, running_mean, running_var, training, momentum, eps
-        )
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        y, cache, mean, var = _forward(*given)
+        input, weight, _, running_mean, running_var, *_ = given
         if mean is not None and running_mean is not None and running_var is not None:
             running_mean.copy_(torch.from_numpy(mean))
             running_var.copy_(torch.from_numpy(var))
         # Through PyTorch, which notices when they are changed, and knows hooks that move them.
         ctx.save_for_backward(input, weight)
-        ctx.stats, ctx.eps, ctx.frozen = cache.stats, cache.eps, cache.frozen
+        ctx.rest = cache.stats, cache.eps, cache.frozen
         return to_tensor(y, input.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        given = dout, input, weight, ctx.stats, ctx.eps, ctx.frozen
+        given: tuple[Any, ...] = dout, *ctx.saved_tensors, *ctx.rest
         wanted = ctx.needs_input_grad[:3]
         # Gradients are recorded here only under create_graph=True, for a second derivative.
         if torch.is_grad_enabled():
@@ -116,25 +112,16 @@ class _BatchNorm(torch.autograd.Function):
 
 class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        dout: torch.Tensor,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        stats: Array,
-        eps: float,
-        frozen: bool,
-    ) -> tuple[torch.Tensor | None, ...]:
-        ctx.save_for_backward(dout, input, weight)
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor | None, ...]:
+        ctx.save_for_backward(*given[:3])
         ctx.set_materialize_grads(False)  # None says that nothing depends on a gradient
-        ctx.stats, ctx.eps, ctx.frozen = stats, eps, frozen
-        return _gradients(dout, input, weight, stats, eps, frozen)
+        ctx.rest = given[3:]
+        return _gradients(*given)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *second: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        dout, input, weight = ctx.saved_tensors
-        found = _second_gradients(second, dout, input, weight, ctx.stats, ctx.eps, ctx.frozen)
+        found = _second_gradients(second, *ctx.saved_tensors, *ctx.rest)
         needed = zip(found, ctx.needs_input_grad)
         return (*(g if needs else None for g, needs in needed), *[None] * 3)
 
@@ -150,6 +137,7 @@ def _gradients(
     stats: Array,
     eps: float,
     frozen: bool,
+    *,
     wanted: tuple[bool, ...] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
     cache = _cache(input, weight, stats, eps, frozen)
@@ -192,22 +180,15 @@ def _cache(
 # with more channels.
 
 
-@torch.library.custom_op("bn_fast::batch_norm", mutates_args=())
-def _forward_op(
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@operator(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean,"
+    " Tensor? running_var, bool training, float momentum, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _forward_op(input: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     """Output, stats, and the new running statistics, empty where there are none."""
     y = torch.empty_like(input)  # as PyTorch was told: NumPy may choose other strides
-    _, cache, *running = _forward(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, y
-    )
+    _, cache, *running = _forward(input, *given, out=y)
     mean, var = (
         input.new_empty(0, dtype=torch.float64) if a is None else torch.from_numpy(a).double()
         for a in running
@@ -215,33 +196,26 @@ def _forward_op(
     return y, torch.from_numpy(cache.stats), mean, var
 
 
-@torch.library.custom_op("bn_fast::batch_norm_backward", mutates_args=())
+@operator(
+    "batch_norm_backward(Tensor dout, Tensor input, Tensor? weight, Tensor stats, float eps,"
+    " bool frozen) -> (Tensor, Tensor, Tensor)"
+)
 def _backward_op(
-    dout: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
-    eps: float,
-    frozen: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: Any, input: Any, weight: Any, stats: Any, eps: float, frozen: bool
+) -> tuple[torch.Tensor | None, ...]:
     dx, dgamma, dbeta = _gradients(dout, input, weight, to_array(stats), eps, frozen)
     return in_strides(dx, input), _of_weight(dgamma, input), dbeta
 
 
-@torch.library.custom_op("bn_fast::batch_norm_double_backward", mutates_args=())
-def _double_backward_op(
-    ddx: torch.Tensor | None,
-    ddgamma: torch.Tensor | None,
-    ddbeta: torch.Tensor | None,
-    dout: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
-    eps: float,
-    frozen: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@operator(
+    "batch_norm_double_backward(Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor dout,"
+    " Tensor input, Tensor? weight, Tensor stats, float eps, bool frozen)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _double_backward_op(*given: Any) -> tuple[torch.Tensor, ...]:
+    dout, input, weight, stats, eps, frozen = given[3:]
     ddout, dx, dgamma = _second_gradients(
-        (ddx, ddgamma, ddbeta), dout, input, weight, to_array(stats), eps, frozen
+        given[:3], dout, input, weight, to_array(stats), eps, frozen
     )
     return in_strides(ddout, input), in_strides(dx, input), _of_weight(dgamma, input)
 
@@ -253,14 +227,7 @@ def _of_weight(gradient: torch.Tensor | None, input: torch.Tensor) -> torch.Tens
 
 @_forward_op.register_fake
 def _fake_forward(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, *_: Any
 ) -> tuple[torch.Tensor, ...]:
     n = input.shape[1]
     n_running = n if training and running_mean is not None else 0
@@ -270,25 +237,14 @@ def _fake_forward(
 
 
 @_backward_op.register_fake
-def _fake_backward(
-    dout: Any, input: Any, weight: Any, stats: Any, eps: float, frozen: bool
-) -> tuple[torch.Tensor, ...]:
+def _fake_backward(dout: Any, input: Any, *_: Any) -> tuple[torch.Tensor, ...]:
     dgamma, dbeta = (new_gradient(input, input.shape[1:2]) for _ in range(2))
     return torch.empty_like(input), dgamma, dbeta
 
 
 @_double_backward_op.register_fake
-def _fake_double_backward(
-    ddx: Any,
-    ddgamma: Any,
-    ddbeta: Any,
-    dout: Any,
-    input: Any,
-    weight: Any,
-    stats: Any,
-    eps: float,
-    frozen: bool,
-) -> tuple[torch.Tensor, ...]:
+def _fake_double_backward(*given: Any) -> tuple[torch.Tensor, ...]:
+    input = given[4]
     dgamma = new_gradient(input, input.shape[1:2])
     return torch.empty_like(input), torch.empty_like(input), dgamma
 

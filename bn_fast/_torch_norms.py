@@ -13,7 +13,7 @@ from . import _norm_checks, norms
 from ._cache import Axes, NormCache
 from ._checks import GRADIENTS
 from ._torch_tensors import in_strides, new_gradient, to_array, to_parameter, to_tensor
-from ._torch_transforms import apply, check_transforms, no_forward_mode, register
+from ._torch_transforms import apply, check_transforms, no_forward_mode, operator, register
 from ._types import Array
 
 
@@ -27,12 +27,13 @@ def apply_norm(
     transformed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the statistics as the cache keeps them."""
+    given = input, weight, bias, norm, number, eps
     if not transformed:
         kept: list[torch.Tensor] = []
-        y = _Norm.apply(input, weight, bias, norm, number, eps, kept)
+        y = _Norm.apply(*given, kept)
         return y, kept[0]
     check_transforms(_door(norm))
-    y, stats = apply(_norm_op, input, weight, bias, norm, number, eps)
+    y, stats = apply(_norm_op, *given)
     return y, stats
 
 
@@ -55,6 +56,7 @@ def _norm_forward(
     norm: str,
     number: int,
     eps: float,
+    *,
     out: torch.Tensor | None = None,
 ) -> tuple[Array, Array]:
     door = _door(norm)
@@ -88,20 +90,12 @@ def _norm_gradients(
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        norm: str,
-        number: int,
-        eps: float,
-        kept: list[torch.Tensor],
-    ) -> torch.Tensor:
-        y, stats = _norm_forward(input, weight, bias, norm, number, eps)
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        input, weight, bias, *rest, kept = given
+        y, stats = _norm_forward(input, weight, bias, *rest)
         kept.append(torch.from_numpy(stats))
         ctx.save_for_backward(input, weight)
-        ctx.rest = stats, None if bias is None else tuple(bias.shape), norm, number, eps
+        ctx.rest = stats, None if bias is None else tuple(bias.shape), *rest
         return to_tensor(y, input.dtype)
 
     @staticmethod
@@ -143,36 +137,26 @@ def _no_second_derivative(norm: str) -> Any:
     )
 
 
-@torch.library.custom_op("bn_fast::norm", mutates_args=())
-def _norm_op(
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    norm: str,
-    number: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@operator(
+    "norm(Tensor input, Tensor? weight, Tensor? bias, str norm, SymInt number, float eps)"
+    " -> (Tensor, Tensor)"
+)
+def _norm_op(input: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.empty_like(input)
-    _, stats = _norm_forward(input, weight, bias, norm, number, eps, y)
+    _, stats = _norm_forward(input, *given, out=y)
     return y, torch.from_numpy(stats)
 
 
-@torch.library.custom_op("bn_fast::norm_backward", mutates_args=())
+@operator(
+    "norm_backward(Tensor dout, Tensor input, Tensor? weight, Tensor stats, bool has_bias,"
+    " str norm, SymInt number, float eps) -> (Tensor, Tensor, Tensor)"
+)
 def _norm_backward_op(
-    dout: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
-    has_bias: bool,
-    norm: str,
-    number: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: Any, input: Any, weight: Any, stats: Any, has_bias: bool, norm: str, *rest: Any
+) -> tuple[torch.Tensor, ...]:
     """dx, dweight and dbias, empty where there are none."""
-    shape = _parameter_shape(input, norm, number)
-    found = _norm_gradients(
-        dout, input, weight, to_array(stats), shape if has_bias else None, norm, number, eps
-    )
+    shape = _parameter_shape(input, norm, rest[0]) if has_bias else None
+    found = _norm_gradients(dout, input, weight, to_array(stats), shape, norm, *rest)
     none = new_gradient(input, (0,))
     dweight, dbias = (none.clone() if a is None else a for a in found[1:])
     return in_strides(found[0], input), dweight, dbias
@@ -193,14 +177,7 @@ def _fake_norm(
 
 @_norm_backward_op.register_fake
 def _fake_norm_backward(
-    dout: Any,
-    input: Any,
-    weight: Any,
-    stats: Any,
-    has_bias: bool,
-    norm: str,
-    number: int,
-    eps: float,
+    dout: Any, input: Any, weight: Any, stats: Any, has_bias: bool, norm: str, number: int, *_: Any
 ) -> tuple[torch.Tensor, ...]:
     shape = _parameter_shape(input, norm, number)
     given = weight is not None, has_bias

@@ -54,6 +54,13 @@ def no_forward_mode(door: str) -> Any:
     )
 
 
+def operator(schema: str) -> Any:
+    """A function of tensors as an operator that changes nothing: its name, what it takes and gives
+    as PyTorch writes them."""
+    name, _, rest = schema.partition("(")
+    return torch.library.custom_op(f"bn_fast::{name}", mutates_args=(), schema=f"({rest}")
+
+
 # An operator's derivatives: its own, which torch.compile traces, and the same for torch.func, which
 # needs an autograd.Function.
 

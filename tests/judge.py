@@ -83,6 +83,20 @@ def assert_same_bits(got, expected):
         assert a.tobytes() == b.tobytes()
 
 
+def slopes(loss, a, h=1e-4):
+    """The gradient of loss() where a is moved, by central differences: off by h**2 times the third
+    derivative."""
+    gradient = np.empty_like(a)
+    for i in np.ndindex(a.shape):
+        value = a[i]
+        a[i] = value + h
+        high = loss()
+        a[i] = value - h
+        gradient[i] = (high - loss()) / (2 * h)
+        a[i] = value
+    return gradient
+
+
 class Exact(NamedTuple):
     """What a result should be, the size of what was added up for it, and what may be lost anyway.
 

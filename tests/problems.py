@@ -16,9 +16,10 @@ from importlib import import_module
 import numpy as np
 
 import bn_fast.functional
-from bn_fast._core import core, isa_available
+from bn_fast._core import core, isa, isa_available
 
 from .arrays import LAYOUTS, normal, spread_weights
+from .judge import assert_same_bits
 
 # Every number of threads and every instruction set against "base" on one thread; all sets share the
 # code that deals the work out.
@@ -49,6 +50,16 @@ def engine(isa, n_threads):
         bn_fast.functional._SERIAL_SIZE = serial
         for module in _users_of_core():
             module.core = core
+
+
+def assert_same_on_any_threads(results):
+    """Of a function of no arguments, to the bit."""
+    found = []
+    for n_threads in (1, 2, 5):
+        with engine(isa, n_threads):
+            found.append(results())
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
 
 
 @cache

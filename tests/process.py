@@ -1,4 +1,4 @@
-"""Python in a process of its own."""
+"""Python in a process of its own, and what the system says of one."""
 
 import os
 import subprocess
@@ -22,3 +22,14 @@ def run(code, prefix=(), args=(), timeout=60, **env):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def cgroup(folder, table, files):
+    """The root of such files ("name=content" each) and the table of a process's cgroups."""
+    root, listed = folder / "root", folder / "table"
+    listed.write_text(table)
+    for line in files.splitlines():
+        name, content = line.split("=")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content + "\n")
+    return str(root), str(listed)

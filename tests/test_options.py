@@ -2,7 +2,6 @@
 
 import tracemalloc
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 import bn_fast.functional
 from bn_fast import batchnorm_backward, batchnorm_forward, reference
+from bn_fast._core import isa
 
 from . import oracle
 from .arrays import (
@@ -25,7 +25,8 @@ from .arrays import (
     spread_weights,
     widened,
 )
-from .judge import assert_same_bits, check, check_gradients, one_nan
+from .judge import assert_same_bits, check, check_gradients, one_nan, slopes
+from .problems import engine
 from .strategies import arrays, few, problems
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
@@ -191,11 +192,9 @@ def check_other_ways(data, judged, x, dout, gamma, beta, axis, mode, residual, o
             x, gamma, beta, param, axis=axis, out=out, residual=residual, **options
         )
 
-    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
-        bn_fast.set_num_threads(data.draw(st.integers(2, 3)))
+    with engine(isa, data.draw(st.integers(2, 3))):
         again, other = forward(x, residual)
         assert_same_bits([again, *batchnorm_backward(dout, other)], [judged.out, *gradients])
-        bn_fast.set_num_threads(None)
     needs = data.draw(st.lists(st.sampled_from(GRADIENTS), unique=True))
     chosen = batchnorm_backward(dout, cache, needs=needs)
     for name, a, b in zip(GRADIENTS, chosen, gradients, strict=False):
@@ -255,7 +254,7 @@ def test_not_finite_through_activations():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("module", [bn_fast, reference], ids=["bn_fast", "reference"])
 def test_finite_differences(module, activation, mode):
-    shape, h = (5, 3, 4), 1e-6
+    shape = (5, 3, 4)
     x, dout, residual = (normal(shape, np.float64, seed) for seed in range(3))
     gamma, beta = normal(3, np.float64, 3), normal(3, np.float64, 4)
     weights = spread_weights(shape, 1, "real")
@@ -270,14 +269,8 @@ def test_finite_differences(module, activation, mode):
     assert np.abs(forward(None)[0]).min() > 1e-4  # no kink near
     gradients = module.batchnorm_backward(dout, cache)
     for values, gradient in zip((x, gamma, beta, residual), gradients, strict=True):
-        for index in np.ndindex(values.shape):
-            value = values[index]
-            values[index] = value + h
-            high = (forward()[0] * dout).sum()
-            values[index] = value - h
-            low = (forward()[0] * dout).sum()
-            values[index] = value
-            assert gradient[index] == pytest.approx((high - low) / (2 * h), rel=1e-5, abs=1e-6)
+        expected = slopes(lambda: (forward()[0] * dout).sum(), values, 1e-6)
+        assert gradient == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 # Weights

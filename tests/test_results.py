@@ -16,7 +16,7 @@ import bn_fast
 from bn_fast import _memory, _results
 
 from .arrays import normal
-from .process import run
+from .process import cgroup, run
 
 pytestmark = pytest.mark.skipif(_results.usable_memory() == 0, reason="this build keeps nothing")
 ours, numpys = "bn_fast_results", get_handler_name(np.ones(1))
@@ -543,13 +543,7 @@ def test_environment():
     ],
 )
 def test_the_default_is_an_eighth_of_the_cgroups_limit(tmp_path, table, files, limit):
-    (tmp_path / "table").write_text(table)
-    for line in files.splitlines():
-        name, content = line.split("=")
-        file = tmp_path / "root" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content + "\n")
-    assert _memory._cgroup_bytes(f"{tmp_path}/root", f"{tmp_path}/table") == limit
+    assert _memory._cgroup_bytes(*cgroup(tmp_path, table, files)) == limit
 
 
 def test_the_default_is_an_eighth_of_what_there_is(monkeypatch):

@@ -1,7 +1,5 @@
 """batchnorm_double_backward: against the oracle, finite differences, PyTorch and its twin."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,10 +13,12 @@ from bn_fast import (
     batchnorm_forward,
     reference,
 )
+from bn_fast._core import isa
 
 from . import judge, oracle
 from .arrays import DTYPES, HALVES, LAYOUTS, SHAPES, TALL, normal, problem
 from .judge import LIMIT, assert_same_bits, describe, roundings
+from .problems import assert_same_on_any_threads, engine
 from .strategies import arrays, few, problems
 
 MODES = ["train", "test"]
@@ -91,10 +91,8 @@ def check_any_problem(half, data, wild=False):
     for i, missing in enumerate(data.draw(st.tuples(*[st.booleans()] * 3))):
         given[i] = None if missing else given[i]
     got = call(*given, dout, x, gamma, axis, mean, var)
-    with mock.patch.object(bn_fast.functional, "_SERIAL_SIZE", 0):
-        bn_fast.set_num_threads(data.draw(st.integers(2, 3)))
+    with engine(isa, data.draw(st.integers(2, 3))):
         assert_same_bits(call(*given, dout, x, gamma, axis, mean, var), got)
-        bn_fast.set_num_threads(None)
 
     dtype = np.dtype(np.float64) if x.dtype.kind == "i" else x.dtype.newbyteorder("=")
     like = np.broadcast_to(np.zeros((), dtype), x.shape)
@@ -309,16 +307,9 @@ def test_large_arrays(axis):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [*SHAPES[::4], *TALL[::3]], ids=str)
-def test_bits_do_not_depend_on_threads(shape, axis, dtype, monkeypatch):
-    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
+def test_bits_do_not_depend_on_threads(shape, axis, dtype):
     arguments = second_problem(shape, axis, dtype)
-    results = []
-    for n_threads in (1, 2, 5):
-        bn_fast.set_num_threads(n_threads)
-        results.append(call(*arguments, axis=axis))
-    bn_fast.set_num_threads(None)
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+    assert_same_on_any_threads(lambda: call(*arguments, axis=axis))
 
 
 def test_float16_is_the_float32_call_rounded():

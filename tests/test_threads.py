@@ -12,7 +12,7 @@ import bn_fast
 import bn_fast.functional
 from bn_fast import _threads
 
-from .process import run
+from .process import cgroup, run
 
 OPENMP = bn_fast.build_info()["openmp"]
 LLVM = bn_fast.build_info()["compiler"].startswith("clang")
@@ -149,13 +149,7 @@ V1 = "cpu/{}cpu.cfs_quota_us={}\ncpu/{}cpu.cfs_period_us=100000"
     ],
 )
 def test_cgroup_quota(tmp_path, table, files, cpus):
-    (tmp_path / "table").write_text(table)
-    for line in files.splitlines():
-        name, content = line.split("=")
-        file = tmp_path / "root" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content + "\n")
-    assert _threads._cgroup_cpus(f"{tmp_path}/root", f"{tmp_path}/table") == cpus
+    assert _threads._cgroup_cpus(*cgroup(tmp_path, table, files)) == cpus
 
 
 @needs_openmp

@@ -25,32 +25,21 @@ cdef inline int parameter_type(cnp.ndarray x) noexcept:
 cdef double one = 1, zero = 0
 
 
-cdef inline void set_constant(Parameter* given, const double* value) noexcept:
-    given.data = <const char*> value
-    given.stride = 0
-    given.period = INTPTR_MAX
-    given.single = False
-
-
 cdef void set_parameter(Parameter* given, cnp.ndarray values, const double* default) noexcept:
     """A float32 or float64 array, contiguous if it has several axes.  None: the default for all
     features; a single value is for all, too."""
-    cdef Py_ssize_t n
-    set_constant(given, default)
+    cdef bint one_axis = values is not None and cnp.PyArray_NDIM(values) == 1
+    given.data = <const char*> default
+    given.stride = 0
+    given.period = INTPTR_MAX
+    given.single = False
     if values is None:
         return
     given.data = <const char*> cnp.PyArray_DATA(values)
     given.single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32
-    if cnp.PyArray_NDIM(values) == 1:
-        n = cnp.PyArray_DIMS(values)[0]
-        given.stride = cnp.PyArray_STRIDES(values)[0]
-    else:
-        n = cnp.PyArray_SIZE(values)
-        given.stride = cnp.PyArray_ITEMSIZE(values)
-    if n > 1:
-        given.period = n
-    else:
-        given.stride = 0
+    if cnp.PyArray_SIZE(values) > 1:
+        given.period = cnp.PyArray_SIZE(values)
+        given.stride = cnp.PyArray_STRIDES(values)[0] if one_axis else cnp.PyArray_ITEMSIZE(values)
 
 
 cdef void load_parameter(cnp.ndarray values, double* target) noexcept:

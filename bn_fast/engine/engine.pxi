@@ -3,7 +3,7 @@
 cimport numpy as cnp
 from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, sqrt
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.stdint cimport INTPTR_MAX
 from libc.string cimport memcmp, memcpy, memset
 

@@ -160,7 +160,7 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     Other weights are gathered first."""
     cdef const Segment* segment = v.segment
     cdef Scratch* s = v.s
-    cdef Storage storage = FLOAT64 if v.plan.storage == FLOAT64 else FLOAT32
+    cdef Storage storage = lanes_of(v.plan.storage)
     cdef Py_ssize_t i, j, m, step = 1, line = segment.n_run
     cdef Py_ssize_t ahead = 0 if is_half(v.plan.storage) or v.gate == BEFORE else v.ahead
     cdef lane* gathered = <lane*> s.buffer[W]
@@ -219,7 +219,7 @@ cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept no
     """Point the role's rows at gamma or beta as the rows at hand have them, in the visit's lanes.
     """
     cdef const Plan* plan = v.plan
-    cdef Storage storage = FLOAT64 if plan.storage == FLOAT64 else FLOAT32
+    cdef Storage storage = lanes_of(plan.storage)
     cdef Py_ssize_t i
     cdef bint own = plan.layout == ROWS
     cdef char** rows = v.s.row[role]

@@ -87,7 +87,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
 
 cdef void add_columns(Visit* v, const lane* lane_tag) noexcept nogil:
     """The same of the rows at hand, each of one value of every feature."""
-    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    cdef Py_ssize_t size = size_of(lanes_of(v.plan.storage))
     cdef const lane* shift = <lane*> v.s.column[HAT_SHIFT]
     cdef const lane* scale = <lane*> v.s.column[HAT_SCALE]
     cdef const lane* rest = <lane*> v.s.column[HAT_REST]
@@ -107,7 +107,7 @@ cdef void add_columns(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
     """dbeta and dgamma of the visit's features, into the thread's sums."""
     cdef const Plan* plan = v.plan
-    cdef Py_ssize_t chunk, row_end, size = 8 if plan.storage == FLOAT64 else 4
+    cdef Py_ssize_t chunk, row_end, size = size_of(lanes_of(plan.storage))
     set_hat_columns[lane](v, lane_tag)
     for chunk in range(plan.n_chunks):
         enter_chunk[lane](v, chunk, &row_end, lane_tag)

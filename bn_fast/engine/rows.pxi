@@ -2,9 +2,9 @@
 # go back where they belong.  A visit is to one chunk of a tile; it takes rows some at a time.
 
 
-# Columns of constants: those of the values (see job.pxi), and
+# Columns of constants: those of the engine's own values (see job.pxi), and
 cdef enum:
-    ONES = N_OWN
+    ONES = N_VALUES
     SUM_1
     SUM_2
     SPARE                     # rows to write to that nobody reads: APPLY_ROWS - 1 of them
@@ -58,8 +58,12 @@ cdef struct Visit:            # to one chunk of a tile
     bint stream               # and by the kernel past the caches
 
 
-cdef inline bint is_plain_column(int column) noexcept nogil:
-    return column < N_PLAIN or N_OWN <= column < N_PLAIN_COLUMNS
+cdef inline bint is_needed(int column, bint has_options, bint by_row) noexcept nogil:
+    if N_OWN <= column < N_VALUES:  # what calls bring has none
+        return False
+    return has_options or column < N_PLAIN or N_VALUES <= column < N_PLAIN_COLUMNS or (
+        by_row and N_PLAIN_COLUMNS <= column <= HAT_REST
+    )
 
 
 cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept nogil:
@@ -77,7 +81,8 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
     cdef char* start = memory
     cdef int c, r
     for c in range(N_COLUMNS):
-        if has_options or is_plain_column(c) or (job.by_row and c <= HAT_REST):
+        s.column[c] = NULL
+        if is_needed(c, has_options, job.by_row):
             s.column[c] = memory
             memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
     for r in range(N_ROLES):
@@ -247,7 +252,7 @@ cdef inline Py_ssize_t first_column(const Visit* v) noexcept nogil:
 
 cdef inline bint is_adjacent(const Visit* v) noexcept nogil:
     """Whether gamma along a row can be read where it is; a column has but one."""
-    cdef Py_ssize_t size = 8 if v.plan.storage == FLOAT64 else 4
+    cdef Py_ssize_t size = size_of(lanes_of(v.plan.storage))
     return v.plan.layout != ROWS or (
         v.segment.run_stride[S] == size and (not v.wide or size == 8)
     )

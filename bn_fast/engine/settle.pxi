@@ -65,7 +65,7 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 cdef inline double load_gamma(const Plan* plan, const char* value) noexcept nogil:
     """gamma where it varies within a statistic."""
-    return load_value(FLOAT64 if plan.storage == FLOAT64 else FLOAT32, value)
+    return load_value(lanes_of(plan.storage), value)
 
 
 cdef Py_ssize_t sample_rows(

@@ -51,6 +51,11 @@ cdef inline Py_ssize_t size_of(Storage storage) noexcept nogil:
     return 2 if is_half(storage) else 4 if storage == FLOAT32 else 8
 
 
+cdef inline Storage lanes_of(Storage storage) noexcept nogil:
+    """How parameters and weights beside such an array are stored: as its lanes are."""
+    return FLOAT64 if storage == FLOAT64 else FLOAT32
+
+
 cdef inline void widen(
     Storage storage, const char* row, Py_ssize_t n, float* values,
 ) noexcept nogil:
