@@ -4,12 +4,13 @@
 # constant of the kernels.  A new constant is a name here, and a line where it is computed.
 cdef enum:
     SHIFT_X = 0               # y = the sum of (input - shift) coef, + bias
-    SHIFT_G
-    COEF_X
-    COEF_G
-    BIAS
     FACTOR_X                  # what wide lanes multiply x and dout by
+    COEF_X
+    BIAS
+    WIDE                      # 1 where the output has to be computed in wide lanes
+    SHIFT_G
     FACTOR_G
+    COEF_G
     GAMMA
     BETA
     MEAN_G                    # mean of dout, and what float64 leaves of it
@@ -17,9 +18,8 @@ cdef enum:
     MEAN_GX                   # mean of dout x_hat
     SPREAD                    # of the values of dout from which its shift was guessed
     RETRY                     # 1 where the sums have to be had again, in wide lanes
-    WIDE                      # 1 where the output has to be computed in wide lanes
     N_PLAIN
-    GATE_SHIFT = N_PLAIN      # what forward had as SHIFT_X, FACTOR_X, COEF_X, BIAS, WIDE
+    GATE_SHIFT = N_PLAIN      # what forward had as SHIFT_X and the four after it
     GATE_FACTOR
     GATE_COEF
     GATE_BIAS

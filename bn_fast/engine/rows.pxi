@@ -58,14 +58,6 @@ cdef struct Visit:            # to one chunk of a tile
     bint stream               # and by the kernel past the caches
 
 
-cdef inline bint is_needed(int column, bint has_options, bint by_row) noexcept nogil:
-    if N_OWN <= column < N_VALUES:  # what calls bring has none
-        return False
-    return has_options or column < N_PLAIN or N_VALUES <= column < N_PLAIN_COLUMNS or (
-        by_row and N_PLAIN_COLUMNS <= column <= HAT_REST
-    )
-
-
 cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept nogil:
     """Lay one thread's columns and buffers out in its memory; returns how many bytes they take."""
     cdef Py_ssize_t columns = pitch(job.width) * sizeof(double)
@@ -80,11 +72,14 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
     )
     cdef char* start = memory
     cdef int c, r
-    for c in range(N_COLUMNS):
-        s.column[c] = NULL
-        if is_needed(c, has_options, job.by_row):
-            s.column[c] = memory
-            memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
+    for c in range(N_OWN if has_options else N_PLAIN):
+        s.column[c] = memory
+        memory += columns
+    for c in range(
+        ONES, N_COLUMNS if has_options else HAT_REST + 1 if job.by_row else N_PLAIN_COLUMNS
+    ):
+        s.column[c] = memory
+        memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
     for r in range(N_ROLES):
         if r == X or r == G or r == Y or (has_options and r < S) or (job.by_row and r >= S):
             s.offset[r] = <Py_ssize_t*> memory

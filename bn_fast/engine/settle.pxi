@@ -269,14 +269,16 @@ cdef inline void forward_constants(
         )
 
 
-cdef inline void set_gate_constants(
-    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+cdef inline void forward_set(
+    Job* job, int shift, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
 ) noexcept nogil:
+    """Into the values from SHIFT_X or GATE_SHIFT on."""
     cdef double** v = job.value
+    cdef double** made = v + shift
     forward_constants[lane](
         v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
-        v[GATE_SHIFT] + f, v[GATE_FACTOR] + f, v[GATE_COEF] + f, v[GATE_BIAS] + f,
-        v[GATE_WIDE] + f, n, low_limit(job), wide, lane_tag,
+        made[SHIFT_X] + f, made[FACTOR_X] + f, made[COEF_X] + f, made[BIAS] + f, made[WIDE] + f,
+        n, low_limit(job), wide, lane_tag,
     )
 
 
@@ -288,14 +290,14 @@ cdef void start_gate(
     cdef Py_ssize_t f
     read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
     read_parameter(&job.beta_given, first, n_features, v[BETA] + first)
-    set_gate_constants[lane](job, first, n_features, False, lane_tag)
+    forward_set[lane](job, GATE_SHIFT, first, n_features, False, lane_tag)
     if fold_run(v[GATE_WIDE] + first, n_features) == 0:  # none
         return
     for f in range(first, first + n_features):
         if v[GATE_WIDE][f] != 0:
             if lane is double:
                 v[GATE_FACTOR][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
-            set_gate_constants[lane](job, f, 1, True, lane_tag)
+            forward_set[lane](job, GATE_SHIFT, f, 1, True, lane_tag)
             v[GATE_WIDE][f] = 1
 
 
@@ -719,17 +721,6 @@ cdef inline void backward_constants(
         )
 
 
-cdef inline void forward_set(
-    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
-) noexcept nogil:
-    cdef double** v = job.value
-    forward_constants[lane](
-        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
-        v[SHIFT_X] + f, v[FACTOR_X] + f, v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, low_limit(job), wide, lane_tag,
-    )
-
-
 cdef inline void backward_set(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, bint shared, const lane* lane_tag,
 ) noexcept nogil:
@@ -751,9 +742,9 @@ cdef void set_forward_constants(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
 ) noexcept nogil:
     if wide:
-        forward_set[lane](job, f, n, True, lane_tag)
+        forward_set[lane](job, SHIFT_X, f, n, True, lane_tag)
     else:
-        forward_set[lane](job, f, n, False, lane_tag)
+        forward_set[lane](job, SHIFT_X, f, n, False, lane_tag)
 
 
 cdef void set_backward_constants(
