@@ -107,6 +107,7 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
     """The same for all rows up to one; of rows of their own, piece by piece."""
     cdef const Plan* plan = v.plan
+    cdef Py_ssize_t n
     if v.s.adds:
         set_hat_columns[lane](v, lane_tag)
         v.scales = plan.layout == ROWS  # of columns only what has been added up
@@ -122,9 +123,10 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
         if not rows_touch(v):  # else the hardware's prefetchers follow them
             v.ahead = rows_ahead(v.width * size_of(plan.storage), TREE_ROWS)
     while v.row < row_end and plan.layout != ROWS:
-        v.n_rows = min(v.group, row_end - v.row)
+        n = min(v.group, row_end - v.row)
+        v.n_rows = n * turns(v)
         apply_at_hand[lane](v, lane_tag)
-        v.row += v.n_rows
+        v.row += n
     while v.row < row_end:
         v.first = 0
         while v.first < v.n_features:

@@ -189,6 +189,8 @@ cdef void size_scratch(Job* job) noexcept:
         )
         if plan.layout == ROWS:
             job.width = max(job.width, tile)
+        elif plan.layout == LONG_RUN:
+            job.width = max(job.width, <Py_ssize_t> (MAX_TURNS * LANES))
     job.width = (job.width + 7) // 8 * 8
     job.own_features = 0
     if job.schedule.apart:

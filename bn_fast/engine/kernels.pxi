@@ -166,6 +166,7 @@ cdef struct Block:
     Py_ssize_t tree_rows      # of x alone
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
     Walk walk
+    Py_ssize_t turns          # features whose rows take turns, walked along
     bint singly               # rows are written one by one,
     bint stream               # and past the caches
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
@@ -473,18 +474,20 @@ cdef inline void set_lanes(lane* lanes, lane value) noexcept nogil:
 
 
 cdef void sum_squares_along(const Block* block, const lane* lane_tag) noexcept nogil:
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, first
     cdef lane one = <lane> bn_one()
     cdef double[LANES] s
     cdef double[LANES] ss
-    memcpy(s, block.sum_1, sizeof(s))
-    memcpy(ss, block.sum_2, sizeof(ss))
     for r in range(block.n_rows):
+        first = r % block.turns * LANES
+        memcpy(s, block.sum_1 + first, sizeof(s))
+        memcpy(ss, block.sum_2 + first, sizeof(ss))
         sum_squares_run(
-            <const lane*> block.row[X][r], block.width, <const lane*> block.shift[X], one, s, ss
+            <const lane*> block.row[X][r], block.width, <const lane*> block.shift[X] + first, one,
+            s, ss,
         )
-    memcpy(block.sum_1, s, sizeof(s))
-    memcpy(block.sum_2, ss, sizeof(ss))
+        memcpy(block.sum_1 + first, s, sizeof(s))
+        memcpy(block.sum_2 + first, ss, sizeof(ss))
 
 
 cdef void sum_squares_by_row(const Block* block, const lane* lane_tag) noexcept nogil:
@@ -608,21 +611,22 @@ cdef inline void sum_products_run(
 cdef void sum_products_along(
     const Block* block, const lane* lane_tag, const activation* activation_tag,
 ) noexcept nogil:
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, first
     cdef lane one = <lane> bn_one()
     cdef double[LANES] s
     cdef double[LANES] ss
-    memcpy(s, block.sum_1, sizeof(s))
-    memcpy(ss, block.sum_2, sizeof(ss))
     for r in range(block.n_rows):
+        first = r % block.turns * LANES
+        memcpy(s, block.sum_1 + first, sizeof(s))
+        memcpy(ss, block.sum_2 + first, sizeof(ss))
         sum_products_run(
             <const lane*> block.row[X][r], <const lane*> block.row[G][r], block.width,
-            <const lane*> block.shift[X], <const lane*> block.shift[G], one, s, ss,
-            <const lane*> block.gate_shift, <const lane*> block.gate_coef,
-            <const lane*> block.gate_bias, <lane> block.slope, activation_tag,
+            <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first, one, s, ss,
+            <const lane*> block.gate_shift + first, <const lane*> block.gate_coef + first,
+            <const lane*> block.gate_bias + first, <lane> block.slope, activation_tag,
         )
-    memcpy(block.sum_1, s, sizeof(s))
-    memcpy(block.sum_2, ss, sizeof(ss))
+        memcpy(block.sum_1 + first, s, sizeof(s))
+        memcpy(block.sum_2 + first, ss, sizeof(ss))
 
 
 cdef inline void sum_scaled_tree(
@@ -918,7 +922,7 @@ cdef inline void apply_part(
     const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
     """n elements of row i, from element `strip` on."""
-    cdef Py_ssize_t first = strip if extent is OfColumn else 0
+    cdef Py_ssize_t first = strip if extent is OfColumn else i % block.turns * LANES
     cdef const lane* x = <const lane*> block.row[X][i] + strip
     cdef const lane* g = <const lane*> block.row[G][i] + strip if takes_second(formula_tag) else x
     cdef const lane* r = <const lane*> block.row[R][i] + strip if takes_third(formula_tag) else x

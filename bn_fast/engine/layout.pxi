@@ -39,6 +39,7 @@ cdef enum:
     SHORT_COLUMNS = 64        # up to this many where fewer than
     JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see above
     NARROW = 16               # fewer features than this are joined even if they must be gathered
+    MAX_TURNS = 16            # features that long runs are taken of in turn,
     ALONG_RUN = 256           # a run from this length on is walked along, not across,
     TREE_RUN = 128            # or from this, if along fewer places of trees stay empty
     PIECE = 1024              # in rows of no more than this, and
@@ -454,6 +455,17 @@ cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept n
         access[Y] == STREAMED and not is_half(plan.storage) and plan.layout != ROWS
         and not plan.used[D]
     )
+
+
+cdef inline bint takes_turns(const Plan* plan) noexcept nogil:
+    """Whether long runs of several features are taken in the order of memory, as they are."""
+    cdef int r
+    cdef bint direct = plan.layout == LONG_RUN and plan.gate == NONE and not is_half(plan.storage)
+    for r in range(N_ROLES):
+        direct = direct and (not plan.used[r] or (
+            (r < R or r == Y) and (plan.access[r] == DIRECT or plan.access[r] == STREAMED)
+        ))
+    return direct
 
 
 # ---------------------------------------------------------------- where rows and columns lie

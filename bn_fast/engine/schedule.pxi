@@ -33,11 +33,13 @@ cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
     return cache[2] // 4
 
 
-cdef inline Py_ssize_t along_sweep_bytes() noexcept nogil:
-    """Long runs: small features share what a tile costs, and come in as one stream: (8, 64, 28, 28)
-    forward, one thread, 89 us one by one, 83 by fours, 81 by eights; but (32, 64, 56, 56), of which
-    two fill L2, backward 4.7 to 4.9 ms."""
-    return cache[1] // 4
+cdef inline Py_ssize_t along_sweep_bytes(const Plan* plan) noexcept nogil:
+    """Long runs: small features share what a tile costs.  Runs of less than a page come in as one
+    stream where they can take turns: (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
+    2.56; (32, 64, 28, 28), one thread, 376 and 839 us, 319 and 645.  But (32, 64, 56, 56), of which
+    one feature fills L2, 2.42 to 2.67 ms backward."""
+    cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
+    return cache[1] // 2 * 3 if takes_turns(plan) and run_bytes < PAGE_BYTES else cache[1] // 4
 
 
 cdef inline Py_ssize_t split_to() noexcept nogil:
@@ -166,7 +168,7 @@ cdef void choose_run_tile(
     cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
     cdef int n_threads = schedule.n_threads
     if apply.layout == LONG_RUN:
-        limit = min(limit, max(<Py_ssize_t> 1, along_sweep_bytes() // bytes))
+        limit = min(limit, max(<Py_ssize_t> 1, along_sweep_bytes(apply) // bytes))
     schedule.tile = run_tile(apply, share, min(limit, run_sweep_bytes() // bytes))
     # Else, as with three features for two threads, one of them would wait too long; or all of
     # them would have pages in common, every few of one's runs beside those of another.
@@ -370,7 +372,7 @@ boundaries = {
     "TILE_BYTES": TILE_BYTES,
     "SPLIT_FROM": SPLIT_FROM,
     "SPLIT_TO": split_to(),
-    "ALONG_SWEEP_BYTES": along_sweep_bytes(),
+    "MAX_TURNS": MAX_TURNS,
     "RUN_SWEEP_BYTES": run_sweep_bytes(),
     "PAGE_BYTES": PAGE_BYTES,
     "STREAM_BYTES": stream_bytes(),

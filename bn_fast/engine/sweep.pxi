@@ -4,17 +4,19 @@
 # ---------------------------------------------------------------- tiles
 
 cdef inline Py_ssize_t visited_together(
-    const Job* job, const Plan* plan, bint applies, Py_ssize_t first, Py_ssize_t n,
+    const Job* job, const Plan* plan, bint applies, bint wide, Py_ssize_t first, Py_ssize_t n,
 ) noexcept nogil:
-    """Of n features: one where runs are walked along; where rows are their own and written, those
-    of the same lanes."""
-    cdef const double* wide = job.value[WIDE]
+    """Of n features: where rows are their own and written, those of the same lanes; where runs are
+    walked along one, or some that take turns."""
+    cdef const double* in_wide = job.value[WIDE]
     cdef Py_ssize_t alike = 1
     if plan.layout == ROWS and applies:
-        while alike < n and wide[first + alike] == wide[first]:
+        while alike < n and in_wide[first + alike] == in_wide[first]:
             alike += 1
         return alike
-    return 1 if plan.layout == LONG_RUN else n
+    if plan.layout == LONG_RUN:
+        return min(n, <Py_ssize_t> MAX_TURNS) if not wide and takes_turns(plan) else 1
+    return n
 
 
 cdef void visit_tile(
@@ -32,7 +34,7 @@ cdef void visit_tile(
     v.feature = first
     while v.feature < first + n_features:
         v.n_features = visited_together(
-            job, v.plan, applies, v.feature, first + n_features - v.feature
+            job, v.plan, applies, wide, v.feature, first + n_features - v.feature
         )
         if applies:
             apply_chunk[lane](&v, chunk, lane_tag)
