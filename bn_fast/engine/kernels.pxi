@@ -892,7 +892,21 @@ cdef inline void go_on_at(Stream* stream, char* place) noexcept nogil:
     stream.start = place - stream.begin
 
 
-cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes) noexcept nogil:
+cdef inline lane* place_of(Stream* stream, lane* y, Py_ssize_t* n) noexcept nogil:
+    """Where to write the next elements, and of n how many: to y whole lines, else to the buffer."""
+    cdef Py_ssize_t line = LINE_BYTES // sizeof(lane)
+    go_on_at(stream, <char*> y)
+    if stream.end == 0 and n[0] >= line:
+        n[0] = n[0] // line * line
+        return y
+    n[0] = min(n[0], line - stream.end // <Py_ssize_t> sizeof(lane))
+    return <lane*> (stream.buffer + stream.end)
+
+
+cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes, bint past) noexcept nogil:
+    if past:
+        stream.start += n_bytes
+        return
     stream.end += n_bytes
     if stream.end == LINE_BYTES:
         flush(stream)
@@ -940,29 +954,6 @@ cdef inline void apply_part(
     )
 
 
-cdef inline Py_ssize_t stream_part(
-    const Block* block, Py_ssize_t i, Py_ssize_t strip, Py_ssize_t n, Stream* stream,
-    const lane* lane_tag, const formula* formula_tag, const activation* activation_tag,
-    const extent* extent_tag,
-) noexcept nogil:
-    """The same past the caches: whole lines, or what fills or begins one.  Returns how many."""
-    cdef Py_ssize_t line = LINE_BYTES // sizeof(lane)
-    cdef lane* y = <lane*> block.row[Y][i] + strip
-    go_on_at(stream, <char*> y)
-    if stream.end or n < line:
-        n = min(n, line - stream.end // <Py_ssize_t> sizeof(lane))
-        apply_part(
-            block, i, strip, n, <lane*> (stream.buffer + stream.end), False,
-            formula_tag, activation_tag, extent_tag,
-        )
-        go_on(stream, n * sizeof(lane))
-        return n
-    n = n // line * line
-    apply_part(block, i, strip, n, y, True, formula_tag, activation_tag, extent_tag)
-    stream.start += n * sizeof(lane)
-    return n
-
-
 cdef void apply_singly(
     const Block* block, const lane* lane_tag, const formula* formula_tag,
     const activation* activation_tag, const extent* extent_tag,
@@ -979,6 +970,8 @@ cdef void apply_singly(
     cdef Py_ssize_t i, strip, n, width = block.width, step = STRIP if block.ahead else width
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
+    cdef lane* y
+    cdef lane* to
     memset(&stream, 0, sizeof(stream))
     stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
     stream.start = stream.buffer
@@ -988,15 +981,18 @@ cdef void apply_singly(
             if block.ahead:
                 prefetch_next(block, i, strip, lane_tag, formula_tag, extent_tag)
             n = min(step, width - strip)
-            if block.stream:
-                n = stream_part(
-                    block, i, strip, n, &stream, lane_tag, formula_tag, activation_tag, extent_tag
+            y = <lane*> block.row[Y][i] + strip
+            to = place_of(&stream, y, &n) if block.stream else y
+            if block.stream and to == y:
+                apply_part(
+                    block, i, strip, n, y, True, formula_tag, activation_tag, extent_tag
                 )
             else:
                 apply_part(
-                    block, i, strip, n, <lane*> block.row[Y][i] + strip, False,
-                    formula_tag, activation_tag, extent_tag,
+                    block, i, strip, n, to, False, formula_tag, activation_tag, extent_tag
                 )
+            if block.stream:
+                go_on(&stream, n * sizeof(lane), to == y)
             strip += n
     if block.stream:
         flush(&stream)
