@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import gc
 import os
 
 # Before OpenMP is loaded: its workers sleep while they wait. Tests start small regions of many
@@ -10,6 +11,12 @@ import pytest
 
 import bn_fast
 import bn_fast.functional
+
+
+def pytest_collection_finish():
+    """All that has been made for 39,000 tests stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

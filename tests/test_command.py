@@ -14,7 +14,8 @@ def quick(monkeypatch):
     kinds = [((32, 64),), ((2, 3, 4, 5), 3), ((9, 64), -1, "layer"), ((9, 64), -1, "rms")]
     kinds += [((3, 4, 5), 1, "group", 2), ((3, 4, 5), 1, "instance")]
     monkeypatch.setattr(command, "LAYERS", [command.Kind(*kind) for kind in kinds])
-    monkeypatch.setattr(command, "LAYER_SECONDS", 0.01)
+    for name in ("LAYER_SECONDS", "BLOCK_SECONDS", "PAUSE_SECONDS"):
+        monkeypatch.setattr(command, name, 0)
     monkeypatch.setattr(command, "find_torch", lambda: None)
 
 
@@ -76,6 +77,8 @@ def test_wrong_numbers_are_shown(capsys, monkeypatch, tmp_path, spoil, which, re
         return tuple(results)
 
     monkeypatch.setattr(bn_fast, which, wrong)
+    named = [(name, function) for name, function in command.CHECKS if check in name]
+    monkeypatch.setattr(command, "CHECKS", named)
     assert command.main(["--json", str(tmp_path / "figures.json")]) == 1
     shown = capsys.readouterr().out
     assert "FAILED" in row_of(check, shown)
