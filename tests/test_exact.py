@@ -199,6 +199,6 @@ def test_a_mean_of_few_digits_is_applied_in_the_lanes_of_its_dtype(dtype):
     shift = mean.astype(dtype)
     bias = -((mean - shift) + mean_low) * inv_std
     if dtype is np.float32:
-        assert ((bias != 0) & (abs(bias) < 1e-30)).sum() > 0
+        assert (bias == 0).any()  # next to nothing where low parts are kept: 1e-33
     lanes = (x - shift) * inv_std.astype(dtype) + bias.astype(dtype)
     assert_same_bits([out], [lanes])
