@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib import import_module
 
 # Before OpenMP is loaded: its workers sleep while they wait. Tests start small regions of many
 # sizes on few CPUs, where workers that spin take the others' turn (up to 40 times slower).
@@ -11,6 +12,12 @@ import pytest
 
 import bn_fast
 import bn_fast.functional
+from bn_fast._core import isa_available
+
+# Beside other processes waits are long, after which calls would stay on one thread: of the bits on
+# several threads nothing would be tested.
+for _isa in isa_available:
+    import_module(f"bn_fast._core_{_isa}").be_patient(True)
 
 
 def pytest_collection_finish():

@@ -34,7 +34,7 @@ ENGINES = [
 def engine(isa, n_threads):
     """Every call, however small, on this instruction set and number of threads.
 
-    One thread takes the straight road where there is one; more never do.
+    Where there is a straight road, all take it.
     """
     chosen = import_module(f"bn_fast._core_{isa}")
     serial = bn_fast.functional._SERIAL_SIZE

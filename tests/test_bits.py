@@ -16,7 +16,7 @@ from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_for
 
 from .arrays import DTYPES, HALVES, SHAPES, TALL, hostile, normal, problem, spread_weights
 from .judge import assert_same_bits, one_nan
-from .problems import OPTIONS
+from .problems import OPTIONS, assert_same_on_any_threads
 
 LAYOUTS = ["C", "Fortran", "sliced", "features last"]
 MODES = ["train", "hostile", "test"]
@@ -215,3 +215,12 @@ def test_instruction_sets():
     for isa, table in tables.items():
         different = [key for key in expected if table[key] != expected[key]]
         assert not different, f"{isa} differs from base"
+
+
+def test_chunks_are_added_in_one_order():
+    """Sums of three sizes, more than two float64 hold: what is left of them tells the order."""
+    sizes = [s * 2.0**e for e in (133, 132, 70, 69, 68) for s in (1, -1)] + [1, 3, 5, 7, 9, 11]
+    rng = np.random.default_rng(0)
+    by_feature = rng.permuted(np.tile(sizes, (512, 1)), axis=1).T
+    x = np.repeat(by_feature, 128, axis=0)  # a chunk has 128 rows
+    assert_same_on_any_threads(lambda: [bn_fast.moments(x).mean, bn_fast.moments(x).m2])

@@ -276,6 +276,12 @@ def note_wait(long long worked, long long waited):
     bn_note_wait(worked, waited)
 
 
+def be_patient(bint patient):
+    """For tests: use all threads of a call, however long they have waited for one another."""
+    global bn_patient
+    bn_patient = patient
+
+
 def coming(int n_threads):
     """How many of so many threads a call would use now."""
     return bn_coming(n_threads)

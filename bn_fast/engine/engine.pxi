@@ -14,6 +14,7 @@ cdef extern from "_native.h" nogil:
     int bn_startable(int n_threads)
     long long bn_now()
     int bn_coming(int n_threads)
+    bint bn_patient
     void bn_note_wait(long long worked, long long waited)
     void bn_barrier(int n_threads, long long* since)
     int bn_team "omp_get_num_threads" ()
