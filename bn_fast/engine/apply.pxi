@@ -124,7 +124,7 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
             v.ahead = rows_ahead(v.width * size_of(plan.storage), TREE_ROWS)
     while v.row < row_end and plan.layout != ROWS:
         n = min(v.group, row_end - v.row)
-        v.n_rows = n * turns(v)
+        v.n_rows = n * in_turn(v)
         apply_at_hand[lane](v, lane_tag)
         v.row += n
     while v.row < row_end:

@@ -29,7 +29,7 @@ cdef inline Py_ssize_t rows_at_hand(
     if is_alone(v):
         return 1
     n = group_rows(v.plan, v.access, width, step, v.gate == BEFORE)
-    return max(<Py_ssize_t> 4, n // 4 * 4) if v.plan.layout == ROWS else max(1, n // turns(v))
+    return max(<Py_ssize_t> 4, n // 4 * 4) if v.plan.layout == ROWS else max(1, n // in_turn(v))
 
 
 cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -131,7 +131,7 @@ cdef void reduce_block_of_rows(
     memset(v.s.column[SUM_2], 0, n_columns * sizeof(double))
     while v.row < row_end:
         n = min(v.group, row_end - v.row)
-        v.n_rows = n * turns(v)
+        v.n_rows = n * in_turn(v)
         v.first = 0
         while v.first < width:
             v.width = min(piece, width - v.first)

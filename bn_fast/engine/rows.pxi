@@ -58,7 +58,7 @@ cdef struct Visit:            # to one chunk of a tile
     bint stream               # and by the kernel past the caches
 
 
-cdef inline Py_ssize_t turns(const Visit* v) noexcept nogil:
+cdef inline Py_ssize_t in_turn(const Visit* v) noexcept nogil:
     """Features whose runs take turns as the rows at hand."""
     return v.n_features if v.plan.layout == LONG_RUN else 1
 
@@ -264,7 +264,7 @@ cdef void find_rows(
     """Addresses of n rows from those at hand on, and of their first column at hand or their start.
     """
     cdef const Plan* plan = v.plan
-    cdef Py_ssize_t i, k, in_turn = turns(v)
+    cdef Py_ssize_t i, k, together = in_turn(v)
     cdef char* start
     if plan.layout == ROWS:
         start = feature_at(plan, role, v.feature + v.first)
@@ -275,10 +275,10 @@ cdef void find_rows(
     start = feature_at(plan, role, v.feature) + (
         v.first * size_of(plan.storage) if at_first else 0
     )
-    row_pointers(v.segment, role, start, v.row, n // in_turn, rows)
-    for i in range(n // in_turn - 1 if in_turn > 1 else -1, -1, -1):
-        for k in range(in_turn - 1, -1, -1):
-            rows[i * in_turn + k] = rows[i] + k * plan.feature_stride[role]
+    row_pointers(v.segment, role, start, v.row, n // together, rows)
+    for i in range(n // together - 1 if together > 1 else -1, -1, -1):
+        for k in range(together - 1, -1, -1):
+            rows[i * together + k] = rows[i] + k * plan.feature_stride[role]
 
 
 cdef bint rows_touch(const Visit* v) noexcept nogil:
@@ -318,7 +318,7 @@ cdef void fetch_rows(
     cdef lane* buffer = <lane*> v.s.buffer[role]
     cdef lane* packed
     cdef bint half = is_half(plan.storage)
-    known = n if plan.layout == ROWS else min(n + ahead, (v.segment.n_rows - v.row) * turns(v))
+    known = n if plan.layout == ROWS else min(n + ahead, (v.segment.n_rows - v.row) * in_turn(v))
     find_rows(v, role, known, access != GATHERED, rows)
     for i in range(known, n + ahead):
         rows[i] = rows[known - 1]
@@ -413,7 +413,7 @@ cdef void fill_block(
     block.width = v.width
     block.tree_rows = v.segment.tree_rows
     block.ahead = 0
-    block.turns = turns(v)
+    block.turns = in_turn(v)
     block.singly = v.singly
     block.stream = v.stream
     block.walk = (
