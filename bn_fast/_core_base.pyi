@@ -1,6 +1,9 @@
 from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ._cache import Axes, Cache, NormCache
 from ._types import Array, Count
 
@@ -31,6 +34,7 @@ def backward_sums(
     n_threads: int,
     normalized: bool = False,
 ) -> Array: ...
+def deviations_of_moments(rows: Array, ddof: float, eps: float) -> NDArray[np.float64]: ...
 def double_backward(
     ddx: Array | None,
     ddgamma: Array,
@@ -56,6 +60,7 @@ def coming(n_threads: int) -> int: ...
 def be_patient(patient: bool) -> None: ...
 def is_same(a: Array, b: Array) -> bool: ...
 def is_plain_gradient(dout: object, x: Array, gamma: Array | None, out: object) -> bool: ...
+def merged_moments(a: Array, b: Array) -> NDArray[np.float64]: ...
 def moments(
     x: Array,
     axis: int | tuple[int, ...],
@@ -63,6 +68,9 @@ def moments(
     weights: Array | None = None,
     total: Count = 0,
 ) -> Array: ...
+def moments_of_statistics(
+    counts: Array, stats: Array, powers: NDArray[np.int64] | None
+) -> NDArray[np.float64]: ...
 def norm_backward(
     dout: object,
     cache: NormCache,
@@ -138,6 +146,7 @@ def plain_forward(
     | None
 ): ...
 def set_caches(l1: int, l2: int, l3: int) -> tuple[int, int, int]: ...
+def settle_moments(rows: Array) -> None: ...
 def settings_of(
     bn_param: object, x: Array, n_features: int, correction: float = 0.0
 ) -> Any: ...  # a tuple; or None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _checks
+from ._core import core
 from ._types import Array, Count
 
 __all__ = ["Moments"]
@@ -82,77 +84,48 @@ class Moments:
     array([5.74456265, 5.74456265])
     """
 
-    __slots__ = ("_exponent", "_m2", "_m2_low", "_mean_low", "count", "m2", "mean")
+    __slots__ = ("_rows", "count", "mean")
 
     count: Count
     mean: Float64
-    m2: Float64
-    _mean_low: Float64
-    # m2 = _m2 4^_exponent, where _m2 / count is near 1: variances of 1e400 have room.
-    _m2: Float64
-    _m2_low: Float64
-    _exponent: Exponent
+    # Of shape (6, C): count, mean, its low part, m2, its low part and exponent; m2 in units of
+    # 4^exponent, in which m2 / count is near 1: variances of 1e400 have room.
+    _rows: Float64
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         count, mean, m2 = _checks.moments_of(count, mean, m2)
-        zeros = np.zeros_like(mean)
-        self._set(count, mean, zeros, m2, zeros, np.zeros(mean.shape, np.intc))
+        rows = np.zeros((6, *mean.shape))
+        rows[0], rows[1], rows[3] = count, mean, m2
+        core.settle_moments(rows)
+        self._set(count, rows)
 
-    def _set(
-        self,
-        count: Count,
-        mean: Float64,
-        mean_low: Float64,
-        m2: Float64,
-        m2_low: Float64,
-        exponent: Exponent,
-    ) -> None:
-        if isinstance(count, np.ndarray):
-            count = count.copy()
-            count.flags.writeable = False
-            nothing = count == 0
-            mean = np.where(nothing, np.nan, mean)
-            mean_low, m2, m2_low = (np.where(nothing, 0.0, a) for a in (mean_low, m2, m2_low))
-        elif count == 0:
-            mean = np.full_like(mean, np.nan)
-            mean_low, m2, m2_low = np.zeros((3, *mean.shape))
-        none = _size(m2) == _NO_SIZE
-        step = np.where(none, 0, (_size(m2) - _count_size(count)) // 2)
-        exponent = np.where(none, 0, exponent + step)
+    def _set(self, count: Count, rows: Float64) -> None:
+        rows.flags.writeable = False
+        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "mean", rows[1])
+        object.__setattr__(self, "count", rows[0] if isinstance(count, np.ndarray) else count)
+
+    @property
+    def m2(self) -> Float64:
+        """Sum of squared deviations."""
         with np.errstate(over="ignore", under="ignore"):
-            m2, m2_low = np.ldexp(m2, -2 * step), np.ldexp(m2_low, -2 * step)
-            whole = np.ldexp(m2, 2 * exponent)
-        for name, values in (("mean", mean), ("m2", whole)):
-            values.flags.writeable = False
-            object.__setattr__(self, name, values)
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "_mean_low", mean_low)
-        object.__setattr__(self, "_m2", m2)
-        object.__setattr__(self, "_m2_low", m2_low)
-        object.__setattr__(self, "_exponent", exponent)
+            m2: Float64 = np.ldexp(self._rows[3], 2 * _exponents(self))
+        m2.flags.writeable = False
+        return m2
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be set: Moments do not change")
 
-    def _scaled_var(self, ddof: float) -> Float64:
-        """The variance over 4^_exponent."""
-        divisor = self.count - _checks.ddof(ddof)
-        if isinstance(divisor, np.ndarray):
-            var = np.full_like(self._m2, np.nan)
-            np.divide(self._m2, divisor, out=var, where=divisor > 0)
-            return var
-        return self._m2 / divisor if divisor > 0 else np.full_like(self._m2, np.nan)
-
     def var(self, ddof: float = 0) -> Float64:
         """Variance ``m2 / (count - ddof)``, in the shape of mean; NaN where that is not above 0."""
-        with np.errstate(over="ignore", under="ignore"):
-            return np.ldexp(self._scaled_var(ddof), 2 * self._exponent)
+        var: Float64 = _deviations(self, _checks.ddof(ddof))[1]
+        return var
 
     def std(self, ddof: float = 0) -> Float64:
         """Standard deviation, the square root of the variance, also where float64 has room for the
         root alone."""
-        with np.errstate(over="ignore", under="ignore"):
-            return np.ldexp(np.sqrt(self._scaled_var(ddof)), self._exponent)
+        std: Float64 = _deviations(self, _checks.ddof(ddof))[2]
+        return std
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both parts together."""
@@ -166,8 +139,9 @@ class Moments:
             return self
         if not np.any(self.count):
             return other
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # as in x: infinity, NaN
-            return _merged(self, other)
+        rows = core.merged_moments(self._rows, other._rows)
+        differ = isinstance(self.count, np.ndarray) or isinstance(other.count, np.ndarray)
+        return _moments(rows[0] if differ else self.count + other.count, rows)
 
     def __add__(self, other: object) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -182,14 +156,14 @@ class Moments:
             self.mean.shape == other.mean.shape
             and bool(np.all(self.count == other.count))
             and np.array_equal(self.mean, other.mean, equal_nan=True)
-            and np.array_equal(self._m2, other._m2, equal_nan=True)
-            and np.array_equal(self._exponent, other._exponent)
+            and np.array_equal(self._rows[3], other._rows[3], equal_nan=True)
+            and np.array_equal(self._rows[5], other._rows[5])
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.count, *_rows(self), self._exponent)
+        return _unpickled, (self.count, *self._rows[1:5], _exponents(self))
 
     def __repr__(self) -> str:
         count: Any = self.count
@@ -204,154 +178,74 @@ class Moments:
         return f"Moments(count={count}, mean={mean}, m2={m2})"
 
 
-def _moments(
-    count: Count,
-    mean: Float64,
-    mean_low: Float64,
-    m2: Float64,
-    m2_low: Float64,
-    exponent: Exponent,
-) -> Moments:
-    """Moments with what lies beyond float64's digits and range."""
+def _moments(count: Count, rows: Float64) -> Moments:
+    """Moments of these rows, which they keep."""
     new = Moments.__new__(Moments)
-    new._set(count, mean, mean_low, m2, m2_low, exponent)
+    new._set(count, rows)
     return new
 
 
-def _merged(a: Moments, b: Moments) -> Moments:
-    """Of two parts that have values; nothing is known of more values than float64 counts."""
-    count = a.count + b.count
-    share: Any = np.where(count < math.inf, b.count / count, math.nan)[()]
-    # Means at both ends of the range are farther apart than it is wide, their halves are not.
-    far = np.maximum(np.abs(a.mean), np.abs(b.mean)) > 1e307
-    unit = np.where(far, 0.5, 1.0)
-    d, d_low = _two_sum(b.mean * unit, -a.mean * unit)
-    # The means' low parts may be 1e-8 of d: without its digits in order d^2 lost some.
-    d, d_low = _two_sum(d, d_low + (b._mean_low - a._mean_low) * unit)
-    # From here on in units of 2^exponent, in which the largest term of m2 is near count.
-    square_size = 2 * (_size(d) + far) + np.frexp(a.count)[1] + np.frexp(share)[1]
-    size = np.maximum(2 * a._exponent + _size(a._m2), 2 * b._exponent + _size(b._m2))
-    size = np.maximum(size, square_size)
-    exponent = np.where(size < _NO_SIZE // 2, 0, (size - _count_size(count)) // 2)
-    d, d_low = (np.ldexp(v, far - exponent) for v in (d, d_low))
-    step, step_low = _two_product(d, share)
-    # What the division left: count share = b.count is off by less than a rounding.
-    step_low += d_low * share + d * _quotient_rest(b.count, count, share)
-    moved = (np.ldexp(v, exponent - far) for v in (step, step_low))
-    mean, mean_low = _add(a.mean * unit, a._mean_low * unit, *moved)
-    mean, mean_low = mean / unit, mean_low / unit
-    if not np.isfinite(d).all():
-        plain = a.mean * (a.count / count) + b.mean * share
-        mean = np.where(np.isfinite(d), mean, plain)
-        mean_low = np.where(np.isfinite(d), mean_low, 0.0)
-    square, square_low = _two_product(d, a.count * step)
-    square_low += a.count * (d * step_low + d_low * step)
-    square_low += d * _product_rest(a.count, step)
-    m2, m2_low = _add(*_in_units(a, exponent), *_in_units(b, exponent))
-    m2, m2_low = _add(m2, m2_low, square, square_low)
-    values: tuple[Any, ...] = mean, mean_low, m2, m2_low, exponent
-    if not (np.all(a.count) and np.all(b.count)):  # of some features one part has none
-        values = tuple(
-            np.where(np.asarray(b.count) == 0, own, np.where(np.asarray(a.count) == 0, other, both))
-            for own, other, both in zip(_all_rows(a), _all_rows(b), values, strict=True)
-        )
-    return _moments(count, *values)
+def _exponents(m: Moments) -> Exponent:
+    exponents: Exponent = m._rows[5].astype(np.intc)
+    return exponents
 
 
-def _all_rows(m: Moments) -> tuple[Any, ...]:
-    return *_rows(m), m._exponent
+def _deviations(m: Moments, ddof: float, eps: float = 0) -> Float64:
+    """1/sqrt(var + eps), 0 where that is without deviation; var; and sqrt(var + eps)."""
+    return core.deviations_of_moments(m._rows, ddof, eps)
 
 
-def _in_units(m: Moments, exponent: Exponent) -> tuple[Float64, Float64]:
-    """m2 and what it has beyond float64's digits, over 4^exponent."""
-    step = 2 * (m._exponent - exponent)
-    return np.ldexp(m._m2, step), np.ldexp(m._m2_low, step)
-
-
-def _size(values: Float64) -> Exponent:
-    """The exponent of each; of 0 and of what is not finite one below all others."""
-    exponent = np.frexp(values)[1]
-    return np.where(np.isfinite(values) & (values != 0), exponent, _NO_SIZE)
-
-
-_NO_SIZE = -20000
-
-
-def _count_size(count: Count) -> Any:
-    """Its exponent, kept where as many squares near 1 neither overflow nor sink."""
-    return np.clip(np.frexp(count)[1], -900, 900)
-
-
-def from_statistics(count: Count, stats: Array, power: Exponent | int = 0) -> Moments:
+def from_statistics(count: Count, stats: Array, powers: NDArray[np.int64] | None = None) -> Moments:
     """Moments of x from what the engine found with eps = 0: mean and its low part; inv_std and var
-    of 2^power x."""
-    mean, low, inv_std, var = stats
-    # The inverse deviation has its digits where the variance is beyond the range, or subnormal.
-    lost = (inv_std > 0) & np.isfinite(inv_std) & ~((var >= np.finfo(float).tiny) & (var < np.inf))
-    with np.errstate(all="ignore"):
-        root, inverse = np.frexp(inv_std)
-        size = np.where(_size(var) == _NO_SIZE, 0, _size(var))
-        exponent = 2 + np.where(lost, -inverse, size // 2)  # 2: times the largest count is finite
-        m2 = np.where(lost, 1 / (4 * root) ** 2, np.ldexp(var, -2 * exponent)) * count
-    exponent = (exponent - power).astype(np.intc)
-    return _moments(count, mean.copy(), low.copy(), m2, np.zeros_like(m2), exponent)
+    of 2^powers x."""
+    return _moments(count, core.moments_of_statistics(np.asarray(count), stats, powers))
 
 
 def mean_low(m: Moments) -> Float64:
     """What the mean has beyond float64."""
-    return m._mean_low
+    low: Float64 = m._rows[2]
+    return low
 
 
 def deviation(m: Moments, eps: float) -> Float64:
     """sqrt(var + eps), also where the variance leaves float64's range."""
-    exponent = np.maximum(m._exponent, math.frexp(eps)[1] // 2) if eps else m._exponent
-    with np.errstate(over="ignore", under="ignore"):
-        var = np.ldexp(m._scaled_var(0), 2 * (m._exponent - exponent))
-        std: Float64 = np.ldexp(np.sqrt(var + np.ldexp(eps, -2 * exponent)), exponent)
+    std: Float64 = _deviations(m, 0, eps)[2]
     return std
 
 
 def statistics(m: Moments, eps: float) -> Array:
     """Mean, its low part, inv_std and var, shape (4, n_features), as the engine takes them: inv_std
     is 0 for a feature without deviation, which then becomes beta."""
-    std = deviation(m, eps)
-    with np.errstate(over="ignore"):
-        inv_std = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
-    return np.array([m.mean, m._mean_low, inv_std, m.var()]).reshape(4, -1)
+    return np.concatenate([m._rows[1:3], _deviations(m, 0, eps)[:2]]).reshape(4, -1)
 
 
 def pack(m: Moments) -> Float64:
     """All of it as one row of numbers, to send to other processes; its count is a number."""
-    return np.concatenate([[m.count], *_rows(m), m._exponent])
-
-
-def _rows(m: Moments) -> tuple[Float64, ...]:
-    return m.mean, m._mean_low, m._m2, m._m2_low
+    return np.append(m.count, m._rows[1:])
 
 
 def to_rows(m: Moments) -> Float64:
     """All of it as rows of a number for each feature, shape (6, C), the first the counts."""
-    return np.vstack([np.broadcast_to(m.count, m.mean.shape), *_all_rows(m)])
+    return m._rows
 
 
 def from_rows(rows: Array) -> Moments:
     """The same back; one count where all are alike."""
-    counts, mean, low, m2, m2_low, exponent = np.array(rows)
+    own = np.array(rows, np.float64, order="C")
+    core.settle_moments(own)
+    counts = own[0]
     alike = counts.size == 0 or (counts == counts[0]).all()
-    count = float(counts.max(initial=0)) if alike else counts
-    return _moments(count, mean, low, m2, m2_low, exponent.astype(np.intc))
+    return _moments(float(counts.max(initial=0)) if alike else counts, own)
 
 
 def merge_packed(rows: Float64) -> Moments:
     """The rows' moments merged in their order."""
-    parts = []
-    for row in rows:
-        mean, low, m2, m2_low, exponent = row[1:].reshape(5, -1).copy()
-        parts.append(_moments(float(row[0]), mean, low, m2, m2_low, exponent.astype(np.intc)))
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merge(part)
-    return whole
+    return reduce(Moments.merge, map(_unpacked, rows))
+
+
+def _unpacked(row: Float64) -> Moments:
+    values = row[1:].reshape(5, -1)
+    return _moments(float(row[0]), np.vstack([np.full_like(values[:1], row[0]), values]))
 
 
 def _unpickled(*state: Any) -> Moments:
@@ -370,44 +264,7 @@ def _unpickled(*state: Any) -> Moments:
     )
     if not fits:
         raise ValueError("this pickle of Moments does not fit itself, or is of another version")
-    mean, low, m2, m2_low = (a.astype(np.float64) for a in arrays[1:5])
-    count = arrays[0].astype(np.float64) if arrays[0].ndim else float(arrays[0])
-    return _moments(count, mean, low, m2, m2_low, arrays[5].astype(np.intc))
-
-
-# Double-double arithmetic (Knuth 1969; Dekker 1971): a result and its rounding error, both float64.
-
-
-def _two_sum(a: Float64, b: Float64) -> tuple[Float64, Float64]:
-    s = a + b
-    t = s - a
-    return s, _finite((a - (s - t)) + (b - t))
-
-
-def _product_rest(a: Any, b: Any) -> Any:
-    """a b minus its rounding to float64; 0 where halves of 26 bits cannot tell."""
-    a_high = a * 134217729.0
-    a_high = a_high - (a_high - a)
-    b_high = b * 134217729.0
-    b_high = b_high - (b_high - b)
-    a_low, b_low = a - a_high, b - b_high
-    return _finite(((a_high * b_high - a * b) + a_high * b_low + a_low * b_high) + a_low * b_low)
-
-
-def _two_product(a: Any, b: Any) -> tuple[Any, Any]:
-    return a * b, _product_rest(a, b)
-
-
-def _quotient_rest(a: Any, b: Any, quotient: Any) -> Any:
-    """a/b minus its rounding."""
-    return ((a - b * quotient) - _product_rest(b, quotient)) / b
-
-
-def _add(a: Float64, a_low: Float64, b: Float64, b_low: Float64) -> tuple[Float64, Float64]:
-    high, low = _two_sum(a, b)
-    total, rest = _two_sum(high, low + (a_low + b_low))
-    return np.where(np.isfinite(total), total, high), rest
-
-
-def _finite(a: Any) -> Any:
-    return np.where(np.isfinite(a), a, 0.0)
+    rows = np.empty((6, *shape))
+    rows[0], rows[1:] = arrays[0], arrays[1:]
+    core.settle_moments(rows)
+    return _moments(rows[0] if arrays[0].ndim else float(arrays[0]), rows)

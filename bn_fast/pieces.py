@@ -111,9 +111,9 @@ def moments(x: ArrayLike, *, axis: Axis = 1, weights: ArrayLike | None = None) -
     again = core.moments(part, along, n_threads_for(part), part_weights, part_total)
     again[:2] = np.ldexp(again[:2], -_TINY_POWER)
     stats[:, tiny] = again
-    power = np.zeros(stats.shape[1], np.intc)
-    power[tiny] = _TINY_POWER
-    return from_statistics(count, stats.reshape(4, *shape), power.reshape(shape))
+    powers = np.zeros(stats.shape[1], np.int64)
+    powers[tiny] = _TINY_POWER
+    return from_statistics(count, stats.reshape(4, *shape), powers.reshape(shape))
 
 
 def _features(x: Array, axis: Axis, which: NDArray[np.intp]) -> Array:

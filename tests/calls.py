@@ -200,7 +200,9 @@ def exact_first_order(p, got, f, mode, activation):
     }
     for name, floor in floors.items():
         value, scale = getattr(gradients, name), getattr(gradients, name + "_scale")
-        result[name] = Exact(value, scale, floor, loose=loose or _beyond(name, value))
+        # What takes an infinite dgamma along may be NaN, too: its terms have both signs.
+        beyond = _beyond(name, value) or _beyond("dgamma", gradients.dgamma)
+        result[name] = Exact(value, scale, floor, loose=loose or beyond)
     if mode == "test":
         return result | {
             "running_mean": Exact(p.mean[f : f + 1]), "running_var": Exact(p.var[f : f + 1])

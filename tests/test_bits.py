@@ -1,6 +1,7 @@
 """The same bits for every number of threads, every instruction set and every run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 import bn_fast
 import bn_fast.functional
 from bn_fast import batchnorm_backward, batchnorm_double_backward, batchnorm_forward
+from bn_fast._core import core, isa_available
 
+from . import oracle
 from .arrays import DTYPES, HALVES, SHAPES, TALL, hostile, normal, problem, spread_weights
-from .judge import assert_same_bits, one_nan
-from .problems import OPTIONS, assert_same_on_any_threads
+from .judge import assert_same_bits, check, check_gradients, one_nan
+from .problems import OPTIONS, assert_same_on_any_threads, engine
 
 LAYOUTS = ["C", "Fortran", "sliced", "features last"]
 MODES = ["train", "hostile", "test"]
@@ -78,12 +81,15 @@ def second_order(x, dout, gamma, beta, param, axis, _):
 
 def pieces(x, dout, gamma, beta, _, axis, __):
     m = bn_fast.moments(x, axis=axis)
+    parts = np.array_split(x, 3, axis=axis - 1)
+    merged = sum(bn_fast.moments(part, axis=axis) for part in parts)
     inv_std = 1 / np.sqrt(m.var() + 1e-5)
     sums = bn_fast.backward_reduce(dout, x, m.mean, inv_std, axis=axis)
     given = (dout, x, m.mean, inv_std, gamma, *sums, m.count)
     return [
         m.m2,
         *m.__reduce__()[1][1:5],  # the mean's low part, too
+        *merged.__reduce__()[1][1:5],
         bn_fast.normalize(x, m.mean, m.var(), gamma, beta, axis=axis),
         bn_fast.normalize(x, m, gamma=gamma, beta=beta, axis=axis),
         *sums,
@@ -134,6 +140,40 @@ def test_threads_and_sums_that_cancel(threads_always, dtype):
         expected = expected or [dbeta, mean]
         assert_same_bits([dbeta, mean], expected)
     assert np.any(expected[0])  # rests of what cancels
+
+
+FAR_ELEMENTS = core.boundaries["FAR_BYTES"] // 4
+ROWS_OF_FAR = [
+    (FAR_ELEMENTS // math.prod(row) + more * core.boundaries["BLOCK_ROWS"], *row)
+    for row in [(130,), (33,), (40, 7, 7)]
+    for more in (0, 1)
+]
+
+
+@pytest.mark.parametrize("shape", ROWS_OF_FAR, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16])
+def test_on_either_side_of_what_comes_from_memory(shape, dtype):
+    """There trees have other numbers of rows: the same everywhere, and as exact at an offset."""
+    if dtype is np.float64:
+        shape = (shape[0] // 2, *shape[1:])
+    x, dout = normal(shape, dtype) + dtype(1000), normal(shape, dtype, 1)
+    gamma, beta = normal(shape[1], np.float32, 2), normal(shape[1], np.float32, 3)
+
+    def everything():
+        out, cache = batchnorm_forward(x, gamma, beta)
+        return [out, *batchnorm_backward(dout, cache)]
+
+    with engine(isa_available[0], 1):
+        expected = everything()
+    for k, isa in enumerate(isa_available):
+        for n_threads in (1, 2, 3) if k == len(isa_available) - 1 else (2 + k % 2,):
+            with engine(isa, n_threads):
+                assert_same_bits(everything(), expected)
+    out, dx, dgamma, dbeta = expected
+    f = [0, shape[1] // 2]  # long double takes its time
+    check("out", out[:, f], oracle.forward(x[:, f], gamma[f], beta[f]), x)
+    exact = oracle.backward(dout[:, f], x[:, f], gamma[f])
+    check_gradients((dx[:, f], dgamma[f], dbeta[f]), exact, x)
 
 
 def some_cases():

@@ -1,6 +1,8 @@
 """The command `python -m bn_fast`: rows, JSON, exit status; a broken build cannot hide."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,7 +105,28 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(capsys, monkeypatch
     assert row_of(others[0][0], shown).endswith("ok")
 
 
-def test_unwritable_json_is_said_at_once(capsys, tmp_path):
+@pytest.mark.parametrize("name", ["missing/figures.json", ""])
+def test_unwritable_json_is_said_at_once(capsys, tmp_path, name):
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--json", str(tmp_path / "missing" / "figures.json")])
+        command.main(["--json", str(tmp_path / name)])
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave_before_the_end():
+    code = "import sys, bn_fast.__main__ as c; c.LAYERS = []; sys.exit(c.run())"
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_an_interrupt_ends_it_without_a_traceback(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_checks", interrupt)
+    monkeypatch.setattr(sys, "argv", ["bn_fast"])
+    assert command.run() == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -290,16 +290,19 @@ def test_a_second_look_at_dout_sees_what_comes_through(dtype, big, by_residual):
     [(np.float32, 1e36), (np.float32, 2e38), (np.float64, 1e300), (np.float64, 1e308)],
 )
 @pytest.mark.parametrize(("offset", "spread"), [(0, 1e-3), (1, 1e-3), (0.5, 2)])
-def test_dout_near_the_end_of_the_range(dtype, scale, shape, offset, spread, activation):
-    """dx is as exact as ever; a sum that leaves the range is infinite."""
-    x = 1e3 * normal(shape, dtype)
+@pytest.mark.parametrize("along", [False, True])
+def test_dout_near_the_end_of_the_range(dtype, scale, shape, offset, spread, activation, along):
+    """dx is as exact as ever; a sum that leaves the range is infinite. Along x, dout has most of
+    its size in dgamma; and where x hardly differs, its product with dout is smaller than that."""
+    x = dtype(1e-2 if along else 1e3) * normal(shape, dtype)
     dout = offset + dtype(spread) * normal(shape, dtype, 1)
-    dout = dtype(scale) * np.clip(dout, -1.5, 1.5, dtype=dtype)
+    dout = dtype(scale) * np.clip(dout + along * 50 * x, -1.5, 1.5, dtype=dtype)
     gamma, beta = 1 + normal(shape[1], dtype, 2) / 8, np.full(shape[1], 20.0)
+    gamma *= dtype(1e-3 if along else 1)
     _, cache = batchnorm_forward(x, gamma, beta, activation=activation)
     dx, dgamma, dbeta = batchnorm_backward(dout, cache)
     expected = oracle.backward(dout, x, gamma)
-    check("dx", dx, expected.dx, x, scale=expected.dx_scale if shape[0] < 10 else 0)
+    check("dx", dx, expected.dx, x, scale=expected.dx_scale if along or shape[0] < 10 else 0)
     largest = np.finfo(dtype).max
     for name, got, right in zip(("dgamma", "dbeta"), (dgamma, dbeta), expected[1:3], strict=True):
         with np.errstate(over="ignore"):

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from .calls import FIRST, SECOND, check_first, check_second, first_may_be, second_may_be
-from .problems import FAR_SHAPES, pairs
+from .problems import FAR_SHAPES, KINDS, PLACES, SHAPES, pairs
 
 pytestmark = pytest.mark.filterwarnings("error")  # never a warning: NaN and inf say it
 
@@ -18,6 +18,18 @@ FAR = FIRST | {
     "layout": ["C", "features last", "Fortran"],
     "dtype": ["float32", "float64", "float16"],
 }
+FILLED = FIRST | {
+    "shape": SHAPES[::9],
+    "kind": [kind for kind in KINDS if kind[0] == "filler"],
+    "weights": ["mask", "real", "mask each", "real each"],
+    "also": [kind for kind in KINDS if kind[0] in ("x", "dout")],
+    "gamma": ["zero", "1e-30"],
+}
+
+
+def filled_may_be(row):
+    also = row.get("also", row.get("kind", ("filler", "nan")))
+    return first_may_be(row) and first_may_be(row | {"kind": also})
 
 
 def rows(axes, valid, times=1):
@@ -45,6 +57,12 @@ def test_second_order_and_pieces(row):
 @pytest.mark.parametrize("row", rows(FAR, first_may_be))
 def test_beyond_the_caches(row):
     check_first(row)
+
+
+@pytest.mark.parametrize("row", rows(FILLED, filled_may_be))
+def test_a_filler_in_a_feature_that_is_hostile_anyway(row):
+    place = PLACES[row["place"]](row["shape"][1])
+    check_first(row, {"beside": [(row["also"], place), (("gamma", row["gamma"]), place)]})
 
 
 def test_pairs_are_covered():

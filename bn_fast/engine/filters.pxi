@@ -133,7 +133,8 @@ cdef inline void share_row(
     cdef Py_ssize_t j
     cdef lane t
     for j in range(width):
-        t = (x[j] - shift[j]) * coef[j] + rest[j]
+        t = x[j] - shift[j]
+        t = (t * coef[j] if t != 0 else 0) + rest[j]  # no factor but infinity makes a difference
         shared[j] = w[j * step] * t if w[j * step] != 0 else 0
 
 

@@ -120,13 +120,16 @@ cdef inline double products_settled(
     cdef double** v = job.value
     cdef double* sums = job.sums + f
     cdef Py_ssize_t stride = job.stride
-    return settle_gradients(
+    cdef double count = settle_gradients(
         sums, sums + stride, sums + 2 * stride, sums + 3 * stride,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f,
         v[MEAN] + f, v[MEAN_LOW] + f, v[MULTIPLIER] + f, v[DGAMMA] + f, v[DBETA] + f,
         v[MEAN_G] + f, v[MEAN_G_LOW] + f, v[MEAN_GX] + f, v[RETRY] + f,
         n, total_of(job, f), low_limit(job), first_try, exact,
     )
+    if not first_try:
+        unscale_product(job, f)
+    return count
 
 
 cdef double settle_squares(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
@@ -211,10 +214,11 @@ cdef void retry_gradients(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept
     cdef double* sums = job.sums + f
     cdef double s1 = finish_sum(sums[0], sums[job.stride])
     cdef double s2 = finish_sum(sums[2 * job.stride], sums[3 * job.stride])
+    cdef bint finite = isfinite(s1) and isfinite(s2) and isfinite(v[DGAMMA][f])
     v[SHIFT_X][f] = v[MEAN][f]
     if lane is double:
         v[FACTOR_X][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
-        v[FACTOR_G][f] = 1 if isfinite(s1) and isfinite(s2) else scaled_down()
+        v[FACTOR_G][f] = 1 if finite else scaled_down()
 
 
 # ---------------------------------------------------------------- the table

@@ -58,6 +58,8 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
     """What float64 lanes multiply x by so that x - mean is near 1.  Products of deviations down to
     2^-300 are in range as they are; and a feature that would leave it is constant."""
     cdef double factor = power_of_two(inv_std)
+    if fabs(mean) > 1e290:  # nor may x - mean overflow where x has no weight, and is the lowest
+        return min(factor, 0.25)
     return 1 if 1 < factor < 2.0 ** 300 or fabs(mean) * factor > 1e300 else factor
 
 
@@ -553,7 +555,8 @@ cdef inline double settle_gradients(
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
-    where the sums do not.  Returns how many need another try (marked)."""
+    where the sums do not, but for mean_gx, times factor_g: see `unscale_product`.  Returns how many
+    need another try (marked)."""
     cdef Py_ssize_t f
     cdef double s1, s2, t, t_low, part, rest, shift, high, rounding, finite, dead, sank, back
     cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
@@ -562,11 +565,8 @@ cdef inline double settle_gradients(
         s1 = finish_sum(s1_high[f], s1_low[f])
         s2 = finish_sum(s2_high[f], s2_low[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
-        finite = 1.0 if fabs(s1) + fabs(s2) < INFINITY else 0.0
         dead = 1.0 if fabs(s1) + fabs(s2) == 0 else 0.0
         sank = (1.0 if fabs(s2) < m * low else 0.0) * (1 - dead)
-        retry[f] = again * (1 - finite + sank)
-        count += retry[f]
         shift = shift_g[f] * (1.0 if first_try else factor_g[f])
         t = m * shift
         if exact:
@@ -591,8 +591,22 @@ cdef inline double settle_gradients(
             - (multiplier[f] * rest * s1 if rest != 0 else 0.0)
         )
         dgamma[f] = t * back
-        mean_gx[f] = t * per * back
+        mean_gx[f] = t * per
+        finite = 1.0 if fabs(s1) + fabs(s2) + fabs(t) < INFINITY else 0.0
+        retry[f] = again * (1 - finite + sank)
+        count += retry[f]
     return count
+
+
+cdef inline void unscale_product(Job* job, Py_ssize_t f) noexcept nogil:
+    """Take dout's factor off the mean of dout x_hat.  Where x has no weight x_hat may be anything,
+    so that this leaves the range where dx does not: both stay then, for `backward_constants`."""
+    cdef double* factor = job.value[FACTOR_G] + f
+    cdef double* scaled = job.value[MEAN_GX] + f
+    cdef double product = scaled[0] / factor[0]
+    if job.array[W] == NULL or fabs(product) < INFINITY or not fabs(scaled[0]) < INFINITY:
+        scaled[0] = product
+        factor[0] = 1
 
 
 # ---------------------------------------------------------------- sums of chunks
@@ -685,11 +699,12 @@ cdef inline void backward_constants(
     `share_gradients` has left these three.
     """
     cdef Py_ssize_t f
-    cdef double r, a, b, q, rest, share, back
+    cdef double r, a, b, q, rest, share, back, scale, up
     # gcc does not vectorize a choice that is the same for all features, hence the arithmetic.
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
     cdef double some = 0 if two or m <= 1 else 1
+    cdef double own = 1 if m < INFINITY else 0  # 0 = gamma r leaves nothing of an infinite mean_gx
     eps = eps * two
     for f in range(n):
         r = inv_std[f]
@@ -699,16 +714,23 @@ cdef inline void backward_constants(
             shift_g[f] = mean_g[f] if wide else <double> (<lane> mean_g[f])
         rest = (mean[f] - shift_x[f]) + mean_low[f]
         factor[f] = factor[f] if wide else 1
+        scale = factor_g[f]  # of mean_gx
         back = 1
         if wide:
             back = scaled_down() if fabs(shift_g[f]) > 1e290 else 1.0
             back = min(back, sinking(gamma[f], r))
-        factor_g[f] = back
+        factor_g[f] = back if wide else scale
         a = gamma[f] * (r / back if wide else r) * (share if share > least else least)
         b = (r / back if wide else r) if shared else a
         q = mean_gx[f] * some * back
         coef_g[f] = a
         coef_x[f] = -(b * q * (r / factor[f] if wide else r))
+        if wide:
+            up = power_of_two(r)
+            coef_x[f] = coef_x[f] / scale if own == 0 or b != 0 else 0.0
+            if fabs(coef_x[f]) == INFINITY and fabs(mean[f]) * (up / scale) < 1e300:
+                factor[f] = up / scale  # and x takes over what the coefficient cannot hold
+                coef_x[f] = -(b * q * (r / up))
         bias[f] = (
             (-coef_x[f] * (factor[f] * rest if wide else rest) if rest != 0 else 0.0)
             + (r * mean_g[f] if shared
@@ -718,6 +740,8 @@ cdef inline void backward_constants(
             beyond(shift_x[f], low) + beyond(shift_g[f], low) + beyond(r, low)
             + beyond(a, low) + beyond(coef_x[f], low) + above(bias[f], low)
             + (1 - two) * is_lost(a, gamma[f], r) + is_lost(coef_x[f], b, q)
+            + (0.0 if scale == 1 else 1.0)
+            + own * (1.0 if b == 0 else 0.0) * (0.0 if fabs(q) < INFINITY else 1.0)
         )
 
 
@@ -761,6 +785,7 @@ cdef void set_backward_constants(
             v[MEAN_G][k] = v[DBETA][k] / total_of(job, k)
             v[MEAN_G_LOW][k] = 0
             v[MEAN_GX][k] = v[DGAMMA][k] * (1 / total_of(job, k))
+            v[FACTOR_G][k] = 1
     if job.cells > 1:
         if wide:
             backward_set[lane](job, f, n, True, True, lane_tag)
