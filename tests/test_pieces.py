@@ -627,3 +627,12 @@ V = np.ones(3)
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_sum_is_not_lost_where_inv_std_is_0(dtype):
+    """As in NumPy's formula: 0 times infinity is not a number, and no dx of 0."""
+    x, dout = normal((20, 3), dtype), normal((20, 3), dtype, 1)
+    zeros, ones = np.zeros(3), np.ones(3)
+    dx = backward_apply(dout, x, zeros, zeros, ones, ones, np.full(3, np.inf), 20)
+    assert np.isnan(dx).all()

@@ -704,7 +704,7 @@ cdef inline void backward_constants(
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
     cdef double some = 0 if two or m <= 1 else 1
-    cdef double own = 1 if m < INFINITY else 0  # 0 = gamma r leaves nothing of an infinite mean_gx
+    cdef double own = 1 if m < INFINITY else 0  # gamma = 0 leaves nothing of an infinite mean_gx
     eps = eps * two
     for f in range(n):
         r = inv_std[f]
@@ -727,7 +727,7 @@ cdef inline void backward_constants(
         coef_x[f] = -(b * q * (r / factor[f] if wide else r))
         if wide:
             up = power_of_two(r)
-            coef_x[f] = coef_x[f] / scale if own == 0 or b != 0 else 0.0
+            coef_x[f] = coef_x[f] / scale if own == 0 or b != 0 or r == 0 else 0.0
             if fabs(coef_x[f]) == INFINITY and fabs(mean[f]) * (up / scale) < 1e300:
                 factor[f] = up / scale  # and x takes over what the coefficient cannot hold
                 coef_x[f] = -(b * q * (r / up))
@@ -741,7 +741,7 @@ cdef inline void backward_constants(
             + beyond(a, low) + beyond(coef_x[f], low) + above(bias[f], low)
             + (1 - two) * is_lost(a, gamma[f], r) + is_lost(coef_x[f], b, q)
             + (0.0 if scale == 1 else 1.0)
-            + own * (1.0 if b == 0 else 0.0) * (0.0 if fabs(q) < INFINITY else 1.0)
+            + own * is_lost(b, r, 1) * (0.0 if fabs(q) < INFINITY else 1.0)
         )
 
 
