@@ -108,8 +108,8 @@ cdef cnp.ndarray new_rows(Py_ssize_t n_rows, cnp.ndarray rows):
 cdef inline Part part_of_statistics(
     double count, const double* stats, Py_ssize_t n, Py_ssize_t f, int power,
 ) noexcept nogil:
-    """From mean, its low part, inv_std and var with eps = 0, the last two of 2^power x.  inv_std has
-    the digits where var is beyond the range, or subnormal."""
+    """From mean, its low part, inv_std and var with eps = 0, the last two of 2^power x.  inv_std
+    has the digits where var is beyond the range, or subnormal."""
     cdef double inv_std = stats[2 * n + f], var = stats[3 * n + f], root, m2
     cdef int inverse, exponent, size = size_of_value(var)
     if 0 < inv_std < INFINITY and not 2.0 ** -1022 <= var < INFINITY:
