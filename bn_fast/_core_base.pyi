@@ -69,7 +69,7 @@ def moments(
     total: Count = 0,
 ) -> Array: ...
 def moments_of_statistics(
-    counts: Array, stats: Array, powers: NDArray[np.int64] | None
+    counts: Array, stats: Array, powers: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]: ...
 def norm_backward(
     dout: object,
