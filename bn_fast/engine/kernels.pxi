@@ -53,6 +53,7 @@ cdef enum:
     STRIP = 64
     LINE_BYTES = 64
     PAGE_BYTES = 4096
+    PAST = 32                 # elements written past the caches at a time (of 16 gcc unrolls a loop)
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 
 cdef enum:                    # roles of the arrays: x (or the only input), dout,
@@ -844,13 +845,13 @@ cdef inline void apply_row(
     """Scale and beta are the columns' where the constants are the row's, and the other way round.
     Whole lines may go past the caches, from the registers that they are made in.
     """
-    cdef Py_ssize_t first = 0, j, k, own, step = LINE_BYTES // sizeof(lane) if past else width
+    cdef Py_ssize_t first = 0, j, k, own, step = PAST if past else width
     cdef lane factor = 1, term = 0
-    cdef lane[LANES] line
+    cdef lane[PAST] lines
     cdef lane* to
     while first < width:
         if past:
-            to = line
+            to = lines
         else:
             to = y
         for j in range(first, first + step):
@@ -865,7 +866,7 @@ cdef inline void apply_row(
                 formula_tag, activation_tag,
             )
         if past:
-            bn_stream_lines(<char*> (y + first), <char*> line, 1)
+            bn_stream_lines(<char*> (y + first), <char*> lines, sizeof(lines) // LINE_BYTES)
         first += step
 
 
@@ -896,8 +897,8 @@ cdef inline lane* place_of(Stream* stream, lane* y, Py_ssize_t* n) noexcept nogi
     """Where to write the next elements, and of n how many: to y whole lines, else to the buffer."""
     cdef Py_ssize_t line = LINE_BYTES // sizeof(lane)
     go_on_at(stream, <char*> y)
-    if stream.end == 0 and n[0] >= line:
-        n[0] = n[0] // line * line
+    if stream.end == 0 and n[0] >= PAST:
+        n[0] = n[0] // PAST * PAST
         return y
     n[0] = min(n[0], line - stream.end // <Py_ssize_t> sizeof(lane))
     return <lane*> (stream.buffer + stream.end)
