@@ -53,7 +53,7 @@ cdef enum:
     STRIP = 64
     LINE_BYTES = 64
     PAGE_BYTES = 4096
-    PAST = 32                 # elements written past the caches at a time (of 16 gcc unrolls a loop)
+    PAST = 32                 # elements written past the caches at a time: gcc unrolls loops of 16
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 
 cdef enum:                    # roles of the arrays: x (or the only input), dout,
