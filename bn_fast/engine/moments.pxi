@@ -22,7 +22,7 @@ ctypedef struct Part:         # one feature's moments
 
 # ---------------------------------------------------------------- arithmetic
 
-cdef inline double finite(double value) noexcept nogil:
+cdef inline double finite_part(double value) noexcept nogil:
     return value if isfinite(value) else 0
 
 
@@ -36,12 +36,12 @@ cdef inline Twofold twofold_times_power(Twofold a, int exponent) noexcept nogil:
 
 cdef inline Twofold sum_of(double a, double b) noexcept nogil:
     cdef double s = a + b, t = s - a
-    return Twofold(s, finite((a - (s - t)) + (b - t)))
+    return Twofold(s, finite_part((a - (s - t)) + (b - t)))
 
 
 cdef inline double product_rest(double a, double b) noexcept nogil:
     """a b minus its rounding; 0 where halves of 26 bits cannot tell."""
-    return finite(product_error(a, b, a * b))
+    return finite_part(product_error(a, b, a * b))
 
 
 cdef inline Twofold add_twofold(Twofold a, Twofold b) noexcept nogil:
