@@ -7,13 +7,6 @@
 #
 # Ranges of features are whole groups.
 
-cdef inline void add_term(double* high, double* low, double term) noexcept nogil:
-    """As `add_compensated`."""
-    cdef double t = high[0] + term, b = t - high[0]
-    low[0] += (high[0] - (t - b)) + (term - b)
-    high[0] = t
-
-
 cdef void take_shared(Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     """Give each cell the statistics that the call has brought for all of them."""
     cdef Py_ssize_t group, f, cells = job.cells, n_groups = job.n_features // cells

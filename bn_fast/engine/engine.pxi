@@ -22,6 +22,7 @@ cdef extern from "_native.h" nogil:
 cnp.import_array()
 bn_read_stack()
 
+include "twofold.pxi"
 include "kernels.pxi"
 include "storage.pxi"
 include "layout.pxi"

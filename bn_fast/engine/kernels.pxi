@@ -298,20 +298,6 @@ cdef void fold_columns(
             sums[f] = fold_run(sums + f * n_run, n_run)
 
 
-cdef inline void add_compensated(
-    double* restrict high, double* restrict low, const double* restrict term, Py_ssize_t n,
-) noexcept nogil:
-    """(high + low)[j] += term[j] with the rounding error kept in low (Knuth's two-sum): blocks of
-    rows add up to any M without losing a digit."""
-    cdef Py_ssize_t j
-    cdef double t, b
-    for j in range(n):
-        t = high[j] + term[j]
-        b = t - high[j]
-        low[j] += (high[j] - (t - b)) + (term[j] - b)
-        high[j] = t
-
-
 # ---------------------------------------------------------------- sums
 
 cdef inline lane add_eight(

@@ -558,9 +558,9 @@ cdef inline char* value_at(
 
 # ---------------------------------------------------------------- which values say where data lies
 
-cdef inline double weight_at(const Plan* plan, const char* value) noexcept nogil:
-    """Weights are stored as parameters are: of a half type's array in float32."""
-    return (<const double*> value)[0] if plan.storage == FLOAT64 else (<const float*> value)[0]
+cdef inline double load_native(const Plan* plan, const char* value) noexcept nogil:
+    """A weight, or gamma where it varies: as the lanes are, of a half type's array float32."""
+    return load_value(lanes_of(plan.storage), value)
 
 
 cdef bint find_weight(
@@ -584,7 +584,7 @@ cdef bint find_weight(
                 for q in range(segment.n_joined):
                     value = rows[i] + q * segment.joined_stride[W]
                     for e in range(segment.n_run):
-                        if weight_at(plan, value + e * segment.run_stride[W]) >= least:
+                        if load_native(plan, value + e * segment.run_stride[W]) >= least:
                             place.row += direction * turn
                             place.joined = q
                             place.run = e
@@ -610,7 +610,7 @@ cdef void choose_sample(
         place.row = (main.n_rows - 1) * k // 2
         place.joined = (main.n_joined - 1) * k // 2
         place.run = (main.n_run - 1) * k // 2
-        if not plan.used[W] or weight_at(plan, value_at(plan, W, feature, place)) >= least:
+        if not plan.used[W] or load_native(plan, value_at(plan, W, feature, place)) >= least:
             continue
         if k == 2:
             place.segment = plan.n_segments - 1

@@ -3,15 +3,11 @@
 #     count, mean, its low part, m2, its low part, exponent
 #
 # m2 in units of 4^exponent, in which m2 / count is near 1: variances of 1e400 have room.  Mean and
-# m2 are sums of two float64 (Knuth 1969; Dekker 1971); the formulas are in _moments.py.
+# m2 are sums of two float64; the formulas are in _moments.py.
 
 cdef enum:
     NO_SIZE = -20000          # the exponent of 0, and of what is not finite: below all others
     N_ROWS = 6
-
-ctypedef struct Twofold:      # a number and what float64 leaves of it
-    double high
-    double low
 
 ctypedef struct Part:         # one feature's moments
     double count
@@ -22,32 +18,12 @@ ctypedef struct Part:         # one feature's moments
 
 # ---------------------------------------------------------------- arithmetic
 
-cdef inline double finite_part(double value) noexcept nogil:
-    return value if isfinite(value) else 0
-
-
 cdef inline double times_power(double value, int exponent) noexcept nogil:
     return ldexp(value, exponent) if exponent else value
 
 
 cdef inline Twofold twofold_times_power(Twofold a, int exponent) noexcept nogil:
     return Twofold(times_power(a.high, exponent), times_power(a.low, exponent))
-
-
-cdef inline Twofold sum_of(double a, double b) noexcept nogil:
-    cdef double s = a + b, t = s - a
-    return Twofold(s, finite_part((a - (s - t)) + (b - t)))
-
-
-cdef inline double product_rest(double a, double b) noexcept nogil:
-    """a b minus its rounding; 0 where halves of 26 bits cannot tell."""
-    return finite_part(product_error(a, b, a * b))
-
-
-cdef inline Twofold add_twofold(Twofold a, Twofold b) noexcept nogil:
-    cdef Twofold high = sum_of(a.high, b.high)
-    cdef Twofold total = sum_of(high.high, high.low + (a.low + b.low))
-    return total if isfinite(total.high) else Twofold(high.high, total.low)
 
 
 cdef inline int exponent_of(double value) noexcept nogil:

@@ -132,37 +132,32 @@ cdef inline double products_settled(
     return count
 
 
-cdef double settle_squares(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
+cdef inline double sums_settled(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try, bint exact,
+) noexcept nogil:
+    if job.op.takes_dout:
+        return products_settled(job, f, n, first_try, exact)
+    return squares_settled(job, f, n, first_try, exact)
+
+
+cdef double settle_sums(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
     if job.value[TOTAL] != NULL:
         return settle_one_by_one(job, f, n, first_try)
     if not first_try:
-        return squares_settled(job, f, n, False, True)
+        return sums_settled(job, f, n, False, True)
     if job.reduce.storage == FLOAT64:
-        return squares_settled(job, f, n, True, True)
-    return squares_settled(job, f, n, True, False)
-
-
-cdef double settle_products(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
-    if job.value[TOTAL] != NULL:
-        return settle_one_by_one(job, f, n, first_try)
-    if not first_try:
-        return products_settled(job, f, n, False, True)
-    if job.reduce.storage == FLOAT64:
-        return products_settled(job, f, n, True, True)
-    return products_settled(job, f, n, True, False)
+        return sums_settled(job, f, n, True, True)
+    return sums_settled(job, f, n, True, False)
 
 
 cdef double settle_one_by_one(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
-    """Either, of features that differ in their total.  Without weight there is no mean, and x_hat
+    """The same of features that differ in their total.  Without weight there is no mean, and x_hat
     is 0."""
     cdef double** v = job.value
     cdef double count = 0
     cdef Py_ssize_t k
     for k in range(f, f + n):
-        if job.op.takes_dout:
-            count += products_settled(job, k, 1, first_try, True)
-        else:
-            count += squares_settled(job, k, 1, first_try, True)
+        count += sums_settled(job, k, 1, first_try, True)
         if v[TOTAL][k] == 0 and job.op.takes_dout:
             v[MEAN_G][k] = v[MEAN_G_LOW][k] = v[MEAN_GX][k] = 0
         elif v[TOTAL][k] == 0:
@@ -172,7 +167,7 @@ cdef double settle_one_by_one(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_t
 
 
 cdef double settle_backward(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try) noexcept nogil:
-    cdef double count = settle_products(job, f, n, first_try)
+    cdef double count = settle_sums(job, f, n, first_try)
     return count + look_again(job, f, n) if first_try and job.exact_mean else count
 
 
@@ -180,7 +175,7 @@ cdef double settle_product_alone(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
 ) noexcept nogil:
     """RMS norm: dx has no mean of dout."""
-    cdef double count = settle_products(job, f, n, first_try)
+    cdef double count = settle_sums(job, f, n, first_try)
     memset(job.value[MEAN_G] + f, 0, n * sizeof(double))
     memset(job.value[MEAN_G_LOW] + f, 0, n * sizeof(double))
     return count
@@ -221,6 +216,31 @@ cdef void retry_gradients(Job* job, Py_ssize_t f, const lane* lane_tag) noexcept
         v[FACTOR_G][f] = 1 if finite else scaled_down()
 
 
+# ---------------------------------------------------------------- constants
+
+cdef void set_in_lanes(
+    Job* job, SetConstants set_constants, int shift, Py_ssize_t first, Py_ssize_t n,
+    const lane* lane_tag,
+) noexcept nogil:
+    """The constants from the value SHIFT_X or GATE_SHIFT on; again for features whose constants
+    native lanes cannot hold."""
+    cdef double** v = job.value
+    cdef double** made = v + shift
+    cdef Py_ssize_t f
+    read_parameter(&job.gamma_given, first, n, v[GAMMA] + first)
+    if job.beta_given.data != NULL:
+        read_parameter(&job.beta_given, first, n, v[BETA] + first)
+    set_constants(job, first, n, False, lane_tag)
+    if fold_run(made[WIDE] + first, n) == 0:  # none
+        return
+    for f in range(first, first + n):
+        if made[WIDE][f] != 0:
+            if lane is double:
+                made[FACTOR_X][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
+            set_constants(job, f, 1, True, lane_tag)
+            made[WIDE][f] = 1
+
+
 # ---------------------------------------------------------------- the table
 
 cdef Operation[2][N_OPERATIONS] operations  # of float lanes, of double lanes
@@ -240,7 +260,7 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
     memset(row, 0, N_OPERATIONS * sizeof(Operation))
     for i in range(N_OPERATIONS):  # what most of them have
         row[i].start = <Start> start_at_means[lane]
-        row[i].settle = settle_products
+        row[i].settle = settle_sums
         row[i].retry = <Retry> retry_gradients[lane]
         row[i].set_constants = <SetConstants> set_forward_constants[lane]
         row[i].centers = True
@@ -251,7 +271,6 @@ cdef void fill_operations(Operation* row, const lane* lane_tag):
         row[i].n_reduce = list_columns(row[i].reduce_columns, (SHIFT_X, SHIFT_G))
         row[i].n_apply = list_columns(row[i].apply_columns, affine)
     row[FORWARD].start = <Start> start_statistics[lane]
-    row[FORWARD].settle = settle_squares
     row[FORWARD].retry = <Retry> retry_statistics[lane]
     row[FORWARD].n_results = list_columns(
         row[FORWARD].results, (MEAN, MEAN_LOW, INV_STD, VAR)

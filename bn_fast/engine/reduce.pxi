@@ -148,14 +148,22 @@ cdef void reduce_block_of_rows(
     )
 
 
-cdef void reduce_own_rows(
-    Visit* v, Py_ssize_t row_end, double* total, const lane* lane_tag,
-) noexcept nogil:
+cdef inline void add_block(Visit* v, bint first) noexcept nogil:
+    """A block's sums onto the chunk's.  The first is stored: there is nothing yet to add it to."""
+    cdef Py_ssize_t which, stride = v.job.stride, n = v.n_features
+    cdef double* total
+    for which in range(2):
+        total = v.s.sums + v.feature + 2 * which * stride
+        if first:
+            memcpy(total, v.s.column[SUM_1 + which], n * sizeof(double))
+            memset(total + stride, 0, n * sizeof(double))
+        else:
+            add_compensated(total, total + stride, <double*> v.s.column[SUM_1 + which], n)
+
+
+cdef void reduce_own_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
     """The sums of features whose rows are their own, piece by piece of these."""
-    cdef Py_ssize_t n = v.n_features, stride = v.job.stride
-    cdef double* sum_1 = <double*> v.s.column[SUM_1]
-    cdef double* sum_2 = <double*> v.s.column[SUM_2]
-    cdef Py_ssize_t row = v.row
+    cdef Py_ssize_t row = v.row, n = v.n_features
     while v.row < row_end:
         v.first = 0
         while v.first < n:
@@ -163,14 +171,7 @@ cdef void reduce_own_rows(
             reduce_rows[lane](v, lane_tag)
             v.first += v.n_rows
         v.first = 0
-        if v.row == row:
-            memcpy(total, sum_1, n * sizeof(double))
-            memcpy(total + 2 * stride, sum_2, n * sizeof(double))
-            memset(total + stride, 0, n * sizeof(double))
-            memset(total + 3 * stride, 0, n * sizeof(double))
-        else:
-            add_compensated(total, total + stride, sum_1, n)
-            add_compensated(total + 2 * stride, total + 3 * stride, sum_2, n)
+        add_block(v, v.row == row)
         v.row += 1
 
 
@@ -178,10 +179,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     """The two sums of one chunk for the visit's features."""
     cdef Job* job = v.job
     cdef const Plan* plan = v.plan
-    cdef Py_ssize_t row_end, piece, n = v.n_features, stride = job.stride
-    cdef double* total = v.s.sums + v.feature
-    cdef double* sum_1 = <double*> v.s.column[SUM_1]
-    cdef double* sum_2 = <double*> v.s.column[SUM_2]
+    cdef Py_ssize_t row_end, piece
     cdef bint first_block = True
     enter_chunk[lane](v, chunk, &row_end, lane_tag)
     piece = v.width
@@ -208,17 +206,10 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     if plan.used[W]:
         set_weights[lane](v, lane_tag)
     if plan.layout == ROWS:
-        reduce_own_rows[lane](v, row_end, total, lane_tag)
+        reduce_own_rows[lane](v, row_end, lane_tag)
     while v.row < row_end:
         reduce_block_of_rows[lane](
             v, min(v.row + plan.block_rows, row_end), piece, lane_tag
         )
-        if first_block:  # stored: there is nothing yet to add it to
-            first_block = False
-            memcpy(total, sum_1, n * sizeof(double))
-            memcpy(total + 2 * stride, sum_2, n * sizeof(double))
-            memset(total + stride, 0, n * sizeof(double))
-            memset(total + 3 * stride, 0, n * sizeof(double))
-        else:
-            add_compensated(total, total + stride, sum_1, n)
-            add_compensated(total + 2 * stride, total + 3 * stride, sum_2, n)
+        add_block(v, first_block)
+        first_block = False

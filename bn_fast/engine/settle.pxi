@@ -65,11 +65,6 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 # ---------------------------------------------------------------- shifts
 
-cdef inline double load_gamma(const Plan* plan, const char* value) noexcept nogil:
-    """gamma where it varies within a statistic."""
-    return load_value(lanes_of(plan.storage), value)
-
-
 cdef Py_ssize_t sample_rows(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n, Py_ssize_t cells, char** row,
     float[MAX_COLUMNS]* sample, const lane* lane_tag,
@@ -181,7 +176,7 @@ cdef void sample_shift(
         for k in range(3):
             gamma = value_at(job.reduce, S, first, &job.reduce.sample[k])
             for f in range(n_features):
-                scaled[k][f] = (<const lane*> (row[k] + f * step))[0] * <lane> load_gamma(
+                scaled[k][f] = (<const lane*> (row[k] + f * step))[0] * <lane> load_native(
                     job.reduce, gamma + f * job.reduce.feature_stride[S]
                 )
             row[k] = <char*> scaled[k]
@@ -242,66 +237,6 @@ cdef void round_near(
 
 
 # ---------------------------------------------------------------- the gate
-
-cdef inline void forward_constants(
-    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
-    const double* restrict gamma, const double* restrict beta,
-    double* restrict shift, double* restrict factor, double* restrict coef,
-    double* restrict bias, double* restrict wide_mark,
-    Py_ssize_t n, double low, bint wide, const lane* lane_tag,
-) noexcept nogil:
-    """y = (x - shift) coef + bias.  The shift is the mean rounded to x's dtype, so x - shift is
-    exact near the mean; the rest of the mean goes into the bias.  Marks features whose constants
-    the native lanes cannot hold; for them it is done again, `wide`, with factor set."""
-    cdef Py_ssize_t f
-    cdef double r, a, rest
-    for f in range(n):
-        r = inv_std[f]
-        a = gamma[f] * r
-        shift[f] = mean[f] if wide else <double> (<lane> mean[f])
-        rest = (mean[f] - shift[f]) + mean_low[f]
-        factor[f] = factor[f] if wide else 1
-        coef[f] = gamma[f] * (r / factor[f]) if wide else a
-        # gamma = inf leaves beta as it is: x - shift alone says the sign of infinity.
-        rest = rest * factor[f] * coef[f] if rest != 0 and fabs(gamma[f]) < INFINITY else 0.0
-        bias[f] = beta[f] - rest
-        wide_mark[f] = (
-            beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + above(bias[f], low)
-            + is_lost(a, gamma[f], r)
-        )
-
-
-cdef inline void forward_set(
-    Job* job, int shift, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
-) noexcept nogil:
-    """Into the values from SHIFT_X or GATE_SHIFT on."""
-    cdef double** v = job.value
-    cdef double** made = v + shift
-    forward_constants[lane](
-        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
-        made[SHIFT_X] + f, made[FACTOR_X] + f, made[COEF_X] + f, made[BIAS] + f, made[WIDE] + f,
-        n, low_limit(job), wide, lane_tag,
-    )
-
-
-cdef void start_gate(
-    Job* job, Py_ssize_t first, Py_ssize_t n_features, const lane* lane_tag,
-) noexcept nogil:
-    """The constants that forward had, as set_forward_constants makes them there."""
-    cdef double** v = job.value
-    cdef Py_ssize_t f
-    read_parameter(&job.gamma_given, first, n_features, v[GAMMA] + first)
-    read_parameter(&job.beta_given, first, n_features, v[BETA] + first)
-    forward_set[lane](job, GATE_SHIFT, first, n_features, False, lane_tag)
-    if fold_run(v[GATE_WIDE] + first, n_features) == 0:  # none
-        return
-    for f in range(first, first + n_features):
-        if v[GATE_WIDE][f] != 0:
-            if lane is double:
-                v[GATE_FACTOR][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
-            forward_set[lane](job, GATE_SHIFT, f, 1, True, lane_tag)
-            v[GATE_WIDE][f] = 1
-
 
 cdef inline bint is_open_at(const Job* job, double z) noexcept nogil:
     return kernels[job.activation][0].is_open(z, job.negative_slope, NULL)
@@ -385,7 +320,7 @@ cdef double distance_from_mean(
     for k in range(LOOKS):
         g = load_value(plan.storage, look.value[G][k] + at[G])
         if plan.used[S]:
-            g *= load_gamma(plan, value_at(plan, S, f, &look.place[k]))
+            g *= load_native(plan, value_at(plan, S, f, &look.place[k]))
         if plan.gate != NONE:
             x = load_value(plan.storage, look.value[X][k] + at[X])
             if plan.used[R]:
@@ -440,23 +375,6 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
 
 
 # ---------------------------------------------------------------- sums to statistics
-
-cdef inline double finish_sum(double high, double low) noexcept nogil:
-    return high + low if fabs(high) < INFINITY else high
-
-
-cdef inline double head(double value) noexcept nogil:
-    """Its upper 26 digits: products of heads, and of what they leave, are exact."""
-    cdef double large = value * (2.0 ** 27 + 1)
-    return large - (large - value)
-
-
-cdef inline double product_error(double x, double y, double product) noexcept nogil:
-    """x y - product, which is x y rounded."""
-    cdef double x_head = head(x), y_head = head(y)
-    cdef double x_tail = x - x_head, y_tail = y - y_head
-    return ((x_head * y_head - product) + x_head * y_tail + x_tail * y_head) + x_tail * y_tail
-
 
 cdef inline double is_far(double delta, double s1, double s2) noexcept nogil:
     """1 if the shift is too far off: M var = S2 - S1^2/M is harmless while delta^2 <= 9 var, where
@@ -558,7 +476,7 @@ cdef inline double settle_gradients(
     where the sums do not, but for mean_gx, times factor_g: see `unscale_product`.  Returns how many
     need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, t_low, part, rest, shift, high, rounding, finite, dead, sank, back
+    cdef double s1, s2, t, t_low, part, rest, shift, high, finite, dead, sank, back
     cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
@@ -574,8 +492,7 @@ cdef inline double settle_gradients(
             t_low = (part * m - t) + (shift - part) * m
             t_low = t_low if fabs(t) < 1e290 else 0.0
             high = s1_high[f] + t
-            rounding = (s1_high[f] - (high - (high - s1_high[f]))) + (t - (high - s1_high[f]))
-            dbeta[f] = finish_sum(high, rounding + t_low + s1_low[f]) * back
+            dbeta[f] = finish_sum(high, sum_error(s1_high[f], t, high) + t_low + s1_low[f]) * back
         else:
             dbeta[f] = (s1 + t) * back
         t = s1 * per
@@ -681,6 +598,47 @@ cdef void join_shares(
 
 # ---------------------------------------------------------------- statistics to constants
 
+cdef inline void forward_constants(
+    const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
+    const double* restrict gamma, const double* restrict beta,
+    double* restrict shift, double* restrict factor, double* restrict coef,
+    double* restrict bias, double* restrict wide_mark,
+    Py_ssize_t n, double low, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """y = (x - shift) coef + bias.  The shift is the mean rounded to x's dtype, so x - shift is
+    exact near the mean; the rest of the mean goes into the bias.  Marks features whose constants
+    the native lanes cannot hold; for them it is done again, `wide`, with factor set."""
+    cdef Py_ssize_t f
+    cdef double r, a, rest
+    for f in range(n):
+        r = inv_std[f]
+        a = gamma[f] * r
+        shift[f] = mean[f] if wide else <double> (<lane> mean[f])
+        rest = (mean[f] - shift[f]) + mean_low[f]
+        factor[f] = factor[f] if wide else 1
+        coef[f] = gamma[f] * (r / factor[f]) if wide else a
+        # gamma = inf leaves beta as it is: x - shift alone says the sign of infinity.
+        rest = rest * factor[f] * coef[f] if rest != 0 and fabs(gamma[f]) < INFINITY else 0.0
+        bias[f] = beta[f] - rest
+        wide_mark[f] = (
+            beyond(shift[f], low) + beyond(r, low) + beyond(a, low) + above(bias[f], low)
+            + is_lost(a, gamma[f], r)
+        )
+
+
+cdef inline void forward_set(
+    Job* job, int shift, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """Into the values from SHIFT_X or GATE_SHIFT on."""
+    cdef double** v = job.value
+    cdef double** made = v + shift
+    forward_constants[lane](
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[BETA] + f,
+        made[SHIFT_X] + f, made[FACTOR_X] + f, made[COEF_X] + f, made[BIAS] + f, made[WIDE] + f,
+        n, low_limit(job), wide, lane_tag,
+    )
+
+
 cdef inline void backward_constants(
     const double* restrict mean, const double* restrict mean_low, const double* restrict inv_std,
     const double* restrict gamma, const double* restrict mean_gx,
@@ -769,6 +727,16 @@ cdef void set_forward_constants(
         forward_set[lane](job, SHIFT_X, f, n, True, lane_tag)
     else:
         forward_set[lane](job, SHIFT_X, f, n, False, lane_tag)
+
+
+cdef void set_gate_constants(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint wide, const lane* lane_tag,
+) noexcept nogil:
+    """The constants that forward had."""
+    if wide:
+        forward_set[lane](job, GATE_SHIFT, f, n, True, lane_tag)
+    else:
+        forward_set[lane](job, GATE_SHIFT, f, n, False, lane_tag)
 
 
 cdef void set_backward_constants(

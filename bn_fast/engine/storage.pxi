@@ -229,33 +229,13 @@ cdef inline void part_eight(
         k[f] = values[8 * f + 7]
 
 
-cdef inline void join_four(
-    const lane* restrict a, const lane* restrict b, const lane* restrict c, const lane* restrict d,
-    Py_ssize_t n, lane* restrict values,
+cdef inline void join_group(
+    const lane** rows, Py_ssize_t width, int n_rows, lane* restrict values,
 ) noexcept nogil:
-    cdef Py_ssize_t f
-    for f in range(n):
-        values[4 * f] = a[f]
-        values[4 * f + 1] = b[f]
-        values[4 * f + 2] = c[f]
-        values[4 * f + 3] = d[f]
-
-
-cdef inline void join_eight(
-    const lane* restrict a, const lane* restrict b, const lane* restrict c, const lane* restrict d,
-    const lane* restrict e, const lane* restrict g, const lane* restrict h, const lane* restrict k,
-    Py_ssize_t n, lane* restrict values,
-) noexcept nogil:
-    cdef Py_ssize_t f
-    for f in range(n):
-        values[8 * f] = a[f]
-        values[8 * f + 1] = b[f]
-        values[8 * f + 2] = c[f]
-        values[8 * f + 3] = d[f]
-        values[8 * f + 4] = e[f]
-        values[8 * f + 5] = g[f]
-        values[8 * f + 6] = h[f]
-        values[8 * f + 7] = k[f]
+    cdef Py_ssize_t f, k
+    for f in range(width):
+        for k in range(n_rows):
+            values[n_rows * f + k] = rows[k][f]
 
 
 cdef void part_rows(const lane* values, Py_ssize_t width, int n_rows, lane* rows) noexcept nogil:
@@ -270,11 +250,10 @@ cdef void part_rows(const lane* values, Py_ssize_t width, int n_rows, lane* rows
 
 
 cdef void join_rows(char** rows, Py_ssize_t width, int n_rows, lane* values) noexcept nogil:
-    cdef const lane** r = <const lane**> rows
     if n_rows == 4:
-        join_four(r[0], r[1], r[2], r[3], width, values)
+        join_group(<const lane**> rows, width, 4, values)
     else:
-        join_eight(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], width, values)
+        join_group(<const lane**> rows, width, 8, values)
 
 
 # ---------------------------------------------------------------- columns side by side

@@ -97,7 +97,9 @@ cdef void start_tile(Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_
     if job.cells > 1 and job.op.takes_dout:
         take_shared(job, first, n)
     if job.reduce.gate != NONE:
-        start_gate[lane](job, first, n, lane_tag)
+        set_in_lanes[lane](
+            job, <SetConstants> set_gate_constants[lane], GATE_SHIFT, first, n, lane_tag
+        )
     job.op.start(job, first, n, lane_tag)
 
 
@@ -164,26 +166,12 @@ cdef void finish_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
     """What comes between the visits to the tile's features: sums are settled, constants are set."""
-    cdef double** v = job.value
-    cdef Py_ssize_t f
     if job.reduces:
         settle_tile[lane](job, first, n, s, lane_tag)
         if job.cells > 1:
             settle_cells[lane](job, first, n, s, lane_tag)
-    if not (job.applies or job.varying.unit):
-        return
-    read_parameter(&job.gamma_given, first, n, v[GAMMA] + first)
-    if job.beta_given.data != NULL:
-        read_parameter(&job.beta_given, first, n, v[BETA] + first)
-    job.op.set_constants(job, first, n, False, lane_tag)
-    if fold_run(v[WIDE] + first, n) == 0:  # none
-        return
-    for f in range(first, first + n):
-        if v[WIDE][f] != 0:
-            if lane is double:
-                v[FACTOR_X][f] = wide_factor(v[MEAN][f], v[INV_STD][f])
-            job.op.set_constants(job, f, 1, True, lane_tag)
-            v[WIDE][f] = 1
+    if job.applies or job.varying.unit:
+        set_in_lanes[lane](job, job.op.set_constants, SHIFT_X, first, n, lane_tag)
 
 
 # ---------------------------------------------------------------- threads
