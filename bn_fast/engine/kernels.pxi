@@ -756,38 +756,38 @@ cdef inline void apply_four(
     const lane* restrict shift_x, const lane* restrict shift_g, const lane* restrict shift_r,
     const lane* restrict coef_x, const lane* restrict coef_g, const lane* restrict coef_r,
     const lane* restrict bias, const lane* restrict gate_coef, const lane* restrict gate_bias,
-    lane slope, lane one, const formula* formula_tag, const activation* activation_tag,
+    lane slope, lane one, const lane* restrict scale, const lane* restrict beta,
+    const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """Four rows at a time, so that the constants are loaded once for four."""
-    cdef Py_ssize_t j
-    cdef lane k, m = 0, n = 0, a, b = 0, e = 0, c, oa = 0, oc = 0
+    """Four rows at a time, so that the constants are loaded once for four; or, where each has its
+    own, gamma and beta."""
+    cdef Py_ssize_t j, k0, k1, k2, k3
+    cdef lane s = 1, t = 0
     for j in range(width):
-        k = shift_x[j]
-        a = coef_x[j]
-        c = bias[j]
-        if formula is Gradient or formula is ScaledGradient or formula is Mixed:
-            m = shift_g[j]
-            b = coef_g[j]
-            if activation is not Identity:
-                oa = gate_coef[j]
-                oc = gate_bias[j]
-        if formula is Mixed:
-            n = shift_r[j]
-            e = coef_r[j]
+        if extent is OfColumn:
+            k0 = k1 = k2 = k3 = j
+        else:
+            k0, k1, k2, k3 = 0, 1, 2, 3
+            s = scale[j]
+            t = beta[j]
         y0[j] = combine(
-            x0[j], g0[j], r0[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            x0[j], g0[j], r0[j], shift_x[k0], shift_g[k0], shift_r[k0], coef_x[k0], coef_g[k0],
+            coef_r[k0], bias[k0], gate_coef[k0], gate_bias[k0], slope, one, s, t,
             formula_tag, activation_tag,
         )
         y1[j] = combine(
-            x1[j], g1[j], r1[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            x1[j], g1[j], r1[j], shift_x[k1], shift_g[k1], shift_r[k1], coef_x[k1], coef_g[k1],
+            coef_r[k1], bias[k1], gate_coef[k1], gate_bias[k1], slope, one, s, t,
             formula_tag, activation_tag,
         )
         y2[j] = combine(
-            x2[j], g2[j], r2[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            x2[j], g2[j], r2[j], shift_x[k2], shift_g[k2], shift_r[k2], coef_x[k2], coef_g[k2],
+            coef_r[k2], bias[k2], gate_coef[k2], gate_bias[k2], slope, one, s, t,
             formula_tag, activation_tag,
         )
         y3[j] = combine(
-            x3[j], g3[j], r3[j], k, m, n, a, b, e, c, oa, oc, slope, one, 1, 0,
+            x3[j], g3[j], r3[j], shift_x[k3], shift_g[k3], shift_r[k3], coef_x[k3], coef_g[k3],
+            coef_r[k3], bias[k3], gate_coef[k3], gate_bias[k3], slope, one, s, t,
             formula_tag, activation_tag,
         )
 
@@ -815,7 +815,8 @@ cdef void apply_across(
             <const lane*> block.shift[R], <const lane*> block.coef[X],
             <const lane*> block.coef[G], <const lane*> block.coef[R], <const lane*> block.bias,
             <const lane*> block.gate_coef, <const lane*> block.gate_bias,
-            <lane> block.slope, <lane> bn_one(), formula_tag, activation_tag,
+            <lane> block.slope, <lane> bn_one(), <const lane*> block.shift[X],
+            <const lane*> block.shift[X], formula_tag, activation_tag, <const OfColumn*> NULL,
         )
 
 
@@ -985,48 +986,12 @@ cdef void apply_singly(
         flush(&stream)
 
 
-cdef inline void apply_own_four(
-    const lane* restrict x0, const lane* restrict x1,
-    const lane* restrict x2, const lane* restrict x3,
-    const lane* restrict g0, const lane* restrict g1,
-    const lane* restrict g2, const lane* restrict g3,
-    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
-    const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
-    const lane* restrict scale, const lane* restrict beta, lane one,
-    const formula* formula_tag,
-) noexcept nogil:
-    """Four rows with constants of their own and gamma and beta in common; shift_x, shift_g, coef_x,
-    coef_g, bias are those of the four."""
-    cdef Py_ssize_t j
-    cdef lane s, t
-    for j in range(width):
-        s = scale[j]
-        t = beta[j]
-        y0[j] = combine(
-            x0[j], g0[j], 0, k[0], m[0], 0, a[0], b[0], 0, c[0], 0, 0, 0, one, s, t, formula_tag,
-            <const Identity*> NULL,
-        )
-        y1[j] = combine(
-            x1[j], g1[j], 0, k[1], m[1], 0, a[1], b[1], 0, c[1], 0, 0, 0, one, s, t, formula_tag,
-            <const Identity*> NULL,
-        )
-        y2[j] = combine(
-            x2[j], g2[j], 0, k[2], m[2], 0, a[2], b[2], 0, c[2], 0, 0, 0, one, s, t, formula_tag,
-            <const Identity*> NULL,
-        )
-        y3[j] = combine(
-            x3[j], g3[j], 0, k[3], m[3], 0, a[3], b[3], 0, c[3], 0, 0, 0, one, s, t, formula_tag,
-            <const Identity*> NULL,
-        )
-
-
 cdef void apply_by_row(
     const Block* block, const lane* lane_tag, const formula* formula_tag,
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
     cdef Py_ssize_t i = 0
     cdef lane one = <lane> bn_one()
-    cdef lane[4] k, m, a, b, c
     cdef bint scaled = formula is Scaled or formula is ScaledGradient
     cdef char** x
     cdef char** g
@@ -1040,16 +1005,17 @@ cdef void apply_by_row(
         scale = <const lane*> (block.row[S][i] if scaled else block.shift[X])
         beta = <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X])
         if i + 4 <= block.n_rows and (not scaled or block.row[S][i] == block.row[S][i + 3]):
-            memcpy(k, <const lane*> block.shift[X] + i, 4 * sizeof(lane))
-            memcpy(m, <const lane*> block.shift[G] + i, 4 * sizeof(lane))
-            memcpy(a, <const lane*> block.coef[X] + i, 4 * sizeof(lane))
-            memcpy(b, <const lane*> block.coef[G] + i, 4 * sizeof(lane))
-            memcpy(c, <const lane*> block.bias + i, 4 * sizeof(lane))
-            apply_own_four(
+            apply_four(
                 <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
                 <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
+                <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
                 <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
-                k, m, a, b, c, scale, beta, one, formula_tag,
+                <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
+                <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
+                <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
+                <const lane*> block.bias + i, <const lane*> block.gate_coef,
+                <const lane*> block.gate_bias, 0, one, scale, beta, formula_tag,
+                <const Identity*> NULL, <const OfRow*> NULL,
             )
             i += 4
             continue
