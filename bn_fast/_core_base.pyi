@@ -12,7 +12,6 @@ _A = TypeVar("_A", bound=Array)
 activations: dict[str, int]
 boundaries: dict[str, int]
 
-def are_finite(mean: Array, var: Array) -> bool: ...
 def are_plain_statistics(mean: object, var: object, n_features: int) -> bool: ...
 def averaged(average: _A, batch: Array, old: float, new: float) -> _A: ...
 def backward(
@@ -54,6 +53,7 @@ def forward(
     n_threads: int,
 ) -> tuple[Array, Array, float, bool]: ...
 def given_statistics(mean: Array, var: Array, eps: float) -> Array: ...
+def is_finite(values: Array) -> bool: ...
 def is_plain(x: object, gamma: object, beta: object, axis: object, out: object) -> bool: ...
 def note_wait(worked: int, waited: int) -> None: ...
 def coming(n_threads: int) -> int: ...
@@ -90,7 +90,8 @@ def norm_forward(
     n_threads: int,
     keeps: bool = True,
 ) -> tuple[Array, Any]: ...
-def plain_channels(
+def plain_norm(
+    name: str,
     x: object,
     gamma: object,
     beta: object,
@@ -98,18 +99,6 @@ def plain_channels(
     axis: object,
     eps: object,
     out: object,
-    keeps: bool,
-    n_threads: Callable[[], int],
-    small: int,
-) -> tuple[Array, Any] | None: ...
-def plain_rows(
-    x: object,
-    gamma: object,
-    beta: object,
-    axis: object,
-    eps: object,
-    out: object,
-    has_mean: bool,
     keeps: bool,
     n_threads: Callable[[], int],
     small: int,

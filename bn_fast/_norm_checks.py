@@ -96,6 +96,16 @@ def epsilon(param: Any, name: str, eps: Any) -> float:
 # Forward
 
 
+def call(
+    norm: str, x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: float, out: Any
+) -> NormCall:
+    if norm == "groupnorm":
+        return groups(x, gamma, beta, num_groups, axis, eps, out)
+    if norm == "instancenorm":
+        return channels(x, gamma, beta, axis, eps, out)
+    return rows(x, gamma, beta, axis, eps, out)
+
+
 def rows(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> NormCall:
     """Layer and RMS norm: the statistics are over the axes that gamma and beta run along."""
     x = _input(x, "x")

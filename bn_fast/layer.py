@@ -468,7 +468,7 @@ class BatchNorm:
             what = f"the batch has {n_values} values for each feature, and a variance needs 2"
         elif not correction:
             what = f"the batch's weights sum to {count:g}, and an unbiased variance needs more"
-        if not what and not core.are_finite(mean, var):
+        if not what and not (core.is_finite(mean) and core.is_finite(var)):
             feature = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))[0]
             what = f"the batch's mean or variance of feature {feature} is not finite"
         if what:

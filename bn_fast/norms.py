@@ -34,7 +34,68 @@ __all__ = [
 ]
 
 
-def _forward(norm: str, call: NormCall) -> tuple[Array, NormCache]:
+def _forward(
+    norm: str,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    num_groups: Any,
+    axis: Any,
+    eps: Any,
+    out: Any,
+    param: Any,
+    param_name: str,
+) -> tuple[Array, NormCache]:
+    if param is None:
+        plain = _plain(norm, x, gamma, beta, num_groups, axis, eps, out, True)
+        if plain is not None:
+            if norm == "groupnorm":
+                axes = _axes_of_groups(x.shape, axis, num_groups)
+            elif norm == "instancenorm":
+                axes = _axes_of_channels(x.shape, axis)
+            else:
+                axes = _norm_checks.axes_of_rows(x.shape, (x.ndim - 1,))
+            y, stats = plain
+            return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
+    number = _norm_checks.epsilon(param, param_name, eps)
+    return _finish(norm, _norm_checks.call(norm, x, gamma, beta, num_groups, axis, number, out))
+
+
+def _forward_alone(
+    norm: str, x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any
+) -> Array:
+    if eps is not None:
+        plain = _plain(norm, x, gamma, beta, num_groups, axis, eps, out, False)
+        if plain is not None:
+            return plain[0]
+    number = _checks.epsilon(eps)
+    call = _norm_checks.call(norm, x, gamma, beta, num_groups, axis, number, out)
+    return _computed(norm, call, False)[0]
+
+
+_axes_of_channels = lru_cache(_norm_checks.axes_of_channels)  # a network has a few
+_axes_of_groups = lru_cache(_norm_checks.axes_of_groups)
+
+
+def _plain(
+    norm: str,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    num_groups: Any,
+    axis: Any,
+    eps: Any,
+    out: Any,
+    keeps: bool,
+) -> tuple[Array, Any] | None:
+    """The straight road of arguments that need no conversion: what `_computed` returns, or None."""
+    small = functional._SERIAL_SIZE
+    return core.plain_norm(
+        norm, x, gamma, beta, num_groups, axis, eps, out, keeps, get_num_threads, small
+    )
+
+
+def _finish(norm: str, call: NormCall) -> tuple[Array, NormCache]:
     y, stats = _computed(norm, call)
     return y, _cache(norm, *call, stats)
 
@@ -53,55 +114,6 @@ def _cache(
     overwritten = f"{norm}_forward" if overwrites else ""
     beta_shape = None if beta is None else beta.shape
     return NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
-
-
-def _plain_rows(
-    norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any, keeps: bool
-) -> tuple[Array, Any] | None:
-    has_mean, small = norm != "rmsnorm", functional._SERIAL_SIZE
-    return core.plain_rows(
-        x, gamma, beta, axis, eps, out, has_mean, keeps, get_num_threads, small
-    )
-
-
-def _straight(
-    norm: str, x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any
-) -> tuple[Array, NormCache] | None:
-    """Rows whose arguments need no conversion, without a closer look; None for others."""
-    plain = _plain_rows(norm, x, gamma, beta, axis, eps, out, True)
-    if plain is None:
-        return None
-    y, stats = plain
-    axes = _norm_checks.axes_of_rows(x.shape, (x.ndim - 1,))
-    return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
-
-
-_axes_of_channels = lru_cache(_norm_checks.axes_of_channels)  # a network has a few
-_axes_of_groups = lru_cache(_norm_checks.axes_of_groups)
-
-
-def _plain_channels(
-    x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any, keeps: bool
-) -> tuple[Array, Any] | None:
-    small = functional._SERIAL_SIZE
-    return core.plain_channels(
-        x, gamma, beta, num_groups, axis, eps, out, keeps, get_num_threads, small
-    )
-
-
-def _straight_channels(
-    norm: str, x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any
-) -> tuple[Array, NormCache] | None:
-    """`_straight` of group norm, or with num_groups None of instance norm."""
-    plain = _plain_channels(x, gamma, beta, num_groups, axis, eps, out, True)
-    if plain is None:
-        return None
-    y, stats = plain
-    if num_groups is None:
-        axes = _axes_of_channels(x.shape, axis)
-    else:
-        axes = _axes_of_groups(x.shape, axis, num_groups)
-    return y, _cache(norm, x, gamma, beta, axes, 1e-5 if eps is None else eps, out, stats)
 
 
 def _computed(norm: str, call: NormCall, keeps: bool = True) -> tuple[Array, Any]:
@@ -231,12 +243,7 @@ def layernorm_forward(
     >>> cache.mean.shape
     (2, 1, 4, 4)
     """
-    if ln_param is None:
-        straight = _straight("layernorm", x, gamma, beta, axis, eps, out)
-        if straight is not None:
-            return straight
-    number = _norm_checks.epsilon(ln_param, "ln_param", eps)
-    return _forward("layernorm", _norm_checks.rows(x, gamma, beta, axis, number, out))
+    return _forward("layernorm", x, gamma, beta, None, axis, eps, out, ln_param, "ln_param")
 
 
 def layernorm_backward(
@@ -357,12 +364,7 @@ def rmsnorm_forward(
     array([[ 1. ,  1.4],
            [ 5. , -1. ]])
     """
-    if rms_param is None:
-        straight = _straight("rmsnorm", x, gamma, None, axis, eps, out)
-        if straight is not None:
-            return straight
-    number = _norm_checks.epsilon(rms_param, "rms_param", eps)
-    return _forward("rmsnorm", _norm_checks.rows(x, gamma, None, axis, number, out))
+    return _forward("rmsnorm", x, gamma, None, None, axis, eps, out, rms_param, "rms_param")
 
 
 def rmsnorm_backward(
@@ -488,13 +490,7 @@ def groupnorm_forward(
     >>> cache.mean
     array([[ 2.,  2., 20., 20.]])
     """
-    if gn_param is None and num_groups is not None:
-        straight = _straight_channels("groupnorm", x, gamma, beta, num_groups, axis, eps, out)
-        if straight is not None:
-            return straight
-    number = _norm_checks.epsilon(gn_param, "gn_param", eps)
-    call = _norm_checks.groups(x, gamma, beta, num_groups, axis, number, out)
-    return _forward("groupnorm", call)
+    return _forward("groupnorm", x, gamma, beta, num_groups, axis, eps, out, gn_param, "gn_param")
 
 
 def groupnorm_backward(
@@ -611,12 +607,7 @@ def instancenorm_forward(
     array([[[-1.,  1.],
             [ 3.,  7.]]])
     """
-    if in_param is None:
-        straight = _straight_channels("instancenorm", x, gamma, beta, None, axis, eps, out)
-        if straight is not None:
-            return straight
-    number = _norm_checks.epsilon(in_param, "in_param", eps)
-    return _forward("instancenorm", _norm_checks.channels(x, gamma, beta, axis, number, out))
+    return _forward("instancenorm", x, gamma, beta, None, axis, eps, out, in_param, "in_param")
 
 
 def instancenorm_backward(
@@ -706,7 +697,7 @@ def spatial_groupnorm_forward(
     """
     number = _norm_checks.epsilon(gn_param, "gn_param", eps)
     call = _norm_checks.groups(x, gamma, beta, G, 1, number, out, name="G", images=True)
-    return _forward("groupnorm", call)
+    return _finish("groupnorm", call)
 
 
 spatial_groupnorm_backward = groupnorm_backward
@@ -734,12 +725,7 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    if eps is not None:  # the straight road
-        plain = _plain_rows("layernorm", x, gamma, beta, axis, eps, out, False)
-        if plain is not None:
-            return plain[0]
-    call = _norm_checks.rows(x, gamma, beta, axis, _checks.epsilon(eps), out)
-    return _computed("layernorm", call, False)[0]
+    return _forward_alone("layernorm", x, gamma, beta, None, axis, eps, out)
 
 
 @refusing
@@ -759,12 +745,7 @@ def rms_norm(
     >>> rms_norm([1.0, 7.0], eps=0)
     array([0.2, 1.4])
     """
-    if eps is not None:  # the straight road
-        plain = _plain_rows("rmsnorm", x, gamma, None, axis, eps, out, False)
-        if plain is not None:
-            return plain[0]
-    call = _norm_checks.rows(x, gamma, None, axis, _checks.epsilon(eps), out)
-    return _computed("rmsnorm", call, False)[0]
+    return _forward_alone("rmsnorm", x, gamma, None, None, axis, eps, out)
 
 
 @refusing
@@ -786,12 +767,7 @@ def group_norm(
     >>> group_norm([[1.0, 3.0, 10.0, 30.0]], 2, eps=0)
     array([[-1.,  1., -1.,  1.]])
     """
-    if eps is not None and num_groups is not None:  # the straight road
-        plain = _plain_channels(x, gamma, beta, num_groups, axis, eps, out, False)
-        if plain is not None:
-            return plain[0]
-    call = _norm_checks.groups(x, gamma, beta, num_groups, axis, _checks.epsilon(eps), out)
-    return _computed("groupnorm", call, False)[0]
+    return _forward_alone("groupnorm", x, gamma, beta, num_groups, axis, eps, out)
 
 
 @refusing
@@ -813,9 +789,4 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    if eps is not None:  # the straight road
-        plain = _plain_channels(x, gamma, beta, None, axis, eps, out, False)
-        if plain is not None:
-            return plain[0]
-    call = _norm_checks.channels(x, gamma, beta, axis, _checks.epsilon(eps), out)
-    return _computed("instancenorm", call, False)[0]
+    return _forward_alone("instancenorm", x, gamma, beta, None, axis, eps, out)

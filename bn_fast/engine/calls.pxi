@@ -261,14 +261,16 @@ cdef int execute(Job* job, int n_threads) except -1:
     return 0
 
 
-cdef bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
+cdef bint has_strides_of(cnp.ndarray a, cnp.ndarray b) noexcept:
     cdef int d
-    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
-        return False
     for d in range(cnp.PyArray_NDIM(a)):
         if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d]:
             return False
     return True
+
+
+cdef inline bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
+    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and has_strides_of(a, b)
 
 
 def note_wait(long long worked, long long waited):
@@ -377,7 +379,7 @@ def averaged(
     return result
 
 
-cdef bint is_finite(cnp.ndarray values) noexcept:
+def is_finite(cnp.ndarray values not None):
     """Of float64, one dimension."""
     cdef Py_ssize_t f, stride = cnp.PyArray_STRIDES(values)[0]
     cdef const char* data = <const char*> cnp.PyArray_DATA(values)
@@ -385,10 +387,6 @@ cdef bint is_finite(cnp.ndarray values) noexcept:
         if not isfinite((<const double*> (data + f * stride))[0]):
             return False
     return True
-
-
-def are_finite(cnp.ndarray mean not None, cnp.ndarray var not None):
-    return is_finite(mean) and is_finite(var)
 
 
 cdef cnp.ndarray new_statistics(Py_ssize_t n):
@@ -414,16 +412,6 @@ cpdef cnp.ndarray given_statistics(cnp.ndarray mean, cnp.ndarray var, double eps
     for f in range(n):
         value[n + f] = 0
         value[2 * n + f] = 1 / sqrt(value[3 * n + f] + eps)
-    return stats
-
-
-cdef cnp.ndarray without_weight(Py_ssize_t n):
-    """stats where there are none: inv_std = 0, so that x_hat = 0."""
-    cdef cnp.ndarray stats = new_statistics(n)
-    cdef double* value = <double*> cnp.PyArray_DATA(stats)
-    cdef Py_ssize_t f
-    for f in range(4 * n):
-        value[f] = 0 if f < 3 * n else NAN
     return stats
 
 
@@ -488,15 +476,25 @@ cdef int run_backward(
     return execute(job, n_threads)
 
 
-cdef void take_statistics(Job* job, double eps) noexcept:
+cdef inline void take_statistics(Job* job, double eps) noexcept:
     """Of x itself."""
-    cdef Py_ssize_t f
-    cdef cnp.ndarray x = array_of(job, X)
     job.reduces = True
     job.eps = eps
-    if cnp.PyArray_SIZE(x) == 0:
-        for f in range(4 * job.n_features):
-            job.value[MEAN][f] = NAN
+
+
+cdef cnp.ndarray statistics_of(
+    cnp.ndarray x, unsigned long long features, bint by_row, cnp.ndarray weights, total,
+    int n_threads,
+):
+    cdef Job job
+    cdef cnp.ndarray stats = new_statistics(n_along(x, features))
+    new_job(&job, FORWARD, x, stats, features)
+    job.by_row = by_row
+    bring(&job, W, weights)
+    take_statistics(&job, 0)
+    take_total(&job, total)
+    execute(&job, n_threads)
+    return stats
 
 
 def normalize(
@@ -627,15 +625,7 @@ def moments(
 ):
     """stats of x, as forward has them with eps = 0; x has at least one element.  weights and total
     are forward's too."""
-    cdef Job job
-    cdef unsigned long long features = mask_of(axis)
-    cdef cnp.ndarray stats = new_statistics(n_along(x, features))
-    new_job(&job, FORWARD, x, stats, features)
-    bring(&job, W, weights)
-    take_statistics(&job, 0)
-    take_total(&job, total)
-    execute(&job, n_threads)
-    return stats
+    return statistics_of(x, mask_of(axis), False, weights, total, n_threads)
 
 
 def backward_sums(
@@ -958,13 +948,16 @@ cpdef tuple forward(
     elif options is not None and (<tuple> options)[3] is not None and (
         type((<tuple> options)[4]) is float and (<tuple> options)[4] == 0
     ):
-        stats = without_weight(n)
+        stats = filled(cnp.NPY_FLOAT64, 4, n, 0)  # inv_std is 0, and so is x_hat
+        stats[3] = NAN
         train = False
     else:
         stats = new_statistics(n)
     new_job(&job, FORWARD if train else FROZEN, x, stats, features)
     if train:
         take_statistics(&job, eps)
+        if cnp.PyArray_SIZE(x) == 0:
+            stats.fill(NAN)
     bring_options(&job, options, beta)
     out = run_forward(&job, gamma, beta, out, n_threads)
     if train and mean is not None and cnp.PyArray_SIZE(x):
