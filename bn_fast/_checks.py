@@ -160,15 +160,10 @@ def _output(out: Any, inputs: dict[str, Any]) -> Array | None:
         if array is None or not np.may_share_memory(output, array):
             continue
         may_be_out = name in ("x", "dout", "residual")
-        if not (may_be_out and is_same(output, array)) and np.shares_memory(output, array):
+        if not (may_be_out and core.is_same(output, array)) and np.shares_memory(output, array):
             place = f"{name} itself or apart from it" if may_be_out else f"apart from {name}"
             raise ValueError(f"out must be {place}, got a partial overlap")
     return output
-
-
-def is_same(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape and dtype are the same memory."""
-    return a.size > 0 and a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
 def forward_arrays(
@@ -202,10 +197,7 @@ def options(
     slope = finite(negative_slope, "negative_slope")
     overwritten = False
     if residual is not None:
-        residual = _input(residual, "residual")
-        if residual.shape != x.shape:
-            raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
-        residual = residual.astype(x.dtype, order="K", copy=False)
+        residual = _like(residual, "residual", x)
         if out is not None:
             _output(out, {"residual": residual})
             overwritten = activation is not None and core.is_same(out, residual)
@@ -302,6 +294,15 @@ def _number(value: Any, name: str) -> float:
         raise TypeError(f"{name} must be a real number, got {_kind(value)}") from None
 
 
+def integer(value: Any, name: str) -> int:
+    try:
+        if not isinstance(value, (bool, np.bool)):
+            return operator.index(value)  # NumPy's integers too
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {_kind(value)}")
+
+
 def finite(value: Any, name: str) -> float:
     number = _number(value, name)
     if not math.isfinite(number):
@@ -324,7 +325,7 @@ def not_negative(var: Array, name: str) -> Array:
     negative = np.flatnonzero(var < 0)
     if negative.size:
         raise ValueError(
-            f"{name} must not be negative, got {var[negative[0]]} for feature {negative[0]}"
+            f"{name} must not be negative, got {var.flat[negative[0]]} for feature {negative[0]}"
         )
     return var
 
@@ -439,10 +440,15 @@ def array_and_axis(x: Any, axis: Any) -> tuple[Array, Axis]:
 
 
 def gradient(dout: Any, x: Array) -> Array:
-    dout = _input(dout, "dout")
-    if dout.shape != x.shape:
-        raise ValueError(f"dout must have the shape of x, {x.shape}, got {dout.shape}")
-    converted: Array = dout.astype(x.dtype, order="K", copy=False)
+    return _like(dout, "dout", x)
+
+
+def _like(value: Any, name: str, x: Array) -> Array:
+    """An array in the shape of x, in its dtype."""
+    array = _input(value, name)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of x, {x.shape}, got {array.shape}")
+    converted: Array = array.astype(x.dtype, order="K", copy=False)
     return converted
 
 
@@ -492,10 +498,6 @@ def sums(
     )
 
 
-def output(out: Any, dout: Array, x: Array, gamma: Array | None) -> Array | None:
-    return _output(out, {"dout": dout, "x": x, "gamma": gamma})
-
-
 def total_count(count: Any, x: Array, axis: Axis) -> Count:
     """How many values each feature has in all parts together, of which x is one."""
     size = x.size
@@ -535,21 +537,13 @@ def moments_of(
     squares = _real_array(m2, "m2")
     if squares.shape != given.shape:
         raise ValueError(f"m2 must have the shape of mean, {given.shape}, got {squares.shape}")
-    negative = np.flatnonzero(squares < 0)
-    if negative.size:
-        raise ValueError(
-            f"m2 must not be negative, got {squares.flat[negative[0]]} for feature {negative[0]}"
-        )
+    not_negative(squares, "m2")
     if np.ndim(number) and np.shape(number) != given.shape:
         raise ValueError(
             f"count must be a number, or have the shape of mean, {given.shape}, got"
             f" {np.shape(number)}"
         )
     return number, given.astype(np.float64), squares.astype(np.float64)
-
-
-def ddof(value: Any) -> float:
-    return finite(value, "ddof")
 
 
 def _is_array(value: Any, dtypes: Container[Any], shape: tuple[int, ...]) -> bool:
@@ -658,10 +652,7 @@ def second_order_arrays(
         raise ValueError("cache must be of a call without activation, residual and weights")
     x, axis = cache.x, cache.axis
     if ddx is not None:
-        ddx = _input(ddx, "ddx")
-        if ddx.shape != x.shape:
-            raise ValueError(f"ddx must have the shape of x, {x.shape}, got {ddx.shape}")
-        ddx = ddx.astype(x.dtype, order="K", copy=False)
+        ddx = _like(ddx, "ddx", x)
     n = n_features(x, axis)
     ddgamma = _as_gradient(ddgamma, "ddgamma", cache.gamma, n)
     ddbeta = _as_gradient(ddbeta, "ddbeta", cache.beta, n)

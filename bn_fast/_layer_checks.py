@@ -1,13 +1,12 @@
 """The layer's arguments in, what it can keep out, or an error that names the argument."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._checks import _input, _number, _parameter
+from ._checks import _input, _number, _parameter, integer
 from ._types import Array
 
 T = TypeVar("T")
@@ -42,15 +41,6 @@ class Setting(Generic[T]):
         if self.fixed and hasattr(layer, self.slot):
             raise AttributeError(f"{self.name} cannot be set: it is that of the layer's arrays")
         setattr(layer, self.slot, self.check(value, self.name))
-
-
-def integer(value: Any, name: str) -> int:
-    if not isinstance(value, (bool, np.bool_)):
-        try:
-            return operator.index(value)  # NumPy's integers too
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an integer, got {value!r:.60}")
 
 
 def n_features(value: Any, name: str) -> int:

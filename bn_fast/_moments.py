@@ -118,13 +118,13 @@ class Moments:
 
     def var(self, ddof: float = 0) -> Float64:
         """Variance ``m2 / (count - ddof)``, in the shape of mean; NaN where that is not above 0."""
-        var: Float64 = _deviations(self, _checks.ddof(ddof))[1]
+        var: Float64 = _deviations(self, _checks.finite(ddof, "ddof"))[1]
         return var
 
     def std(self, ddof: float = 0) -> Float64:
         """Standard deviation, the square root of the variance, also where float64 has room for the
         root alone."""
-        std: Float64 = _deviations(self, _checks.ddof(ddof))[2]
+        std: Float64 = _deviations(self, _checks.finite(ddof, "ddof"))[2]
         return std
 
     def merge(self, other: Moments) -> Moments:

@@ -6,7 +6,6 @@ needs to be asked again. Nothing here writes to anything.
 """
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -26,6 +25,7 @@ from ._checks import (
     _real_array,
     _unfit,
 )
+from ._core import core
 from ._types import DTYPES, Array, is_bfloat16
 
 P = ParamSpec("P")
@@ -55,7 +55,7 @@ class NormCall(NamedTuple):
 
     @property
     def overwrites_x(self) -> bool:
-        return self.out is not None and _checks.is_same(self.out, self.x)
+        return self.out is not None and core.is_same(self.out, self.x)
 
 
 def refusing(function: Callable[P, R]) -> Callable[P, R]:
@@ -117,10 +117,8 @@ def rows(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> Norm
     def what() -> str:
         return f"that of {f'axis {over[0]}' if len(over) == 1 else f'axes {over}'} of x"
 
-    gamma = _parameter(gamma, "gamma", shapes, what, x, _onnx_axis)
-    beta = _parameter(beta, "beta", shapes, what, x, _onnx_axis)
     axes = axes_of_rows(x.shape, over)
-    return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
+    return _fitted(x, gamma, beta, axes, eps, out, shapes, what, _onnx_axis)
 
 
 def groups(
@@ -141,7 +139,7 @@ def groups(
     """
     x, channels = _channels(_checks.images(x) if images else x, axis)
     n = x.shape[channels]
-    n_groups = _integer(num_groups, name)
+    n_groups = _checks.integer(num_groups, name)
     if n_groups < 1 or n % n_groups:
         raise ValueError(
             f"{name} must be at least 1 and divide the {n} channels of axis {channels} of x,"
@@ -157,21 +155,17 @@ def groups(
         )
 
     shapes = ((n,), (1, n, 1, 1)) if images else ((n,),)
-    what = partial(_each_channel, channels)
-    gamma = _parameter(gamma, "gamma", shapes, what, x, hint)
-    beta = _parameter(beta, "beta", shapes, what, x, hint)
     axes = axes_of_groups(x.shape, channels, n_groups)
-    return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
+    what = partial(_each_channel, channels)
+    return _fitted(x, gamma, beta, axes, eps, out, shapes, what, hint)
 
 
 def channels(x: Any, gamma: Any, beta: Any, axis: Any, eps: float, out: Any) -> NormCall:
     """Instance norm: one statistic for each sample and channel."""
     x, channel = _channels(x, axis)
-    shapes, what = ((x.shape[channel],),), partial(_each_channel, channel)
-    gamma = _parameter(gamma, "gamma", shapes, what, x)
-    beta = _parameter(beta, "beta", shapes, what, x)
     axes = axes_of_channels(x.shape, channel)
-    return NormCall(x, gamma, beta, axes, eps, _apart(out, {"x": x}, gamma, beta))
+    shapes, what = ((x.shape[channel],),), partial(_each_channel, channel)
+    return _fitted(x, gamma, beta, axes, eps, out, shapes, what)
 
 
 def _each_channel(channels: int) -> str:
@@ -192,15 +186,6 @@ def axes_of_groups(shape: tuple[int, ...], channels: int, n_groups: int) -> Axes
     cut = (*shape[:channels], n_groups, each, *shape[channels + 1 :])
     over = tuple(d for d in range(1, len(cut)) if d != channels)
     return Axes(cut, over, (channels, channels + 1))
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        if not isinstance(value, (bool, np.bool_)):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name} must be an integer, got {_kind(value)}")
 
 
 def _channels(x: Any, axis: Any) -> tuple[Array, int]:
@@ -227,13 +212,30 @@ def _onnx_axis(shape: tuple[int, ...], x: Array) -> str:
     return ""
 
 
+def _fitted(
+    x: Array,
+    gamma: Any,
+    beta: Any,
+    axes: Axes,
+    eps: float,
+    out: Any,
+    shapes: tuple[tuple[int, ...], ...],
+    what: Callable[[], str],
+    hint: Callable[[tuple[int, ...], Array], str] = lambda shape, x: "",
+) -> NormCall:
+    gamma = _parameter(gamma, "gamma", shapes, what, x, hint)
+    beta = _parameter(beta, "beta", shapes, what, x, hint)
+    out = _output(out, {"x": x, "gamma": gamma, "beta": beta})
+    return NormCall(x, gamma, beta, axes, eps, out)
+
+
 def _parameter(
     value: Any,
     name: str,
     shapes: tuple[tuple[int, ...], ...],
     what: Callable[[], str],
     x: Array,
-    hint: Callable[[tuple[int, ...], Array], str] = lambda shape, x: "",
+    hint: Callable[[tuple[int, ...], Array], str],
 ) -> Array | None:
     """gamma or beta as float32 or float64, in the one of the shapes that it has."""
     if value is None:
@@ -247,13 +249,6 @@ def _parameter(
         expected = " or ".join(map(str, shapes))
         raise ValueError(f"{name} must have shape {expected}, {what()}, got {array.shape}{advice}")
     return _as_parameter(array)
-
-
-def _apart(out: Any, inputs: dict[str, Array], *parameters: Array | None) -> Array | None:
-    if out is None:
-        return None
-    named = zip(("gamma", "beta"), parameters, strict=False)
-    return _output(out, inputs | {name: a for name, a in named if a is not None})
 
 
 # Backward
@@ -279,7 +274,8 @@ def backward(
             f"cache cannot be used: {cache.overwritten} wrote its output over the x that it keeps"
         )
     dout = _checks.gradient(dout, cache.x)
-    return dout, cache, _apart(out, {"dout": dout, "x": cache.x}, cache.gamma), wanted
+    inputs = {"dout": dout, "x": cache.x, "gamma": cache.gamma}
+    return dout, cache, _output(out, inputs), wanted
 
 
 def _check_cache(cache: NormCache) -> None:

@@ -218,7 +218,7 @@ class BatchNorm:
 
     @axis.setter
     def axis(self, value: int) -> None:
-        self._axis = _layer_checks.integer(value, "axis")
+        self._axis = _checks.integer(value, "axis")
         self._forget()  # the x of the last forward has its features elsewhere
 
     @property

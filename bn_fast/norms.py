@@ -110,8 +110,7 @@ def _cache(
     out: Array | None,
     stats: Array,
 ) -> NormCache:
-    overwrites = out is not None and x.size > 0 and core.is_same(out, x)
-    overwritten = f"{norm}_forward" if overwrites else ""
+    overwritten = f"{norm}_forward" if out is not None and core.is_same(out, x) else ""
     beta_shape = None if beta is None else beta.shape
     return NormCache(norm, x, gamma, beta_shape, axes, stats, eps, True, overwritten)
 

@@ -400,7 +400,7 @@ def backward_apply(
     dout, x, stats, axis = _given(dout, x, mean, inv_std, axis)
     gamma, sum_dout, sum_dout_xmu = _checks.sums(gamma, sum_dout, sum_dout_xmu, x, axis)
     total = _checks.total_count(count, x, axis)
-    out = _checks.output(out, dout, x, gamma)
+    out = _checks._output(out, {"dout": dout, "x": x, "gamma": gamma})
     with np.errstate(all="ignore"):
         sums = np.array([stats[2] * sum_dout_xmu, sum_dout], np.float64)
     cache = Cache(x, gamma, None, stats, axis, -1.0)

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("bn_fast.torch needs PyTorch: pip install torch") from error
 
-from . import _norm_checks
+from . import _checks
 from ._torch_batch import apply_batch_norm
 from ._torch_checks import (
     check_channels,
@@ -378,7 +378,7 @@ def _group_norm(input: Any, num_groups: Any, weight: Any, bias: Any, eps: Any) -
         return done
     check_channels(input, weight, bias)
     if type(num_groups) is not int:
-        num_groups = _norm_checks._integer(num_groups, "num_groups")
+        num_groups = _checks.integer(num_groups, "num_groups")
     n = input.shape[1]
     if num_groups < 1 or n % num_groups:
         raise ValueError(

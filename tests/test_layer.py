@@ -674,8 +674,8 @@ def test_repr_is_what_makes_the_layer():
 HUGE = 10**400  # no float
 BAD_SETTINGS = [
     ("num_features", 0, ValueError, "num_features must be at least 1, got 0"),
-    ("num_features", 2.0, TypeError, "num_features must be an integer, got 2.0"),
-    ("num_features", True, TypeError, "num_features must be an integer, got True"),
+    ("num_features", 2.0, TypeError, "num_features must be an integer, got float 2.0"),
+    ("num_features", True, TypeError, "num_features must be an integer, got bool True"),
     ("num_features", HUGE, ValueError, "num_features must be the size of an array, got 1000"),
     ("axis", None, TypeError, "axis must be an integer, got None"),
     ("eps", -1, ValueError, "eps must be finite and at least 0, got -1"),
@@ -876,7 +876,7 @@ def test_fold_keeps_what_it_is_given():
         ({"axis": None}, TypeError, "axis must be an integer, got None"),
         ({"groups": 2}, ValueError, "groups must divide num_features=3, got 2"),
         ({"groups": 0}, ValueError, "groups must divide num_features=3, got 0"),
-        ({"groups": 1.0}, TypeError, "groups must be an integer, got 1.0"),
+        ({"groups": 1.0}, TypeError, "groups must be an integer, got float 1.0"),
         (
             {"weight": np.ones((6, 3, 2)), "axis": 1, "groups": 3},
             ValueError,

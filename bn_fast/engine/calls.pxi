@@ -290,8 +290,8 @@ def coming(int n_threads):
 
 
 def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
-    """Whether two arrays are one buffer, element by element."""
-    return is_same_buffer(a, b)
+    """Whether two arrays of one shape are one buffer, element by element, and not empty."""
+    return cnp.PyArray_SIZE(a) > 0 and is_same_buffer(a, b)
 
 
 cdef unsigned long long mask_of(axes) except? 0:

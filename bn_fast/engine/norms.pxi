@@ -73,7 +73,7 @@ cdef void set_norm(
 
 
 cdef void set_channels(Norm* norm, cnp.ndarray x, int axis, Py_ssize_t n_groups) noexcept:
-    """That of groups of channels, with a statistic for each sample.  Where there are no places these
+    """That of groups of channels, with a statistic for each sample.  Where there are no places they
     are seen as rows: as cells of one element each they took 4 to 14 times as long."""
     cdef unsigned long long channels = <unsigned long long> 1 << axis
     set_norm(norm, True, ~(channels | 1), channels, cnp.PyArray_DIMS(x)[axis] // n_groups)

@@ -164,7 +164,7 @@ def _backward(
             # Before the product: [x_hat] = 0, so it is the same, and no digits go to a common part.
             t, _, _ = _centered(t, axes)
         dx = r.astype(dtype) * (t - x_hat * _mean(t * x_hat, axes))
-        spent = out is not None and _checks.is_same(out, x)
+        spent = out is not None and np.shares_memory(out, x)
         gradients["dx"] = _deliver(dx, x, out)
         if spent:
             kept.overwritten = f"{norm}_backward"
