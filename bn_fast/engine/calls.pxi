@@ -823,12 +823,12 @@ cdef bint is_plain_output(object out, cnp.ndarray like) noexcept:
     )
 
 
-cdef bint is_plain_parameter(object values, Py_ssize_t n) noexcept:
-    """One value for each feature, or None."""
+cdef bint is_plain_parameter(object values, Py_ssize_t n, bint of_any_shape=False) noexcept:
+    """n numbers in a line, or what can be read as such, or None."""
     return values is None or (
         is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
-        and cnp.PyArray_NDIM(values) == 1
-        and cnp.PyArray_DIMS(values)[0] == n
+        and cnp.PyArray_SIZE(values) == n
+        and (cnp.PyArray_NDIM(values) == 1 or (of_any_shape and cnp.PyArray_ISCARRAY_RO(values)))
     )
 
 

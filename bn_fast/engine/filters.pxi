@@ -59,43 +59,40 @@ cdef void open_wide_features(Visit* v, lane* gated) noexcept nogil:
                 gated[i * v.width + j] = <lane> opened[i * v.width + j]
 
 
-cdef void open_natively(Visit* v, const lane* native_tag) noexcept nogil:
-    """What comes through, in the arrays' own lanes whatever those of the visit are, in D's buffer.
-    """
+cdef void open_natively(
+    const stored* native_tag, Visit* v, const lane* lane_tag,
+) noexcept nogil:
+    """What comes through, in the arrays' own lanes whatever those of the visit are, into D's
+    buffer; then as `lane` into G's."""
+    cdef stored* opened = <stored*> v.s.buffer[D]
+    cdef lane* final = <lane*> v.s.buffer[G]
+    cdef const lane* factor = columns_at[lane](v, FACTOR_G, lane_tag)
+    cdef Py_ssize_t i
     cdef int r
     for r in range(Y):
         if v.plan.used[r]:
-            fetch_rows[lane](
+            fetch_rows[stored](
                 v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0,
-                columns_at[lane](v, NATIVE_ONES, native_tag),
+                columns_at[stored](v, NATIVE_ONES, native_tag),
             )
-    open_rows[lane](
+    open_rows[stored](
         v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, 0, v.s.buffer[D], native_tag
     )
     if v.any_wide:
-        open_wide_features[lane](v, <lane*> v.s.buffer[D])
+        open_wide_features[stored](v, opened)
+    for i in range(v.n_rows):
+        move_step(opened, 1, v.width, factor, final, <const Gather*> NULL)
+        v.s.row[G][i] = <char*> final
+        opened += v.width
+        final += v.width
 
 
 cdef void open_slowly(Visit* v, const lane* lane_tag) noexcept nogil:
-    """The slow way, where lanes differ: what comes through, as `lane`, in G's buffer."""
-    cdef lane* final = <lane*> v.s.buffer[G]
-    cdef const lane* factor = columns_at[lane](v, FACTOR_G, lane_tag)
-    cdef Py_ssize_t i, start
+    """The slow way, where lanes differ."""
     if v.plan.storage == FLOAT64:
-        open_natively[double](v, NULL)
+        open_natively[double, lane](NULL, v, lane_tag)
     else:
-        open_natively[float](v, NULL)
-    for i in range(v.n_rows):
-        start = i * v.width
-        if v.plan.storage == FLOAT64:
-            gather_step[double, lane](
-                <double*> v.s.buffer[D] + start, 1, v.width, factor, final + start
-            )
-        else:
-            gather_step[float, lane](
-                <float*> v.s.buffer[D] + start, 1, v.width, factor, final + start
-            )
-        v.s.row[G][i] = <char*> (final + start)
+        open_natively[float, lane](NULL, v, lane_tag)
 
 
 # ---------------------------------------------------------------- weights
@@ -190,8 +187,9 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
             if v.plan.used[G]:
                 bn_prefetch(s.row[G][i + ahead], v.width * sizeof(lane))
         if not direct:
-            gather_row[lane](
-                storage, s.row[W][i], offset, v.width, columns_at[lane](v, ONES, lane_tag), gathered
+            move_row[lane, Gather](
+                storage, s.row[W][i], offset, v.width, columns_at[lane](v, ONES, lane_tag),
+                gathered, NULL,
             )
         j = 0
         while j < v.width:
@@ -229,8 +227,8 @@ cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept no
     if sizeof(lane) == size_of(storage) and is_adjacent(v):
         return
     if own:  # all rows have the same, or there is but one, see rows_at_hand
-        gather_row[lane](
-            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
+        move_row[lane, Gather](
+            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer, NULL
         )
     for i in range(v.n_rows):
         if not own:

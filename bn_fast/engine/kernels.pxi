@@ -920,15 +920,15 @@ cdef inline void prefetch_next(
 
 
 cdef inline void apply_part(
-    const Block* block, Py_ssize_t i, Py_ssize_t strip, Py_ssize_t n, lane* y, bint past,
-    const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
+    const Block* block, Py_ssize_t i, Py_ssize_t strip, Py_ssize_t n, Py_ssize_t first, lane* y,
+    bint past, const formula* formula_tag, const activation* activation_tag,
+    const extent* extent_tag,
 ) noexcept nogil:
-    """n elements of row i, from element `strip` on."""
-    cdef Py_ssize_t first = strip if extent is OfColumn else i % block.turns * LANES
+    """n elements of row i, from element `strip` on; their constants, from `first` on."""
     cdef const lane* x = <const lane*> block.row[X][i] + strip
     cdef const lane* g = <const lane*> block.row[G][i] + strip if takes_second(formula_tag) else x
     cdef const lane* r = <const lane*> block.row[R][i] + strip if takes_third(formula_tag) else x
-    cdef bint scaled = formula is Scaled
+    cdef bint scaled = formula is Scaled or formula is ScaledGradient
     apply_row(
         x, g, r, y, n,
         <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
@@ -937,7 +937,7 @@ cdef inline void apply_part(
         <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
         <const lane*> block.gate_bias + first, <lane> block.slope, <lane> bn_one(),
         <const lane*> (block.row[S][i] if scaled else block.shift[X]),
-        <const lane*> (block.row[B][i] if scaled else block.shift[X]), past,
+        <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]), past,
         formula_tag, activation_tag, extent_tag,
     )
 
@@ -955,7 +955,8 @@ cdef void apply_singly(
     two threads by way of a buffer of four lines 813 and 1594 us, so 731 and 1352; (16384, 1024)
     3.6 and 8.1 ms, 3.4 and 6.9.
     """
-    cdef Py_ssize_t i, strip, n, width = block.width, step = STRIP if block.ahead else width
+    cdef Py_ssize_t i, strip, n, first, width = block.width
+    cdef Py_ssize_t step = STRIP if block.ahead else width
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
     cdef lane* y
@@ -969,15 +970,16 @@ cdef void apply_singly(
             if block.ahead:
                 prefetch_next(block, i, strip, lane_tag, formula_tag, extent_tag)
             n = min(step, width - strip)
+            first = strip if extent is OfColumn else i % block.turns * LANES
             y = <lane*> block.row[Y][i] + strip
             to = place_of(&stream, y, &n) if block.stream else y
             if block.stream and to == y:
                 apply_part(
-                    block, i, strip, n, y, True, formula_tag, activation_tag, extent_tag
+                    block, i, strip, n, first, y, True, formula_tag, activation_tag, extent_tag
                 )
             else:
                 apply_part(
-                    block, i, strip, n, to, False, formula_tag, activation_tag, extent_tag
+                    block, i, strip, n, first, to, False, formula_tag, activation_tag, extent_tag
                 )
             if block.stream:
                 go_on(&stream, n * sizeof(lane), to == y)
@@ -991,7 +993,6 @@ cdef void apply_by_row(
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
     cdef Py_ssize_t i = 0
-    cdef lane one = <lane> bn_one()
     cdef bint scaled = formula is Scaled or formula is ScaledGradient
     cdef char** x
     cdef char** g
@@ -1014,19 +1015,14 @@ cdef void apply_by_row(
                 <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
                 <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
                 <const lane*> block.bias + i, <const lane*> block.gate_coef,
-                <const lane*> block.gate_bias, 0, one, scale, beta, formula_tag,
+                <const lane*> block.gate_bias, 0, <lane> bn_one(), scale, beta, formula_tag,
                 <const Identity*> NULL, <const OfRow*> NULL,
             )
             i += 4
             continue
-        apply_row(
-            <const lane*> x[0], <const lane*> g[0], <const lane*> x[0], <lane*> y[0],
-            block.width, <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
-            <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
-            <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
-            <const lane*> block.bias + i, <const lane*> block.gate_coef,
-            <const lane*> block.gate_bias, 0, one, scale, beta, False, formula_tag,
-            <const Identity*> NULL, <const OfRow*> NULL,
+        apply_part(
+            block, i, 0, block.width, i, <lane*> y[0], False, formula_tag, <const Identity*> NULL,
+            <const OfRow*> NULL,
         )
         i += 1
 

@@ -313,15 +313,6 @@ cdef cnp.ndarray new_gradient(cnp.ndarray x, tuple shape):
     return cnp.PyArray_ZEROS(n, length, parameter_type(x), 0)
 
 
-cdef bint is_norm_parameter(object values, Py_ssize_t n) noexcept:
-    """None, or n numbers that can be read as one line."""
-    return values is None or (
-        is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
-        and cnp.PyArray_SIZE(values) == n
-        and (cnp.PyArray_NDIM(values) == 1 or cnp.PyArray_ISCARRAY_RO(values))
-    )
-
-
 cdef bint is_shape_of(object shape, Py_ssize_t n) except -1:
     """Whether it is a shape of n values."""
     cdef Py_ssize_t product = 1
@@ -340,7 +331,7 @@ cdef bint is_plain_norm_cache(cache, cnp.ndarray seen, const Norm* norm) except 
     cdef double number
     beta_shape, stats = cache.beta_shape, cache.stats
     return (
-        is_plain_number(cache.eps, -INFINITY, &number) and is_norm_parameter(cache.gamma, n)
+        is_plain_number(cache.eps, -INFINITY, &number) and is_plain_parameter(cache.gamma, n, True)
         and cnp.PyArray_CheckExact(stats) and are_statistics(stats, n_statistics(seen, norm))
         and (beta_shape is None or is_shape_of(beta_shape, n))
     )

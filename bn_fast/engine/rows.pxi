@@ -349,8 +349,9 @@ cdef void fetch_rows(
         if access == COPIED:
             load_adjacent[lane](plan.storage, rows[i], run * width, packed)
         else:
-            gather_row[lane](
-                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed
+            move_row[lane, Gather](
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed,
+                NULL,
             )
         for k in range(run):
             rows[i + k] = <char*> (packed + k * width)
@@ -374,9 +375,9 @@ cdef void store_rows(
         return
     if access == GATHERED:
         for i in range(n):
-            scatter_row[lane](
-                plan.storage, rows[i], v.s.offset[role] + first_column(v), width,
-                <lane*> from_[i],
+            move_row[lane, Scatter](
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, NULL,
+                <lane*> from_[i], NULL,
             )
         return
     if access == STREAMED and is_half(plan.storage):

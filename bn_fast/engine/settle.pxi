@@ -83,7 +83,7 @@ cdef Py_ssize_t sample_rows(
         offset[f] = f * step
         ones[f] = 1
     for k in range(3):
-        gather_row[float](plan.storage, row[k], offset, n, ones, sample[k])
+        move_row[float, Gather](plan.storage, row[k], offset, n, ones, sample[k], NULL)
         row[k] = <char*> sample[k]
     return sizeof(float)
 
