@@ -792,32 +792,44 @@ cdef inline void apply_four(
         )
 
 
+cdef inline bint takes_parameters(const formula* formula_tag) noexcept nogil:
+    """Whether gamma varies within a statistic."""
+    return formula is Scaled or formula is ScaledGradient
+
+
+cdef inline void apply_together(
+    const Block* block, Py_ssize_t i, const lane* lane_tag, const formula* formula_tag,
+    const activation* activation_tag, const extent* extent_tag,
+) noexcept nogil:
+    """Rows i to i + 3."""
+    cdef Py_ssize_t first = 0 if extent is OfColumn else i
+    cdef char** x = block.row[X] + i
+    cdef char** y = block.row[Y] + i
+    cdef char** g = block.row[G] + i if takes_second(formula_tag) else x
+    cdef char** r = block.row[R] + i if takes_third(formula_tag) else x
+    apply_four(
+        <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
+        <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
+        <const lane*> r[0], <const lane*> r[1], <const lane*> r[2], <const lane*> r[3],
+        <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
+        <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
+        <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
+        <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
+        <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
+        <const lane*> block.gate_bias + first, <lane> block.slope, <lane> bn_one(),
+        <const lane*> (block.row[S][i] if takes_parameters(formula_tag) else block.shift[X]),
+        <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]),
+        formula_tag, activation_tag, extent_tag,
+    )
+
+
 cdef void apply_across(
     const Block* block, const lane* lane_tag, const formula* formula_tag,
     const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    cdef char** x
-    cdef char** g
-    cdef char** r
-    cdef char** y
     for i in range(0, block.n_rows, 4):  # APPLY_ROWS
-        x = block.row[X] + i
-        y = block.row[Y] + i
-        g = block.row[G] + i if takes_second(formula_tag) else x
-        r = block.row[R] + i if takes_third(formula_tag) else x
-        apply_four(
-            <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
-            <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
-            <const lane*> r[0], <const lane*> r[1], <const lane*> r[2], <const lane*> r[3],
-            <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
-            <const lane*> block.shift[X], <const lane*> block.shift[G],
-            <const lane*> block.shift[R], <const lane*> block.coef[X],
-            <const lane*> block.coef[G], <const lane*> block.coef[R], <const lane*> block.bias,
-            <const lane*> block.gate_coef, <const lane*> block.gate_bias,
-            <lane> block.slope, <lane> bn_one(), <const lane*> block.shift[X],
-            <const lane*> block.shift[X], formula_tag, activation_tag, <const OfColumn*> NULL,
-        )
+        apply_together(block, i, lane_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
 
 
 cdef inline void apply_row(
@@ -928,7 +940,6 @@ cdef inline void apply_part(
     cdef const lane* x = <const lane*> block.row[X][i] + strip
     cdef const lane* g = <const lane*> block.row[G][i] + strip if takes_second(formula_tag) else x
     cdef const lane* r = <const lane*> block.row[R][i] + strip if takes_third(formula_tag) else x
-    cdef bint scaled = formula is Scaled or formula is ScaledGradient
     apply_row(
         x, g, r, y, n,
         <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
@@ -936,7 +947,7 @@ cdef inline void apply_part(
         <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
         <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
         <const lane*> block.gate_bias + first, <lane> block.slope, <lane> bn_one(),
-        <const lane*> (block.row[S][i] if scaled else block.shift[X]),
+        <const lane*> (block.row[S][i] if takes_parameters(formula_tag) else block.shift[X]),
         <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]), past,
         formula_tag, activation_tag, extent_tag,
     )
@@ -993,36 +1004,17 @@ cdef void apply_by_row(
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
     cdef Py_ssize_t i = 0
-    cdef bint scaled = formula is Scaled or formula is ScaledGradient
-    cdef char** x
-    cdef char** g
-    cdef char** y
-    cdef const lane* scale
-    cdef const lane* beta
+    cdef bint scaled = takes_parameters(formula_tag)
     while i < block.n_rows:
-        x = block.row[X] + i
-        y = block.row[Y] + i
-        g = block.row[G] + i if takes_second(formula_tag) else x
-        scale = <const lane*> (block.row[S][i] if scaled else block.shift[X])
-        beta = <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X])
         if i + 4 <= block.n_rows and (not scaled or block.row[S][i] == block.row[S][i + 3]):
-            apply_four(
-                <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
-                <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
-                <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
-                <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
-                <const lane*> block.shift[X] + i, <const lane*> block.shift[G] + i,
-                <const lane*> block.shift[R], <const lane*> block.coef[X] + i,
-                <const lane*> block.coef[G] + i, <const lane*> block.coef[R],
-                <const lane*> block.bias + i, <const lane*> block.gate_coef,
-                <const lane*> block.gate_bias, 0, <lane> bn_one(), scale, beta, formula_tag,
-                <const Identity*> NULL, <const OfRow*> NULL,
+            apply_together(
+                block, i, lane_tag, formula_tag, <const Identity*> NULL, <const OfRow*> NULL
             )
             i += 4
             continue
         apply_part(
-            block, i, 0, block.width, i, <lane*> y[0], False, formula_tag, <const Identity*> NULL,
-            <const OfRow*> NULL,
+            block, i, 0, block.width, i, <lane*> block.row[Y][i], False, formula_tag,
+            <const Identity*> NULL, <const OfRow*> NULL,
         )
         i += 1
 
@@ -1110,32 +1102,7 @@ cdef inline lane x_hat_of(lane x, lane shift, lane scale, lane rest) noexcept no
     return (x - shift) * scale + rest
 
 
-cdef void sum_four_rows(
-    const lane** x, const lane** g, Py_ssize_t width, const lane* shift, const lane* scale,
-    const lane* rest, double* restrict s, double* restrict ss,
-) noexcept nogil:
-    """Parameters along the rows, each of which has its own statistics: columns' sums."""
-    cdef Py_ssize_t j
-    cdef const lane* x0 = x[0]
-    cdef const lane* x1 = x[1]
-    cdef const lane* x2 = x[2]
-    cdef const lane* x3 = x[3]
-    cdef const lane* g0 = g[0]
-    cdef const lane* g1 = g[1]
-    cdef const lane* g2 = g[2]
-    cdef const lane* g3 = g[3]
-    cdef lane k0 = shift[0], k1 = shift[1], k2 = shift[2], k3 = shift[3]
-    cdef lane r0 = scale[0], r1 = scale[1], r2 = scale[2], r3 = scale[3]
-    cdef lane c0 = rest[0], c1 = rest[1], c2 = rest[2], c3 = rest[3]
-    for j in range(width):
-        s[j] += <double> ((g0[j] + g1[j]) + (g2[j] + g3[j]))
-        ss[j] += <double> (
-            (g0[j] * x_hat_of(x0[j], k0, r0, c0) + g1[j] * x_hat_of(x1[j], k1, r1, c1))
-            + (g2[j] * x_hat_of(x2[j], k2, r2, c2) + g3[j] * x_hat_of(x3[j], k3, r3, c3))
-        )
-
-
-cdef void differentiate_four(
+cdef inline void differentiate_four(
     const lane* restrict x0, const lane* restrict x1,
     const lane* restrict x2, const lane* restrict x3,
     const lane* restrict g0, const lane* restrict g1,
@@ -1143,10 +1110,11 @@ cdef void differentiate_four(
     lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
     const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
     const lane* scale, const lane* rest, const lane* restrict factor,
-    double* restrict s, double* restrict ss,
+    double* restrict s, double* restrict ss, bint writes,
 ) noexcept nogil:
-    """The same, and the rows of dx as SCALED_GRADIENT makes them: in one walk, as most of either is
-    to come by x and dout."""
+    """Parameters along the rows, each of which has its own statistics: columns' sums.  And, if asked
+    for, the rows of dx as SCALED_GRADIENT makes them: in one walk, as most of either is to come by
+    x and dout."""
     cdef Py_ssize_t j
     cdef lane k0 = k[0], k1 = k[1], k2 = k[2], k3 = k[3]
     cdef lane m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3]
@@ -1171,10 +1139,11 @@ cdef void differentiate_four(
             (t0 * (d0 * r0 + h0) + t1 * (d1 * r1 + h1))
             + (t2 * (d2 * r2 + h2) + t3 * (d3 * r3 + h3))
         )
-        y0[j] = ((t0 * f - m0) * b0 + d0 * a0) + c0
-        y1[j] = ((t1 * f - m1) * b1 + d1 * a1) + c1
-        y2[j] = ((t2 * f - m2) * b2 + d2 * a2) + c2
-        y3[j] = ((t3 * f - m3) * b3 + d3 * a3) + c3
+        if writes:
+            y0[j] = ((t0 * f - m0) * b0 + d0 * a0) + c0
+            y1[j] = ((t1 * f - m1) * b1 + d1 * a1) + c1
+            y2[j] = ((t2 * f - m2) * b2 + d2 * a2) + c2
+            y3[j] = ((t3 * f - m3) * b3 + d3 * a3) + c3
 
 
 cdef void sum_one_row(

@@ -37,7 +37,11 @@ cdef void add_own_rows(
         s = v.s.varying + (v.s.row[S][i] - v.plan.base[S]) // size
         ss = s + v.job.varying.size
         if same and i + 4 <= v.n_rows:
-            sum_four_rows[lane](x + i, g + i, v.width, shift + i, scale + i, rest + i, s, ss)
+            differentiate_four[lane](
+                x[i], x[i + 1], x[i + 2], x[i + 3], g[i], g[i + 1], g[i + 2], g[i + 3],
+                NULL, NULL, NULL, NULL, v.width, shift + i, shift, shift, shift, shift,
+                scale + i, rest + i, shift, s, ss, False,
+            )
             i += 4
             continue
         if step == 1:
@@ -69,7 +73,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
                 <lane*> block.coef[G] + i, <lane*> block.bias + i,
                 columns_at[lane](v, HAT_SCALE, lane_tag) + i,
                 columns_at[lane](v, HAT_REST, lane_tag) + i, <lane*> v.s.row[S][0],
-                s, s + v.job.varying.size,
+                s, s + v.job.varying.size, True,
             )
             i += 4
     add_own_rows[lane](v, i, 1, size, lane_tag)
