@@ -163,7 +163,8 @@ def test_overwritten_x_is_never_used(how):
 
 
 def test_output_beside_x_spends_nothing():
-    """Neither an output of its own, nor one over dout, nor one over an x that was converted."""
+    """Neither an output of its own, nor one over dout, nor one over an x that was converted, nor
+    an empty one."""
     x, dout = normal((20, 4), np.float64), normal((20, 4), np.float64, 1)
     _, cache = batchnorm_forward(x, np.ones(4), np.zeros(4), out=np.empty_like(x))
     expected = batchnorm_backward(dout, cache)
@@ -177,6 +178,13 @@ def test_output_beside_x_spends_nothing():
     expected = batchnorm_backward(dout, cache)
     _, cache = batchnorm_forward(integers, np.ones(4), np.zeros(4), out=integers.view(np.float64))
     assert_same_bits(batchnorm_backward(dout, cache), expected)
+
+    empty = np.zeros((0, 4))
+    _, cache = batchnorm_forward(empty, np.ones(4), np.zeros(4), out=empty)
+    for _ in range(2):
+        dx, dgamma, _ = batchnorm_backward(np.zeros((0, 4)), cache, out=empty)
+        assert dx is empty
+        assert not dgamma.any()
 
 
 def test_test_mode_cache():

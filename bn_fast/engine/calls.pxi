@@ -270,7 +270,10 @@ cdef bint has_strides_of(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 
 cdef inline bint is_same_buffer(cnp.ndarray a, cnp.ndarray b) noexcept:
-    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and has_strides_of(a, b)
+    """Whether two arrays of one shape are one buffer, element by element, and not empty."""
+    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and has_strides_of(a, b) and (
+        cnp.PyArray_SIZE(a) > 0
+    )
 
 
 def note_wait(long long worked, long long waited):
@@ -290,8 +293,7 @@ def coming(int n_threads):
 
 
 def is_same(cnp.ndarray a not None, cnp.ndarray b not None):
-    """Whether two arrays of one shape are one buffer, element by element, and not empty."""
-    return cnp.PyArray_SIZE(a) > 0 and is_same_buffer(a, b)
+    return is_same_buffer(a, b)
 
 
 cdef unsigned long long mask_of(axes) except? 0:
