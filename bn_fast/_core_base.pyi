@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._cache import Axes, Cache, NormCache
+from ._cache import Cache, NormCache
 from ._types import Array, Count
 
 _A = TypeVar("_A", bound=Array)
@@ -80,15 +80,7 @@ def norm_backward(
     small: int = -1,
 ) -> Any: ...  # a tuple; or None
 def norm_forward(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    axes: Axes,
-    eps: float,
-    out: Array | None,
-    has_mean: bool,
-    n_threads: int,
-    keeps: bool = True,
+    name: str, call: tuple[Any, ...], n_threads: int, keeps: bool = True
 ) -> tuple[Array, Any]: ...
 def plain_norm(
     name: str,

@@ -46,8 +46,11 @@ def _forward(
     param: Any,
     param_name: str,
 ) -> tuple[Array, NormCache]:
-    if param is None:
-        plain = _plain(norm, x, gamma, beta, num_groups, axis, eps, out, True)
+    if param is None:  # the straight road
+        plain = core.plain_norm(
+            norm, x, gamma, beta, num_groups, axis, eps, out, True,
+            get_num_threads, functional._SERIAL_SIZE,
+        )  # fmt: skip
         if plain is not None:
             if norm == "groupnorm":
                 axes = _axes_of_groups(x.shape, axis, num_groups)
@@ -64,8 +67,11 @@ def _forward(
 def _forward_alone(
     norm: str, x: Any, gamma: Any, beta: Any, num_groups: Any, axis: Any, eps: Any, out: Any
 ) -> Array:
-    if eps is not None:
-        plain = _plain(norm, x, gamma, beta, num_groups, axis, eps, out, False)
+    if eps is not None:  # the straight road
+        plain = core.plain_norm(
+            norm, x, gamma, beta, num_groups, axis, eps, out, False,
+            get_num_threads, functional._SERIAL_SIZE,
+        )  # fmt: skip
         if plain is not None:
             return plain[0]
     number = _checks.epsilon(eps)
@@ -75,24 +81,6 @@ def _forward_alone(
 
 _axes_of_channels = lru_cache(_norm_checks.axes_of_channels)  # a network has a few
 _axes_of_groups = lru_cache(_norm_checks.axes_of_groups)
-
-
-def _plain(
-    norm: str,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    num_groups: Any,
-    axis: Any,
-    eps: Any,
-    out: Any,
-    keeps: bool,
-) -> tuple[Array, Any] | None:
-    """The straight road of arguments that need no conversion: what `_computed` returns, or None."""
-    small = functional._SERIAL_SIZE
-    return core.plain_norm(
-        norm, x, gamma, beta, num_groups, axis, eps, out, keeps, get_num_threads, small
-    )
 
 
 def _finish(norm: str, call: NormCall) -> tuple[Array, NormCache]:
@@ -117,9 +105,7 @@ def _cache(
 
 def _computed(norm: str, call: NormCall, keeps: bool = True) -> tuple[Array, Any]:
     """out and, to be kept, the statistics."""
-    x, gamma, beta, axes, eps, out = call
-    has_mean, n_threads = norm != "rmsnorm", n_threads_for(x)
-    return core.norm_forward(x, gamma, beta, axes, eps, out, has_mean, n_threads, keeps)
+    return core.norm_forward(norm, call, n_threads_for(call.x), keeps)
 
 
 def _backward(

@@ -9,6 +9,7 @@ import pytest
 from bn_fast import batchnorm_backward, batchnorm_forward, moments
 from bn_fast._cache import Axes, NormCache
 from bn_fast._core import core, isa
+from bn_fast._norm_checks import NormCall
 
 from .arrays import normal
 from .judge import assert_same_bits
@@ -98,8 +99,9 @@ def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
 
     def results(n_threads):
         axes = Axes(shape, over, along)
-        out, stats = core.norm_forward(x, gamma, beta, axes, 1e-5, None, has_mean, n_threads)
         norm = "layernorm" if has_mean else "rmsnorm"
+        call = NormCall(x, gamma, beta, axes, 1e-5, None)
+        out, stats = core.norm_forward(norm, call, n_threads)
         cache = NormCache(norm, x, gamma, beta.shape, axes, stats, 1e-5)
         return [out, stats, *core.norm_backward(dout, cache, None, None, n_threads)]
 

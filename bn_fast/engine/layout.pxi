@@ -268,27 +268,22 @@ cdef void cut_axis(Plan* plan, Py_ssize_t piece, bint joined) noexcept:
             main.stride[last][r] *= piece
 
 
-cdef bint columns_touch(const Plan* plan, const Axes* axes, bint runs, bint stacked) noexcept:
-    """Whether in all arrays but the weights the columns of a row lie side by side; and stacked upon
-    them the next row's, or the next feature's run."""
-    cdef Py_ssize_t size = size_of(plan.storage)
-    cdef Py_ssize_t length = axes.size[axes.n - 1] if axes.n > 0 else 1
-    cdef Py_ssize_t inner, outer
-    cdef bint touch = True
+cdef bint rows_are_stacked(const Plan* plan, const Axes* axes, bint runs) noexcept:
+    """Whether in all arrays but the weights the columns of a row lie side by side, and upon them
+    those of the next row, or the next feature's run."""
+    cdef Py_ssize_t size = size_of(plan.storage), last = axes.n - 1, inner, outer
     cdef int r
     for r in range(W):
         if not plan.used[r]:
             continue
-        inner = axes.stride[axes.n - 1][r] if axes.n > 0 else 0
+        inner = axes.stride[last][r] if axes.n > 0 else 0
         outer = plan.feature_stride[r]
         if runs:
-            touch = touch and inner == size and (not stacked or outer == length * size)
-        else:
-            touch = touch and (plan.n_features == 1 or outer == size)
-            touch = touch and (
-                not stacked or (axes.n > 0 and inner == plan.n_features * size)
-            )
-    return touch
+            if inner != size or outer != axes.size[last] * size:
+                return False
+        elif inner != plan.n_features * size or (plan.n_features > 1 and outer != size):
+            return False
+    return True
 
 
 cdef void choose_layout(
@@ -304,7 +299,7 @@ cdef void choose_layout(
         (n == 1 and not plan.by_row) or distance(axes.key[axes.n - 1]) < feature_key
         or plan.feature_stride[S] != 0  # columns have no gamma of their own
     )
-    cdef bint stacked = columns_touch(plan, axes, runs, True)
+    cdef bint stacked = rows_are_stacked(plan, axes, runs)
     cdef Py_ssize_t limit = TILE_COLUMNS if is_half(plan.storage) else MAX_COLUMNS
     cdef int r
     plan.layout = FEATURES

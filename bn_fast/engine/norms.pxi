@@ -105,8 +105,8 @@ cdef cnp.ndarray seen_by(const Norm* norm, cnp.ndarray array):
     """The array (or None) as the norm has it: its own, but for the channels, which may be two.
     (Not by `reshape`, which forgets the strides of axes of length 1: a sample alone would be
     another layout, of other bits.)"""
-    cdef cnp.npy_intp[MAX_DIMS] size
-    cdef cnp.npy_intp[MAX_DIMS] stride
+    cdef cnp.npy_intp[MAX_DIMS + 1] size
+    cdef cnp.npy_intp[MAX_DIMS + 1] stride
     cdef cnp.ndarray seen
     cdef int d, own, channels = norm.channels
     if array is None or not norm.n_groups:
@@ -171,17 +171,15 @@ cdef tuple norm_of(
     return out, stats if keeps else None
 
 
-def norm_forward(
-    cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta, axes, double eps,
-    cnp.ndarray out, bint has_mean, int n_threads, bint keeps=True,
-):
-    """Normalize x over some of its axes, then scale and shift along some.
+def norm_forward(str name, call, int n_threads, bint keeps=True):
+    """Normalize x over some of its axes, then scale and shift along some, as a NormCall
+    (_norm_checks.py) says.
 
-    gamma, beta: float32 or float64, or None.  axes: Axes (_cache.py).  out: new if None.
     Returns out and the statistics, float64 (4, n) as `forward` has them, if they are to be kept.
     """
     cdef Norm norm
-    find_norm(x, axes, has_mean, &norm)
+    x, gamma, beta, axes, eps, out = call
+    find_norm(x, axes, name != "rmsnorm", &norm)
     return norm_of(x, gamma, beta, &norm, eps, out, n_threads, keeps)
 
 
