@@ -105,9 +105,8 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
 
 
 cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
-    """The same for all rows up to one; of rows of their own, piece by piece."""
+    """The same for all rows up to one."""
     cdef const Plan* plan = v.plan
-    cdef Py_ssize_t n
     if v.s.adds:
         set_hat_columns[lane](v, lane_tag)
         v.scales = plan.layout == ROWS  # of columns only what has been added up
@@ -122,18 +121,10 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
         v.singly = True
         if not rows_touch(v):  # else the hardware's prefetchers follow them
             v.ahead = rows_ahead(v.width * size_of(plan.storage), TREE_ROWS)
-    while v.row < row_end and plan.layout != ROWS:
-        n = min(v.group, row_end - v.row)
-        v.n_rows = n * in_turn(v)
-        apply_at_hand[lane](v, lane_tag)
-        v.row += n
     while v.row < row_end:
-        v.first = 0
-        while v.first < v.n_features:
-            v.n_rows = min(v.group, v.n_features - v.first)
-            apply_at_hand[lane](v, lane_tag)
-            v.first += v.n_rows
-        v.row += 1
+        take_rows(v, row_end)
+        apply_at_hand[lane](v, lane_tag)
+        pass_rows(v)
 
 
 cdef void apply_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:

@@ -118,21 +118,14 @@ cdef void add_features(Visit* v, const lane* lane_tag) noexcept nogil:
         v.group = rows_at_hand(v, v.width, 4)
         v.ahead = 0
         while v.row < row_end:
-            v.n_rows = min(v.group, row_end - v.row)
-            if plan.layout == ROWS:
-                v.n_rows = min(v.group, v.n_features - v.first)
+            take_rows(v, row_end)
             fetch_inputs[lane](v, lane_tag)
             if plan.layout == ROWS:
                 find_rows(v, S, v.n_rows, False, v.s.row[S])
                 add_own_rows[lane](v, 0, v.segment.run_stride[S] // size, size, lane_tag)
-                v.first += v.n_rows
-                if v.first < v.n_features:
-                    continue
-                v.first = 0
-                v.row += 1
             else:
                 add_columns[lane](v, lane_tag)
-                v.row += v.n_rows
+            pass_rows(v)
 
 
 cdef void sum_parameters(

@@ -125,19 +125,18 @@ cdef void reduce_block_of_rows(
 ) noexcept nogil:
     """The sums of rows up to one, on their features; in columns, `piece` at a time."""
     cdef const Segment* segment = v.segment
-    cdef Py_ssize_t n, width = v.width
+    cdef Py_ssize_t width = v.width
     cdef Py_ssize_t n_columns = segment.n_joined * v.n_features * segment.n_lanes
     memset(v.s.column[SUM_1], 0, n_columns * sizeof(double))
     memset(v.s.column[SUM_2], 0, n_columns * sizeof(double))
     while v.row < row_end:
-        n = min(v.group, row_end - v.row)
-        v.n_rows = n * in_turn(v)
+        take_rows(v, row_end)
         v.first = 0
         while v.first < width:
             v.width = min(piece, width - v.first)
             reduce_rows[lane](v, lane_tag)
             v.first += piece
-        v.row += n
+        pass_rows(v)
     v.first = 0
     v.width = width
     fold_columns(
@@ -163,16 +162,14 @@ cdef inline void add_block(Visit* v, bint first) noexcept nogil:
 
 cdef void reduce_own_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
     """The sums of features whose rows are their own, piece by piece of these."""
-    cdef Py_ssize_t row = v.row, n = v.n_features
+    cdef Py_ssize_t start = v.row, row
     while v.row < row_end:
-        v.first = 0
-        while v.first < n:
-            v.n_rows = min(v.group, n - v.first)
-            reduce_rows[lane](v, lane_tag)
-            v.first += v.n_rows
-        v.first = 0
-        add_block(v, v.row == row)
-        v.row += 1
+        row = v.row
+        take_rows(v, row_end)
+        reduce_rows[lane](v, lane_tag)
+        pass_rows(v)
+        if v.row > row:
+            add_block(v, row == start)
 
 
 cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcept nogil:

@@ -63,6 +63,25 @@ cdef inline Py_ssize_t in_turn(const Visit* v) noexcept nogil:
     return v.n_features if v.plan.layout == LONG_RUN else 1
 
 
+cdef inline void take_rows(Visit* v, Py_ssize_t row_end) noexcept nogil:
+    """The next rows up to one as those at hand; of rows of their own some features' pieces."""
+    if v.plan.layout == ROWS:
+        v.n_rows = min(v.group, v.n_features - v.first)
+    else:
+        v.n_rows = min(v.group, row_end - v.row) * in_turn(v)
+
+
+cdef inline void pass_rows(Visit* v) noexcept nogil:
+    """On beyond those at hand."""
+    if v.plan.layout != ROWS:
+        v.row += v.n_rows // in_turn(v)
+        return
+    v.first += v.n_rows
+    if v.first == v.n_features:
+        v.first = 0
+        v.row += 1
+
+
 cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept nogil:
     """Lay one thread's columns and buffers out in its memory; returns how many bytes they take."""
     cdef Py_ssize_t columns = pitch(job.width) * sizeof(double)

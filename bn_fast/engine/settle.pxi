@@ -67,7 +67,7 @@ cdef inline double wide_factor(double mean, double inv_std) noexcept nogil:
 
 cdef Py_ssize_t sample_rows(
     const Plan* plan, int role, Py_ssize_t first, Py_ssize_t n, Py_ssize_t cells, char** row,
-    float[MAX_COLUMNS]* sample, const lane* lane_tag,
+    float[MAX_COLUMNS]* sample,
 ) noexcept nogil:
     """Addresses of three values of a tile's first feature, or of the first, the middle and the last
     of so many cells, and how far the next one's lie, in bytes; half types' n are taken to `sample`.
@@ -168,7 +168,7 @@ cdef void sample_shift(
     cdef bint around_zero = role == G
     cdef Py_ssize_t cells = 1 if around_zero else job.cells, n = n_features // cells
     cdef Py_ssize_t f, k, step = sample_rows(
-        job.reduce, role, first, n, cells, row, sample, lane_tag
+        job.reduce, role, first, n, cells, row, sample
     )
     cdef double* shift = job.value[SHIFT_G if around_zero else SHIFT_X] + first
     cdef double* spread = job.value[SPREAD] + first
@@ -223,7 +223,7 @@ cdef void round_near(
     cdef double* mean = job.value[MEAN] + first
     cdef double near, shift, step
     cdef Py_ssize_t f, k, stride = sample_rows(
-        job.reduce, X, first, n_features, 1, row, sample, lane_tag
+        job.reduce, X, first, n_features, 1, row, sample
     )
     for f in range(n_features):
         near = INFINITY
@@ -265,9 +265,9 @@ cdef void drop_gated_shift(
     cdef double residual = 0
     cdef bint open
     cdef lane d
-    x_step = sample_rows(plan, X, first, n_features, 1, x, x_sample, lane_tag)
+    x_step = sample_rows(plan, X, first, n_features, 1, x, x_sample)
     if plan.used[R]:
-        r_step = sample_rows(plan, R, first, n_features, 1, r, r_sample, lane_tag)
+        r_step = sample_rows(plan, R, first, n_features, 1, r, r_sample)
     for f in range(first, first + n_features):
         d = <lane> v[SHIFT_X][f] - <lane> v[GATE_SHIFT][f]
         open = is_open_at(job, d * <lane> v[GATE_COEF][f] + <lane> v[GATE_BIAS][f])
