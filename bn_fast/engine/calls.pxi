@@ -174,24 +174,18 @@ cdef void make_schedule(Job* job, int n_threads) noexcept:
     choose_detours(&job.schedule, &work)
 
 
+cdef Py_ssize_t widest_row(const Plan* plan, Py_ssize_t tile) noexcept:
+    """Columns of a tile's rows; or constants, where each row has its own, or some in turn."""
+    cdef Py_ssize_t width = plan.segment[0].n_joined * plan.segment[0].n_run
+    if plan.layout == ROWS:
+        return max(width, tile)
+    return max(width, <Py_ssize_t> (MAX_TURNS * LANES)) if plan.layout == LONG_RUN else width * tile
+
+
 cdef void size_scratch(Job* job) noexcept:
     cdef Py_ssize_t tile = job.schedule.tile + job.schedule.lead
-    cdef const Plan* plan
     cdef Scratch s
-    cdef int k
-    job.width = 0
-    for k in range(2):
-        plan = job.apply if k else job.reduce
-        job.width = max(
-            job.width,
-            plan.segment[0].n_joined * plan.segment[0].n_run
-            * (1 if plan.layout == LONG_RUN or plan.layout == ROWS else tile),
-        )
-        if plan.layout == ROWS:
-            job.width = max(job.width, tile)
-        elif plan.layout == LONG_RUN:
-            job.width = max(job.width, <Py_ssize_t> (MAX_TURNS * LANES))
-    job.width = (job.width + 7) // 8 * 8
+    job.width = (max(widest_row(job.reduce, tile), widest_row(job.apply, tile)) + 7) // 8 * 8
     job.own_features = 0
     if job.schedule.apart:
         job.own_features = pitch(job.n_features)
@@ -224,11 +218,11 @@ cdef int execute(Job* job, int n_threads) except -1:
         job.given[v] = job.value[v] != NULL
     job.reduce = &plans[0]
     job.apply = &plans[1]
-    if job.reduces and job.array[W] == NULL:
-        job.total = count * (1 if job.op.takes_dout else job.cells)
-    plan_visits(job)
     if job.value[TOTAL] != NULL:
         job.total = count
+    elif job.reduces and job.array[W] == NULL:
+        job.total = count * (1 if job.op.takes_dout else job.cells)
+    plan_visits(job)
     # Half of the mean weight: values that have less make up less than half of the whole, and may
     # hold anything, as under a mask the padding's filler.
     samples = job.reduces and not job.op.takes_dout and job.value[TOTAL] == NULL

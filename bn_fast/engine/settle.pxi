@@ -287,10 +287,6 @@ cdef void drop_gated_shift(
 cdef enum:
     LOOKS = 8                 # values at which a doubtful shift of dout is looked at again
 
-cdef struct Looks:            # where they are, and their addresses: of x, dout and the residual
-    Place place[LOOKS]
-    char* value[3][LOOKS]
-
 
 cdef inline void mark_doubtful(
     const double* restrict shift, const double* restrict mean, double* restrict spread,
@@ -307,24 +303,19 @@ cdef inline void mark_doubtful(
         spread[f] = 1.0 if fabs(mean[f] - shift[f]) > limit else 0.0
 
 
-cdef double distance_from_mean(
-    const Job* job, Py_ssize_t f, Py_ssize_t first, const Looks* look,
-) noexcept nogil:
+cdef double distance_from_mean(const Job* job, Py_ssize_t f, const Place* look) noexcept nogil:
     """How far dout is from its mean, on the mean of some values."""
     cdef const Plan* plan = job.reduce
-    cdef Py_ssize_t k, role
-    cdef Py_ssize_t[3] at
+    cdef Py_ssize_t k
     cdef double g, x, r = 0, mean = job.value[MEAN_G][f], distance = 0
-    for role in range(3):
-        at[role] = (f - first) * plan.feature_stride[role]
     for k in range(LOOKS):
-        g = load_value(plan.storage, look.value[G][k] + at[G])
+        g = load_value(plan.storage, value_at(plan, G, f, &look[k]))
         if plan.used[S]:
-            g *= load_native(plan, value_at(plan, S, f, &look.place[k]))
+            g *= load_native(plan, value_at(plan, S, f, &look[k]))
         if plan.gate != NONE:
-            x = load_value(plan.storage, look.value[X][k] + at[X])
+            x = load_value(plan.storage, value_at(plan, X, f, &look[k]))
             if plan.used[R]:
-                r = load_value(plan.storage, look.value[R][k] + at[R])
+                r = load_value(plan.storage, value_at(plan, R, f, &look[k]))
             g = g if comes_through(job, f, x, r) else 0
         distance += fabs(g - mean)
     return distance / LOOKS
@@ -341,30 +332,24 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef const Plan* plan = job.reduce
     cdef const Segment* segment = &plan.segment[0]
     cdef double** v = job.value
-    cdef Looks look
+    cdef Place look[LOOKS]
     cdef Py_ssize_t f, k
-    cdef int role
     cdef double* shift = v[SHIFT_G]
     cdef double* mean = v[MEAN_G]
     cdef double* doubtful = v[SPREAD]
     cdef double distance, step, n_far = 0
-    cdef Place* place
     mark_doubtful(shift + first, mean + first, doubtful + first, n_features)
     if fold_run(doubtful + first, n_features) == 0:
         return 0
     for k in range(LOOKS):
-        place = &look.place[k]
-        place.segment = 0
-        place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
-        place.joined = k % segment.n_joined
-        place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
-        for role in range(3):
-            if plan.used[role]:
-                look.value[role][k] = value_at(plan, role, first, place)
+        look[k].segment = 0
+        look[k].row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
+        look[k].joined = k % segment.n_joined
+        look[k].run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
     for f in range(first, first + n_features):
         if v[RETRY][f] != 0 or doubtful[f] == 0:
             continue
-        distance = distance_from_mean(job, f, first, &look)
+        distance = distance_from_mean(job, f, look)
         if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
             step = step if step < INFINITY else 0
