@@ -34,7 +34,7 @@ cdef Py_ssize_t pad_outputs(Visit* v, const lane* lane_tag) noexcept nogil:
 cdef void apply_mixed(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nogil:
     """Both outputs of the second order.  Frozen statistics have only ddout here."""
     cdef Block block
-    fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+    fill_gradient[lane](&block, v, n, lane_tag)
     block.shift[R] = <char*> columns_at[lane](v, SHIFT_R, lane_tag)
     if v.plan.used[Y]:
         block.formula = MIXED
@@ -43,7 +43,7 @@ cdef void apply_mixed(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nog
         block.coef[R] = <char*> columns_at[lane](v, MIX_R, lane_tag)
         block.bias = <char*> columns_at[lane](v, MIX_BIAS, lane_tag)
         apply_block[lane](&block, lane_tag)
-    fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+    fill_gradient[lane](&block, v, n, lane_tag)
     block.row[G] = v.s.row[R]
     block.row[Y] = v.s.row[D]
     block.shift[G] = <char*> columns_at[lane](v, SHIFT_R, lane_tag)
@@ -59,7 +59,6 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
         point_parameters[lane](v, B, lane_tag)
     fill_block[lane](&block, v, n, lane_tag)
     block.row[X] = v.s.row[v.job.op.input if plan.used[G] else X]
-    block.ahead = kernel_ahead(v)
     if plan.layout == LONG_RUN and v.access[Y] == DIRECT:
         block.ahead = v.job.schedule.prefetch_output
     block.formula = (
@@ -97,7 +96,7 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
     elif v.s.adds and plan.layout == ROWS and not v.wide:
         differentiate_own_rows[lane](v, lane_tag)
     else:
-        fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+        fill_gradient[lane](&block, v, n, lane_tag)
         apply_block[lane](&block, lane_tag)
     for r in range(Y, W):
         if plan.used[r] and v.access[r] != DIRECT and not (r == Y and v.stream):

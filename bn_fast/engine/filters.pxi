@@ -14,24 +14,23 @@
 
 # ---------------------------------------------------------------- the gate
 
-cdef void open_rows(
-    Visit* v, int shift, int coef, int bias, int ones, Py_ssize_t ahead, char* buffer,
-    const lane* lane_tag,
-) noexcept nogil:
-    """What of the rows of dout comes through, into a buffer, to which the rows of D then point."""
+cdef void open_rows(Visit* v, bint wide, Py_ssize_t ahead, const lane* lane_tag) noexcept nogil:
+    """What of the rows of dout comes through the native gate, into D's buffer, or through the wide
+    one, into Y's; the rows of D then point to it."""
     cdef Block block
+    cdef char* buffer = v.s.buffer[Y if wide else D]
     cdef Py_ssize_t i, n
     cdef int r
     for r in range(Y):
-        n = pad_rows[lane](v, r, ones, APPLY_ROWS, lane_tag)
+        n = pad_rows[lane](v, r, WIDE_ONES if wide else NATIVE_ONES, APPLY_ROWS, lane_tag)
     for i in range(n):
         v.s.row[D][i] = buffer + i * v.width * sizeof(lane)
     fill_block[lane](&block, v, n, lane_tag)
     block.row[Y] = v.s.row[D]
     block.ahead = ahead
-    block.shift[X] = <char*> columns_at[lane](v, shift, lane_tag)
-    block.coef[X] = <char*> columns_at[lane](v, coef, lane_tag)
-    block.bias = <char*> columns_at[lane](v, bias, lane_tag)
+    block.shift[X] = <char*> columns_at[lane](v, WIDE_SHIFT if wide else GATE_SHIFT, lane_tag)
+    block.coef[X] = <char*> columns_at[lane](v, WIDE_COEF if wide else GATE_COEF, lane_tag)
+    block.bias = <char*> columns_at[lane](v, WIDE_BIAS if wide else GATE_BIAS, lane_tag)
     block.formula = ADDED_OPENED if v.plan.used[R] else OPENED
     block.activation = v.job.activation
     apply_block[lane](&block, lane_tag)
@@ -49,9 +48,7 @@ cdef void open_wide_features(Visit* v, lane* gated) noexcept nogil:
                 v, r, GATHERED, 0,
                 columns_at[double](v, WIDE_FACTOR if r == X else WIDE_ONES, NULL),
             )
-    open_rows[double](
-        v, WIDE_SHIFT, WIDE_COEF, WIDE_BIAS, WIDE_ONES, 0, v.s.buffer[Y], NULL
-    )
+    open_rows[double](v, True, 0, NULL)
     for j in range(v.width):
         f = v.feature + (v.first + j) // v.segment.n_run % v.n_features
         if wide[f] != 0:
@@ -75,9 +72,7 @@ cdef void open_natively(
                 v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0,
                 columns_at[stored](v, NATIVE_ONES, native_tag),
             )
-    open_rows[stored](
-        v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, 0, v.s.buffer[D], native_tag
-    )
+    open_rows[stored](v, False, 0, native_tag)
     if v.any_wide:
         open_wide_features[stored](v, opened)
     for i in range(v.n_rows):

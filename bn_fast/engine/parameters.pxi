@@ -62,7 +62,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef int r
     if v.plan.feature_stride[S] == 0:
         s = v.s.varying + (v.s.row[S][0] - v.plan.base[S]) // size
-        fill_gradient[lane](&block, v, n, 0, lane_tag)
+        fill_gradient[lane](&block, v, n, lane_tag)
         while i + 4 <= n:
             x = <const lane**> v.s.row[X] + i
             g = <const lane**> v.s.row[G] + i
@@ -80,7 +80,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     if i == n:
         return
     v.first += i
-    fill_gradient[lane](&block, v, n - i, 0, lane_tag)
+    fill_gradient[lane](&block, v, n - i, lane_tag)
     v.first -= i
     for r in range(N_ROLES):
         block.row[r] += i

@@ -56,19 +56,9 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
         else:
             scale_rows[lane](v, lane_tag)
     if v.gate == BEFORE and not slowly:
-        open_rows[lane](
-            v, GATE_SHIFT, GATE_COEF, GATE_BIAS, NATIVE_ONES, v.ahead, v.s.buffer[D], lane_tag
-        )
+        open_rows[lane](v, False, v.ahead, lane_tag)
         for i in range(v.n_rows):
             v.s.row[G][i] = v.s.row[D][i]
-
-
-cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
-    """Rows that a kernel may prefetch: none where its own are those in a buffer."""
-    cdef bint buffered = (
-        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
-    )
-    return 0 if buffered else v.ahead
 
 
 cdef void enter_chunk(
@@ -116,7 +106,7 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
         weigh_rows[lane](v, lane_tag)
     n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
-    fill_gradient[lane](&block, v, n, kernel_ahead(v), lane_tag)
+    fill_gradient[lane](&block, v, n, lane_tag)
     reduce_block[lane](&block, plan.used[G] or plan.used[W], lane_tag)
 
 

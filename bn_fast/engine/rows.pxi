@@ -421,6 +421,14 @@ cdef void store_rows(
 
 # ---------------------------------------------------------------- blocks of rows
 
+cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
+    """Rows that a kernel may prefetch: none where its own are those in a buffer."""
+    cdef bint buffered = (
+        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
+    )
+    return 0 if buffered else v.ahead
+
+
 cdef void fill_block(
     Block* block, Visit* v, Py_ssize_t n_rows, const lane* lane_tag,
 ) noexcept nogil:
@@ -432,7 +440,7 @@ cdef void fill_block(
     block.n_rows = n_rows
     block.width = v.width
     block.tree_rows = v.segment.tree_rows
-    block.ahead = 0
+    block.ahead = kernel_ahead(v)
     block.turns = in_turn(v)
     block.singly = v.singly
     block.stream = v.stream
@@ -449,11 +457,10 @@ cdef void fill_block(
 
 
 cdef void fill_gradient(
-    Block* block, Visit* v, Py_ssize_t n_rows, Py_ssize_t ahead, const lane* lane_tag,
+    Block* block, Visit* v, Py_ssize_t n_rows, const lane* lane_tag,
 ) noexcept nogil:
     """The block of x and dout, for their sums or for dx."""
     fill_block[lane](block, v, n_rows, lane_tag)
-    block.ahead = ahead
     block.formula = (
         SCALED_GRADIENT if v.plan.used[S] and v.plan.layout == ROWS else GRADIENT
     )
