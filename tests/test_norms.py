@@ -1038,23 +1038,25 @@ def test_a_cache_that_was_changed_is_refused(norms, case, name, wrong):
 def test_the_straight_road_leads_where_the_other_does(case, dtype, given, out, monkeypatch):
     """A small call whose arguments need no conversion, and the same where every one is checked."""
 
-    def results():
+    def results(forward, backward):
         x, dout, gamma, beta = case.problem(dtype)
         gamma = gamma if "gamma" in given else None
         beta = beta if "beta" in given else None
-        y, cache = case.forward(bn_fast, x, gamma, beta)
+        y, cache = case.forward(bn_fast, x, gamma, beta, **forward)
         where = {"x": x, "dout": dout, "new": np.empty_like(x)}.get(out)
-        dx, dgamma, dbeta = case.backward(bn_fast, dout, cache, out=where)
+        dx, dgamma, dbeta = case.backward(bn_fast, dout, cache, out=where, **backward)
         assert where is None or dx is where
         return [a for a in (y, cache.stats, dx, dgamma, dbeta) if a is not None], cache.overwritten
 
-    monkeypatch.setattr(bn_fast.functional, "_SERIAL_SIZE", 0)
-    checked, overwritten = results()
+    param = {"layernorm": "ln_param", "rmsnorm": "rms_param", "groupnorm": "gn_param"}
+    names = ["dx", "dgamma"] if case.norm == "rmsnorm" else ["dx", "dgamma", "dbeta"]
+    checked, overwritten = results({param.get(case.norm, "in_param"): {}}, {"needs": names})
     assert overwritten == (f"{case.norm}_backward" if out == "x" else "")
-    monkeypatch.undo()
+    if case.axis in (-1, len(case.shape) - 1) if case.is_of_rows else case.axis > 0:
+        monkeypatch.setattr(bn_fast._norm_checks, "call", None)
     if out != "x":  # which is spent, and looked at
         monkeypatch.setattr(bn_fast._norm_checks, "backward", None)
-    straight, also_overwritten = results()
+    straight, also_overwritten = results({}, {})
     assert also_overwritten == overwritten
     assert_same_bits(straight, checked)
 
