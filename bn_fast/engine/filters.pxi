@@ -2,7 +2,7 @@
 #
 #   (a) The gate.  dout's rows are replaced by what comes through the activation.  The gate is that
 #       of forward: its constants, and its lanes.  Without a residual and weights it is in the
-#       kernels of backward themselves, but for features whose lanes are wide (see finish_tile):
+#       kernels of backward themselves, but for features whose lanes are wide (see set_in_lanes):
 #       then rows are gated in the arrays' own lanes first, and the columns of such features once
 #       more in wide lanes; and whatever lanes the kernel wants comes last.
 #   (b) Weights, statistics.  sum w d and sum w d^2, d = x - shift, are the sums that backward's
