@@ -162,7 +162,8 @@ def _output(out: Any, inputs: dict[str, Any]) -> Array | None:
         may_be_out = name in ("x", "dout", "residual")
         if not (may_be_out and core.is_same(output, array)) and np.shares_memory(output, array):
             place = f"{name} itself or apart from it" if may_be_out else f"apart from {name}"
-            raise ValueError(f"out must be {place}, got a partial overlap")
+            got = "a partial overlap" if may_be_out else "one that shares memory with it"
+            raise ValueError(f"out must be {place}, got {got}")
     return output
 
 

@@ -15,7 +15,7 @@ from bn_fast import (
     spatial_batchnorm_forward,
 )
 
-from .arrays import DTYPES, normal, unaligned
+from .arrays import DTYPES, normal, restepped, unaligned
 from .judge import assert_same_bits
 
 
@@ -347,6 +347,31 @@ def test_partial_overlap(view):
     with pytest.raises(ValueError, match=r"out .*dout.*partial overlap"):
         batchnorm_backward(x, cache, out=view(buffer))
     np.testing.assert_array_equal(buffer, kept)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (1, 4), (6, 1), (1, 1), (1, 4, 6, 1)], ids=str)
+def test_the_same_memory_with_other_steps_of_length_1(shape):
+    x, dout, residual = (normal(shape, np.float32, seed) for seed in range(3))
+    out, cache = batchnorm_forward(x)
+    gradients = batchnorm_backward(dout, cache)
+    own = x.copy()
+    got, spent = batchnorm_forward(own, out=restepped(own))
+    assert_same_bits([got], [out])
+    with pytest.raises(ValueError, match="batchnorm_forward wrote its output over the x"):
+        batchnorm_backward(dout, spent)
+    own = dout.copy()
+    assert_same_bits([batchnorm_backward(own, cache, out=restepped(own))[0]], [gradients[0]])
+    own = x.copy()
+    _, spent = batchnorm_forward(own)
+    assert_same_bits([batchnorm_backward(dout, spent, out=restepped(own))[0]], [gradients[0]])
+    with pytest.raises(ValueError, match="batchnorm_backward wrote its output over the x"):
+        batchnorm_backward(dout, spent)
+    given = {"activation": "relu", "residual": residual}
+    expected, _ = batchnorm_forward(x, **given)
+    got, spent = batchnorm_forward(x, **given, out=restepped(residual))
+    assert_same_bits([got], [expected])
+    with pytest.raises(ValueError, match="wrote its output over the residual"):
+        batchnorm_backward(dout, spent)
 
 
 def test_interleaved_arrays_do_not_overlap():

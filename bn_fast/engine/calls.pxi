@@ -256,9 +256,12 @@ cdef int execute(Job* job, int n_threads) except -1:
 
 
 cdef bint has_strides_of(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Of two arrays of one shape.  Strides of axes of length 1 lead nowhere, and differ freely."""
     cdef int d
     for d in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d]:
+        if cnp.PyArray_DIMS(a)[d] != 1 and (
+            cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d]
+        ):
             return False
     return True
 
