@@ -138,6 +138,12 @@ def _step(dtype):
     return 2.0**-1074 if dtype.itemsize == 8 else 2.0**-149
 
 
+def _lost_of_dx(step, a, x_hat):
+    """What dx = a (dout - mean(dout) - x_hat mean(dout x_hat)) loses where dout is of the least
+    numbers: half a step of either mean, which a large gamma takes into sight."""
+    return step * (1 + a * (1 + oracle.largest(x_hat)) / 2)
+
+
 def _beyond(name, value):
     """Whether a sum leaves float64: whatever its lanes come to then is not finite."""
     return name != "dx" and bool((np.abs(value) > np.finfo(np.float64).max).any())
@@ -186,9 +192,11 @@ def exact_first_order(p, got, f, mode, activation):
     inv_std = 1 / np.sqrt(var + p.eps)
     r = oracle.largest(inv_std)
     lost = 2.0**-1074 * r
-    step = _step(p.x.dtype)
+    step, a = _step(p.x.dtype), oracle.largest(gamma) * r
+    count = len(x) if w is None else w.sum()
+    largest_mean = max(oracle.largest(sums) for sums in gradients[1:3]) / count
     floors = {
-        "dx": step * (1 + oracle.largest(gamma) * r),
+        "dx": _lost_of_dx(step, a, x_hat),
         "dgamma": step * len(x) * (1 + oracle.largest(x_hat)) + lost * oracle.total(g),
         "dbeta": step * len(x),
     }
@@ -200,8 +208,9 @@ def exact_first_order(p, got, f, mode, activation):
     }
     for name, floor in floors.items():
         value, scale = getattr(gradients, name), getattr(gradients, name + "_scale")
-        # What takes an infinite dgamma along may be NaN, too: its terms have both signs.
+        # What takes an infinite dgamma or constant along may be NaN, too: terms have both signs.
         beyond = _beyond(name, value) or _beyond("dgamma", gradients.dgamma)
+        beyond = beyond or (name == "dx" and _beyond("constant", a * largest_mean))
         result[name] = Exact(value, scale, floor, loose=loose or beyond)
     if mode == "test":
         return result | {
@@ -264,9 +273,11 @@ def exact_pieces(p, got, f):
     largest, total = oracle.largest, oracle.total
     loose = not all(np.isfinite(v).all() for v in (x, dout, gamma))
     unsure = loose or not all(np.isfinite(used[name]).all() for name in PASSED_ON[3:])
+    unsure = unsure or any(_beyond("constant", part) for part in (*parts[1:], *own[1:]))
     step = _step(p.x.dtype)
     t, own_t = ((g * deviations).sum(axis=0) for deviations in (d, centered))
     lost = 2.0**-1074 * largest(1 / np.sqrt(var + p.eps))
+    lost_of_dx = _lost_of_dx(step, largest(a), d * r)
     terms = (
         max(largest(gamma), largest(beta)), lost * largest(gamma),
         None if w is None else w > 0, loose,
@@ -281,7 +292,7 @@ def exact_pieces(p, got, f):
         "sum_dout": Exact(g.sum(axis=0), total(g), step * m, loose=loose),
         "sum_dout_xmu": Exact(t, total(g * d), step * m, loose=loose or _beyond("", t)),
         "applied dx": Exact(
-            parts[0] - parts[1] - parts[2], max(map(largest, parts)), step * (1 + largest(a)),
+            parts[0] - parts[1] - parts[2], max(map(largest, parts)), lost_of_dx,
             loose=unsure,
         ),
         "whole sum_dout_xmu": Exact(
@@ -290,7 +301,7 @@ def exact_pieces(p, got, f):
             loose=loose or _beyond("", own_t),
         ),
         "whole dx": Exact(
-            own[0] - own[1] - own[2], max(map(largest, own)), step * (1 + largest(a)),
+            own[0] - own[1] - own[2], max(map(largest, own)), lost_of_dx,
             loose=unsure,
         ),
     }  # fmt: skip
