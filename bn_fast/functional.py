@@ -195,6 +195,7 @@ def batchnorm_forward(
     else:
         x, gamma, beta, axis, out = _checks.forward_arrays(x, gamma, beta, axis, out)
         options = settings = None
+        _checks.finite(negative_slope, "negative_slope")
         if activation is not None or residual is not None or weights is not None:
             options = _checks.options(x, axis, out, activation, negative_slope, residual, weights)
         if bn_param is not None:

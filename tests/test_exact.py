@@ -163,6 +163,9 @@ def test_empty_batch(dtype, shape, axis, mode):
     assert out.shape == dx.shape == shape
     assert out.dtype == dx.dtype == dtype
     assert_same_bits([dgamma, dbeta], [np.zeros(n, dtype)] * 2)
+    _, unspent = batchnorm_forward(x, out=x, axis=axis)
+    assert batchnorm_backward(x, unspent, out=x)[0] is x  # nothing has been overwritten
+    assert batchnorm_backward(x, unspent, out=x)[0] is x
     for name in ("running_mean", "running_var"):
         np.testing.assert_array_equal(param[name], before[name])
         assert param[name] is not before[name]

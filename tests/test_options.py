@@ -674,6 +674,7 @@ X = np.arange(12.0).reshape(4, 3)
     [
         ({"activation": "gelu"}, ValueError, "activation must be None or one of 'relu'"),
         ({"activation": 1}, TypeError, "activation must be None or a name, got int 1"),
+        ({"negative_slope": "steep"}, TypeError, "negative_slope must be a real number, got str"),
         (
             {"activation": "relu", "negative_slope": None},
             TypeError,
