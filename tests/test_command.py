@@ -1,6 +1,7 @@
 """The command `python -m bn_fast`: rows, JSON, exit status; a broken build cannot hide."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -112,11 +113,21 @@ def test_unwritable_json_is_said_at_once(capsys, tmp_path, name):
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_a_reader_may_leave_before_the_end():
-    code = "import sys, bn_fast.__main__ as c; c.LAYERS = []; sys.exit(c.run())"
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "bn_fast"],
+        # What was still in the buffer when the reader left.
+        ["-c", "import sys, bn_fast.__main__ as c; c.main = lambda: print(1); sys.exit(c.run())"],
+    ],
+    ids=["soon", "at the end"],
+)
+def test_a_reader_may_leave_before_the_end(arguments):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+        [sys.executable, "-P", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+    ) as process:  # fmt: skip
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
