@@ -113,8 +113,10 @@ def boundary_shapes(at):
             *((n, 2, 3) for n in around(rows_of_runs // 2, rows_of_runs)),
             (2 * at["CHUNK_ELEMENTS"] // 6 + 1, 2, 3),
             # Runs: along and across, trees of lanes, equal pieces and others.
-            *((5, 3, n) for n in around(at["TREE_RUN"], at["ALONG_RUN"])),
-            *((3, 2, n) for n in around(at["TREE_RUN"] + at["LANES"])),
+            *((5, 3, n) for n in around(at["SHORT_RUN"], at["ALONG_RUN"])),
+            *((n, 3, at["SHORT_RUN"]) for n in around(at["SHORT_RUN"] // at["SHORT_ROWS"])),
+            *((2, 3, n * at["LANES"] + 5) for n in (7, 15, 18)),  # fours, ones and a rest
+            *((3, 2, n) for n in around(at["SHORT_RUN"] + at["LANES"])),
             *((2, 3, n) for n in around(at["PIECE"])),
             (2, 2, prime),
             *((n, 1) for n in around(piece)),

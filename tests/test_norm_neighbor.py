@@ -43,7 +43,7 @@ def boundary_cases(at):
         ((2, 3, at["FOLD_COLUMNS"] + 1, 3), (1, 3)),
     ]
     of_groups = [
-        *(((3, 6, n), 1, 2) for n in (1, *short, *around(at["TREE_RUN"], at["ALONG_RUN"]))),
+        *(((3, 6, n), 1, 2) for n in (1, *short, *around(at["SHORT_RUN"], at["ALONG_RUN"]))),
         *(((2, 2 * n, 5), 1, 2) for n in (1, 2, *short)),
         *(((2, n, 3), 1, n) for n in (1, *short)),
         ((at["FOLD_ROWS"] + 1, 4, 3, 3), 1, 2),
@@ -58,7 +58,7 @@ def boundary_cases(at):
         ((2, 8), 1, 4),
     ]
     of_channels = [
-        *(((3, 2, n), 1) for n in (2, *short, *around(at["TREE_RUN"], at["ALONG_RUN"]))),
+        *(((3, 2, n), 1) for n in (2, *short, *around(at["SHORT_RUN"], at["ALONG_RUN"]))),
         *(((2, 2, n), 1) for n in (*around(at["PIECE"]), 2 * at["PIECE"] + 15)),
         *(((2, n, run), 1) for n in around(at["TILE_COLUMNS"] // run)),
         ((1, 2, piece + 1), 1),

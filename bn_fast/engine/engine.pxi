@@ -24,6 +24,7 @@ bn_read_stack()
 
 include "twofold.pxi"
 include "kernels.pxi"
+include "sums.pxi"
 include "output.pxi"
 include "storage.pxi"
 include "layout.pxi"

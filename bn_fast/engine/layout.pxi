@@ -18,6 +18,9 @@
 # side in memory, rows are gathered into a small buffer first, block by block; x is never copied as
 # a whole.
 #
+# What is done once a column costs as much as some rows; along, each run has a sum in double.  One
+# thread, forward and backward, across and along: (8, 64, 8, 8) 42 and 26 us, (8, 64, 14, 14) 76 and
+# 60, (16, 64, 12, 12) 100 and 85, but (16, 64, 10, 10) 65 and 72, (32, 128, 14, 14) 650 and 677.
 # Few rows of many columns cost more than more rows of fewer, as each column has sums and constants:
 # (32, 64) forward 1.92 us as 8 rows of 256 columns, 1.82 as 32 of 64; (64, 33) 2.8 us as 9 rows of
 # 231 and one of 33, 1.8 as 32 of 66.
@@ -40,8 +43,9 @@ cdef enum:
     JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see above
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     MAX_TURNS = 16            # features that long runs are taken of in turn,
-    ALONG_RUN = 256           # a run from this length on is walked along, not across,
-    TREE_RUN = 128            # or from this, if along fewer places of trees stay empty
+    ALONG_RUN = 256           # a run from this length on is walked along, not across, see below,
+    SHORT_RUN = 64            # or from this,
+    SHORT_ROWS = 8            # if there are so many times fewer of them
     PIECE = 1024              # in rows of no more than this, and
     BLOCK_ELEMENTS = 8192     # this many between two folds
     BLOCK_SHARE = 4           # float64 is folded so much sooner
@@ -219,11 +223,6 @@ cdef void merge_axes(Axes* axes) noexcept:
         axes.n = k + 1
 
 
-cdef inline Py_ssize_t empty(Py_ssize_t n, Py_ssize_t places) noexcept:
-    """Places that stay empty in the last tree over n elements."""
-    return (places - n % places) % places
-
-
 cdef Py_ssize_t gcd(Py_ssize_t a, Py_ssize_t b) noexcept:
     while b:
         a, b = b, a % b
@@ -315,9 +314,7 @@ cdef void choose_layout(
             plan.max_tile = min(n, <Py_ssize_t> BLOCK_ROWS)
             piece = ROW_PIECE // (BLOCK_SHARE if plan.storage == FLOAT64 else 1)
             cut_axis(plan, min(length, piece), False)
-        elif length >= ALONG_RUN or (
-            length >= TREE_RUN and empty(length, TREE_RUN) * rows < empty(rows, 8) * length
-        ):
+        elif length >= ALONG_RUN or (length >= SHORT_RUN and SHORT_ROWS * rows <= length):
             plan.layout = LONG_RUN
             cut_axis(plan, even_piece(length), False)
         else:
@@ -455,10 +452,10 @@ cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept n
 cdef inline bint takes_turns(const Plan* plan) noexcept nogil:
     """Whether long runs of several features are taken in the order of memory, as they are."""
     cdef int r
-    cdef bint direct = plan.layout == LONG_RUN and plan.gate == NONE and not is_half(plan.storage)
+    cdef bint direct = plan.layout == LONG_RUN and plan.gate != BEFORE and not is_half(plan.storage)
     for r in range(N_ROLES):
         direct = direct and (not plan.used[r] or (
-            (r < R or r == Y) and (plan.access[r] == DIRECT or plan.access[r] == STREAMED)
+            r <= Y and (plan.access[r] == DIRECT or plan.access[r] == STREAMED)
         ))
     return direct
 

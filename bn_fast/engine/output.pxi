@@ -1,32 +1,47 @@
 # Output: what a formula makes of one to three inputs, row by row or four at a time, and past the
 # caches where that pays.  And the table of all kernels, which says what runs for a block.
 
-cdef inline lane combine(
-    lane x, lane g, lane r, lane k, lane m, lane n, lane a, lane b, lane e, lane c,
-    lane gate_coef, lane gate_bias, lane slope, lane one, lane scale, lane beta,
-    const formula* formula_tag, const activation* activation_tag,
+cdef enum:                    # constants of output
+    OUT_SHIFT
+    OUT_COEF = OUT_SHIFT + 3
+    OUT_BIAS = OUT_COEF + 3
+    OUT_GATE_COEF
+    OUT_GATE_BIAS
+    OUT_SLOPE
+    OUT_ONE
+    OUT_SCALE
+    OUT_BETA
+    N_OUT
+
+
+cdef inline vector combine(
+    vector x, vector g, vector r, const vector* c, const formula* formula_tag,
+    const activation* activation_tag,
 ) noexcept nogil:
-    """One element.  The bias comes before a residual and after gradients: that is where the digits
+    """One vector.  The bias comes before a residual and after gradients: that is where the digits
     are."""
-    cdef lane d, z
+    cdef vector d, z
     if formula is Gradient or formula is ScaledGradient or formula is Mixed:
-        d = plus(x, -k, one)
+        d = bn_plus(x, -c[OUT_SHIFT + X], c[OUT_ONE])
         if formula is ScaledGradient:
-            g = g * scale
-        z = (let_through(g, d, gate_coef, gate_bias, slope, activation_tag) - m) * b
+            g = g * c[OUT_SCALE]
+        g = let_through[vector, activation](
+            g, d, c[OUT_GATE_COEF], c[OUT_GATE_BIAS], c[OUT_SLOPE], activation_tag
+        )
+        z = (g - c[OUT_SHIFT + G]) * c[OUT_COEF + G]
         if formula is Mixed:
-            z = z + (r - n) * e
-        z = (z + d * a) + c
+            z = z + (r - c[OUT_SHIFT + R]) * c[OUT_COEF + R]
+        z = (z + d * c[OUT_COEF + X]) + c[OUT_BIAS]
     else:
-        z = (x - k) * a + c
+        z = (x - c[OUT_SHIFT + X]) * c[OUT_COEF + X] + c[OUT_BIAS]
         if formula is Scaled:
-            z = z * scale + beta
+            z = z * c[OUT_SCALE] + c[OUT_BETA]
         if formula is Added or formula is AddedOpened:
             z = z + r
         if formula is Affine or formula is Added or formula is Scaled:
-            z = activate(z, slope, activation_tag)
+            z = activate[vector, activation](z, c[OUT_SLOPE], activation_tag)
         else:
-            z = gate(g, z, slope, activation_tag)
+            z = gate[vector, activation](g, z, c[OUT_SLOPE], activation_tag)
     return z
 
 
@@ -34,142 +49,144 @@ cdef inline bint takes_second(const formula* formula_tag) noexcept nogil:
     return not (formula is Affine or formula is Added or formula is Scaled)
 
 
-cdef inline bint takes_rows(const formula* formula_tag) noexcept nogil:
-    """Whether norms have it, whose rows have constants of their own."""
-    return (
-        formula is Affine or formula is Scaled or formula is Gradient or formula is ScaledGradient
-    )
-
-
 cdef inline bint takes_third(const formula* formula_tag) noexcept nogil:
     return formula is Added or formula is AddedOpened or formula is Mixed
 
 
-cdef inline void apply_four(
-    const lane* restrict x0, const lane* restrict x1,
-    const lane* restrict x2, const lane* restrict x3,
-    const lane* restrict g0, const lane* restrict g1,
-    const lane* restrict g2, const lane* restrict g3,
-    const lane* restrict r0, const lane* restrict r1,
-    const lane* restrict r2, const lane* restrict r3,
-    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
-    const lane* restrict shift_x, const lane* restrict shift_g, const lane* restrict shift_r,
-    const lane* restrict coef_x, const lane* restrict coef_g, const lane* restrict coef_r,
-    const lane* restrict bias, const lane* restrict gate_coef, const lane* restrict gate_bias,
-    lane slope, lane one, const lane* restrict scale, const lane* restrict beta,
-    const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
+cdef inline bint takes_constant(
+    int constant, const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
-    """Four rows at a time, so that the constants are loaded once for four; or, where each has its
-    own, gamma and beta."""
-    cdef Py_ssize_t j, k0, k1, k2, k3
-    cdef lane s = 1, t = 0
-    for j in range(width):
-        if extent is OfColumn:
-            k0 = k1 = k2 = k3 = j
-        else:
-            k0, k1, k2, k3 = 0, 1, 2, 3
-            s = scale[j]
-            t = beta[j]
-        y0[j] = combine(
-            x0[j], g0[j], r0[j], shift_x[k0], shift_g[k0], shift_r[k0], coef_x[k0], coef_g[k0],
-            coef_r[k0], bias[k0], gate_coef[k0], gate_bias[k0], slope, one, s, t,
-            formula_tag, activation_tag,
-        )
-        y1[j] = combine(
-            x1[j], g1[j], r1[j], shift_x[k1], shift_g[k1], shift_r[k1], coef_x[k1], coef_g[k1],
-            coef_r[k1], bias[k1], gate_coef[k1], gate_bias[k1], slope, one, s, t,
-            formula_tag, activation_tag,
-        )
-        y2[j] = combine(
-            x2[j], g2[j], r2[j], shift_x[k2], shift_g[k2], shift_r[k2], coef_x[k2], coef_g[k2],
-            coef_r[k2], bias[k2], gate_coef[k2], gate_bias[k2], slope, one, s, t,
-            formula_tag, activation_tag,
-        )
-        y3[j] = combine(
-            x3[j], g3[j], r3[j], shift_x[k3], shift_g[k3], shift_r[k3], coef_x[k3], coef_g[k3],
-            coef_r[k3], bias[k3], gate_coef[k3], gate_bias[k3], slope, one, s, t,
-            formula_tag, activation_tag,
-        )
+    cdef bint gradient = formula is Gradient or formula is ScaledGradient or formula is Mixed
+    if constant == OUT_SHIFT + G or constant == OUT_COEF + G:
+        return gradient
+    if constant == OUT_SHIFT + R or constant == OUT_COEF + R:
+        return formula is Mixed
+    if constant == OUT_GATE_COEF or constant == OUT_GATE_BIAS:
+        return gradient and activation is not Identity
+    return True
 
 
-cdef inline bint takes_parameters(const formula* formula_tag) noexcept nogil:
-    """Whether gamma varies within a statistic."""
-    return formula is Scaled or formula is ScaledGradient
+cdef struct Operands:         # of a row
+    const char* at[3]         # x, dout and the third input
+    const char* scale
+    const char* beta
+
+cdef struct Constants:
+    const char* at[OUT_SLOPE]
 
 
-cdef inline void apply_together(
-    const Block* block, Py_ssize_t i, const lane* lane_tag, const formula* formula_tag,
+cdef inline void point_operands(
+    Operands* o, const Block* block, Py_ssize_t i, const formula* formula_tag,
+) noexcept nogil:
+    o.at[X] = o.at[G] = o.at[R] = o.scale = o.beta = block.row[X][i]
+    if takes_second(formula_tag):
+        o.at[G] = block.row[G][i]
+    if takes_third(formula_tag):
+        o.at[R] = block.row[R][i]
+    if formula is Scaled or formula is ScaledGradient:
+        o.scale = block.row[S][i]
+    if formula is Scaled:
+        o.beta = block.row[B][i]
+
+
+cdef inline void point_constants(
+    Constants* constants, const Block* block, Py_ssize_t place,
+) noexcept nogil:
+    cdef int r
+    for r in range(3):
+        constants.at[OUT_SHIFT + r] = block.shift[r] + place
+        constants.at[OUT_COEF + r] = block.coef[r] + place
+    constants.at[OUT_BIAS] = block.bias + place
+    constants.at[OUT_GATE_COEF] = block.gate_coef + place
+    constants.at[OUT_GATE_BIAS] = block.gate_bias + place
+
+
+cdef inline void fill_constants(
+    const Block* block, Py_ssize_t place, vector* c, const formula* formula_tag,
     const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """Rows i to i + 3."""
-    cdef Py_ssize_t first = 0 if extent is OfColumn else i
-    cdef char** x = block.row[X] + i
-    cdef char** y = block.row[Y] + i
-    cdef char** g = block.row[G] + i if takes_second(formula_tag) else x
-    cdef char** r = block.row[R] + i if takes_third(formula_tag) else x
-    apply_four(
-        <const lane*> x[0], <const lane*> x[1], <const lane*> x[2], <const lane*> x[3],
-        <const lane*> g[0], <const lane*> g[1], <const lane*> g[2], <const lane*> g[3],
-        <const lane*> r[0], <const lane*> r[1], <const lane*> r[2], <const lane*> r[3],
-        <lane*> y[0], <lane*> y[1], <lane*> y[2], <lane*> y[3], block.width,
-        <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
-        <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
-        <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
-        <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
-        <const lane*> block.gate_bias + first, <lane> block.slope, <lane> bn_one(),
-        <const lane*> (block.row[S][i] if takes_parameters(formula_tag) else block.shift[X]),
-        <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]),
-        formula_tag, activation_tag, extent_tag,
-    )
+    """What all elements have in common."""
+    cdef Constants constants
+    cdef int i
+    c[OUT_SLOPE] = bn_like(c[0], block.slope)
+    c[OUT_ONE] = bn_like(c[0], bn_one())
+    point_constants(&constants, block, place)
+    for i in range(OUT_SLOPE):
+        if extent is OfRow and takes_constant(i, formula_tag, activation_tag):
+            c[i] = fill[vector](constants.at[i], NULL)
 
 
-cdef void apply_across(
-    const Block* block, const lane* lane_tag, const formula* formula_tag,
-    const activation* activation_tag,
+cdef inline void load_constants(
+    const Constants* constants, Py_ssize_t place, int n, bint part, vector* c,
+    const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(0, block.n_rows, 4):  # APPLY_ROWS
-        apply_together(block, i, lane_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
+    cdef int i
+    for i in range(OUT_SLOPE):
+        if takes_constant(i, formula_tag, activation_tag):
+            c[i] = load[vector](constants.at[i], place, n, part, NULL)
+
+
+cdef inline void load_scale(
+    const Operands* o, Py_ssize_t place, int n, bint part, vector* c,
+    const formula* formula_tag, const extent* extent_tag,
+) noexcept nogil:
+    """Scale and beta are the columns' where the other constants are the row's, and the other way
+    round."""
+    if extent is OfRow and (formula is Scaled or formula is ScaledGradient):
+        c[OUT_SCALE] = load[vector](o.scale, place, n, part, NULL)
+        c[OUT_BETA] = load[vector](o.beta, place, n, part, NULL)
+    elif formula is Scaled:
+        c[OUT_SCALE] = fill[vector](o.scale, NULL)
+        c[OUT_BETA] = fill[vector](o.beta, NULL)
+
+
+cdef inline vector output_at(
+    const Operands* o, Py_ssize_t place, int n, bint part, const vector* c,
+    const formula* formula_tag, const activation* activation_tag,
+) noexcept nogil:
+    cdef vector x = load[vector](o.at[X], place, n, part, NULL), g = x, r = x
+    if takes_second(formula_tag):
+        g = load[vector](o.at[G], place, n, part, NULL)
+    if takes_third(formula_tag):
+        r = load[vector](o.at[R], place, n, part, NULL)
+    return combine[vector, formula, activation](x, g, r, c, NULL, NULL)
+
+
+cdef inline void store(char* to, vector v, int n, bint part, bint past) noexcept nogil:
+    if part:
+        bn_store_part(to, v, n)
+    elif past:
+        bn_stream_vector(to, v)
+    else:
+        (<vector*> to)[0] = v
 
 
 cdef inline void apply_row(
-    const lane* restrict x, const lane* restrict g, const lane* restrict r, lane* restrict y,
-    Py_ssize_t width, const lane* restrict shift_x, const lane* restrict shift_g,
-    const lane* restrict shift_r, const lane* restrict coef_x, const lane* restrict coef_g,
-    const lane* restrict coef_r, const lane* restrict bias, const lane* restrict gate_coef,
-    const lane* restrict gate_bias, lane slope, lane one,
-    const lane* restrict scale, const lane* restrict beta, bint past,
-    const formula* formula_tag, const activation* activation_tag, const extent* extent_tag,
+    const Operands* o, const Constants* constants, Py_ssize_t place, Py_ssize_t end, char* y,
+    bint past, vector* c, const formula* formula_tag, const activation* activation_tag,
+    const extent* extent_tag,
 ) noexcept nogil:
-    """Scale and beta are the columns' where the constants are the row's, and the other way round.
-    Whole lines may go past the caches, from the registers that they are made in.
-    """
-    cdef Py_ssize_t first = 0, j, k, own, step = PAST if past else width
-    cdef lane factor = 1, term = 0
-    cdef lane[PAST] lines
-    cdef lane* to
-    while first < width:
-        if past:
-            to = lines
-        else:
-            to = y
-        for j in range(first, first + step):
-            k = j if extent is OfColumn else 0
-            if formula is Scaled or formula is ScaledGradient:
-                own = 0 if extent is OfColumn else j
-                factor = scale[own]
-                term = beta[own]
-            to[j - first] = combine(
-                x[j], g[j], r[j], shift_x[k], shift_g[k], shift_r[k], coef_x[k], coef_g[k],
-                coef_r[k], bias[k], gate_coef[k], gate_bias[k], slope, one, factor, term,
-                formula_tag, activation_tag,
-            )
-        if past:
-            bn_stream_lines(<char*> (y + first), <char*> lines, sizeof(lines) // LINE_BYTES)
-        first += step
+    """A row from one place to another.  Whole lines may go past the caches."""
+    cdef int left
+    while place + BN_VECTOR <= end:
+        if extent is OfColumn:
+            load_constants[vector, formula, activation](constants, place, 0, False, c, NULL, NULL)
+        load_scale[vector, formula, extent](o, place, 0, False, c, NULL, NULL)
+        store[vector](
+            y + place, output_at[vector, formula, activation](o, place, 0, False, c, NULL, NULL), 0,
+            False, past,
+        )
+        place += BN_VECTOR
+    if place < end and not past:
+        left = <int> ((end - place) // (sizeof(float) if vector is bn_floats else sizeof(double)))
+        if extent is OfColumn:
+            load_constants[vector, formula, activation](constants, place, left, True, c, NULL, NULL)
+        load_scale[vector, formula, extent](o, place, left, True, c, NULL, NULL)
+        store[vector](
+            y + place, output_at[vector, formula, activation](o, place, left, True, c, NULL, NULL),
+            left, True, False,
+        )
 
-
-# ---------------------------------------------------------------- past the caches
 
 cdef struct Stream:           # the end of what is written past the caches, in a line
     char* start               # of the line
@@ -194,15 +211,14 @@ cdef inline void go_on_at(Stream* stream, char* place) noexcept nogil:
     stream.start = place - stream.begin
 
 
-cdef inline lane* place_of(Stream* stream, lane* y, Py_ssize_t* n) noexcept nogil:
-    """Where to write the next elements, and of n how many: to y whole lines, else to the buffer."""
-    cdef Py_ssize_t line = LINE_BYTES // sizeof(lane)
-    go_on_at(stream, <char*> y)
-    if stream.end == 0 and n[0] >= PAST:
-        n[0] = n[0] // PAST * PAST
+cdef inline char* place_of(Stream* stream, char* y, Py_ssize_t* n_bytes) noexcept nogil:
+    """Where to write the next bytes, and of n how many: to y whole lines, else to the buffer."""
+    go_on_at(stream, y)
+    if stream.end == 0 and n_bytes[0] >= LINE_BYTES:
+        n_bytes[0] = n_bytes[0] // LINE_BYTES * LINE_BYTES
         return y
-    n[0] = min(n[0], line - stream.end // <Py_ssize_t> sizeof(lane))
-    return <lane*> (stream.buffer + stream.end)
+    n_bytes[0] = min(n_bytes[0], LINE_BYTES - stream.end)
+    return stream.buffer + stream.end
 
 
 cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes, bint past) noexcept nogil:
@@ -216,126 +232,181 @@ cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes, bint past) noexcept n
         stream.begin = stream.end = 0
 
 
-# ---------------------------------------------------------------- row by row
-
 cdef inline void prefetch_next(
-    const Block* block, Py_ssize_t i, Py_ssize_t strip, const lane* lane_tag,
+    const Block* block, Py_ssize_t i, Py_ssize_t place, Py_ssize_t n_bytes,
     const formula* formula_tag, const extent* extent_tag,
 ) noexcept nogil:
     """Of the inputs' rows that come next; of runs the output alone, see prefetch_output_bytes."""
-    cdef Py_ssize_t width = block.width, next = i + block.ahead
+    cdef Py_ssize_t next = i + block.ahead
     if extent is OfColumn:
-        prefetch_strip(block.row[X][next], strip, width, lane_tag)
+        bn_prefetch(block.row[X][next] + place, n_bytes)
         if takes_second(formula_tag):
-            prefetch_strip(block.row[G][next], strip, width, lane_tag)
+            bn_prefetch(block.row[G][next] + place, n_bytes)
         if takes_third(formula_tag):
-            prefetch_strip(block.row[R][next], strip, width, lane_tag)
+            bn_prefetch(block.row[R][next] + place, n_bytes)
     elif not (formula is Gradient or formula is Mixed):
         if i + 1 < block.n_rows:
-            prefetch_strip(block.row[Y][i + 1], strip, width, lane_tag)
-
-
-cdef inline void apply_part(
-    const Block* block, Py_ssize_t i, Py_ssize_t strip, Py_ssize_t n, Py_ssize_t first, lane* y,
-    bint past, const formula* formula_tag, const activation* activation_tag,
-    const extent* extent_tag,
-) noexcept nogil:
-    """n elements of row i, from element `strip` on; their constants, from `first` on."""
-    cdef const lane* x = <const lane*> block.row[X][i] + strip
-    cdef const lane* g = <const lane*> block.row[G][i] + strip if takes_second(formula_tag) else x
-    cdef const lane* r = <const lane*> block.row[R][i] + strip if takes_third(formula_tag) else x
-    apply_row(
-        x, g, r, y, n,
-        <const lane*> block.shift[X] + first, <const lane*> block.shift[G] + first,
-        <const lane*> block.shift[R] + first, <const lane*> block.coef[X] + first,
-        <const lane*> block.coef[G] + first, <const lane*> block.coef[R] + first,
-        <const lane*> block.bias + first, <const lane*> block.gate_coef + first,
-        <const lane*> block.gate_bias + first, <lane> block.slope, <lane> bn_one(),
-        <const lane*> (block.row[S][i] if takes_parameters(formula_tag) else block.shift[X]),
-        <const lane*> (block.row[B][i] if formula is Scaled else block.shift[X]), past,
-        formula_tag, activation_tag, extent_tag,
-    )
+            bn_prefetch(block.row[Y][i + 1] + place, n_bytes)
 
 
 cdef void apply_singly(
-    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const Block* block, const vector* vector_tag, const formula* formula_tag,
     const activation* activation_tag, const extent* extent_tag,
 ) noexcept nogil:
-    """The same row by row: where a row is one feature's, all with the same constants; and where the
-    rows come from beyond L2.  The hardware's prefetchers lose the thread among four rows of every
-    array, if they lie in one page: (12544, 160) backward's output, one thread, 770 us by fours, 460
-    by ones (AMD EPYC, Zen 4, 2026-11).
+    """Row by row: where a row is one feature's, all with the same constants; and where the rows
+    come from beyond L2.  The hardware's prefetchers lose the thread among four rows of every
+    array, if they lie in one page: (12544, 160) backward's output, one thread, 770 us by fours,
+    460 by ones (AMD EPYC, Zen 4, 2026-11).
 
     Past the caches straight from registers, but for the lines that two rows share: (1024, 4096) on
     two threads by way of a buffer of four lines 813 and 1594 us, so 731 and 1352; (16384, 1024)
     3.6 and 8.1 ms, 3.4 and 6.9.
     """
-    cdef Py_ssize_t i, strip, n, first, width = block.width
-    cdef Py_ssize_t step = STRIP if block.ahead else width
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t i, turn = 0, place, n, n_bytes = block.width * size
+    cdef Py_ssize_t step = STRIP * size if block.ahead else n_bytes
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
-    cdef lane* y
-    cdef lane* to
+    cdef Operands o
+    cdef Constants constants
+    cdef vector[N_OUT] c
+    cdef char* to
     memset(&stream, 0, sizeof(stream))
     stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
     stream.start = stream.buffer
+    point_constants(&constants, block, 0)
+    fill_constants[vector, formula, activation, extent](block, 0, c, NULL, NULL, NULL)
     for i in range(block.n_rows):
-        strip = 0
-        while strip < width:
+        point_operands(&o, block, i, formula_tag)
+        if extent is OfRow and block.turns > 1:
+            fill_constants[vector, formula, activation, extent](
+                block, turn * LANES * size, c, NULL, NULL, NULL
+            )
+            turn = turn + 1 if turn + 1 < block.turns else 0
+        place = 0
+        while place < n_bytes:
+            n = min(step, n_bytes - place)
             if block.ahead:
-                prefetch_next(block, i, strip, lane_tag, formula_tag, extent_tag)
-            n = min(step, width - strip)
-            first = strip if extent is OfColumn else i % block.turns * LANES
-            y = <lane*> block.row[Y][i] + strip
-            to = place_of(&stream, y, &n) if block.stream else y
-            if block.stream and to == y:
-                apply_part(
-                    block, i, strip, n, first, y, True, formula_tag, activation_tag, extent_tag
+                prefetch_next(block, i, place, n, formula_tag, extent_tag)
+            to = block.row[Y][i] + place
+            if not block.stream:
+                apply_row[vector, formula, activation, extent](
+                    &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
+                )
+                place += n
+                continue
+            to = place_of(&stream, to, &n)
+            if to == block.row[Y][i] + place:
+                apply_row[vector, formula, activation, extent](
+                    &o, &constants, place, place + n, to - place, True, c, NULL, NULL, NULL
                 )
             else:
-                apply_part(
-                    block, i, strip, n, first, to, False, formula_tag, activation_tag, extent_tag
+                apply_row[vector, formula, activation, extent](
+                    &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
                 )
-            if block.stream:
-                go_on(&stream, n * sizeof(lane), to == y)
-            strip += n
+            go_on(&stream, n, to == block.row[Y][i] + place)
+            place += n
     if block.stream:
         flush(&stream)
 
 
+cdef inline void apply_fours(
+    const Operands* o, const Constants* constants, Py_ssize_t place, int n, bint part,
+    char** y, vector* c, const formula* formula_tag, const activation* activation_tag,
+    const extent* extent_tag,
+) noexcept nogil:
+    """A vector of each of four rows, of which constants are loaded once; all are made before the
+    first is stored, as a load waits for a store to the same place of another page."""
+    cdef vector[4] made
+    cdef int k
+    if extent is OfColumn:
+        load_constants[vector, formula, activation](constants, place, n, part, c, NULL, NULL)
+    else:
+        load_scale[vector, formula, extent](o, place, n, part, c, NULL, NULL)
+    for k in range(4):
+        if extent is OfRow and k:
+            c[k * N_OUT + OUT_SCALE] = c[OUT_SCALE]
+            c[k * N_OUT + OUT_BETA] = c[OUT_BETA]
+        made[k] = output_at[vector, formula, activation](
+            &o[k], place, n, part, c + (k * N_OUT if extent is OfRow else 0), NULL, NULL
+        )
+    for k in range(4):
+        store[vector](y[k] + place, made[k], n, part, False)
+
+
+cdef void apply_by_fours(
+    const Block* block, Py_ssize_t i, const vector* vector_tag, const formula* formula_tag,
+    const activation* activation_tag, const extent* extent_tag,
+) noexcept nogil:
+    """Four rows, so that the constants are loaded once for four; or gamma and beta, which rows with
+    constants of their own have in common."""
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t place = 0, n_bytes = block.width * size
+    cdef Operands[4] o
+    cdef Constants constants
+    cdef vector[4 * N_OUT] c
+    cdef char* y[4]
+    cdef int k, left
+    point_constants(&constants, block, 0)
+    for k in range(4):
+        point_operands(&o[k], block, i + k, formula_tag)
+        fill_constants[vector, formula, activation, extent](
+            block, (i + k) * size, c + k * N_OUT, NULL, NULL, NULL
+        )
+        y[k] = block.row[Y][i + k]
+    while place + BN_VECTOR <= n_bytes:
+        apply_fours[vector, formula, activation, extent](
+            o, &constants, place, 0, False, y, c, NULL, NULL, NULL
+        )
+        place += BN_VECTOR
+    left = <int> ((n_bytes - place) // size)
+    if left:
+        apply_fours[vector, formula, activation, extent](
+            o, &constants, place, left, True, y, c, NULL, NULL, NULL
+        )
+
+
 cdef void apply_by_row(
-    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const Block* block, const vector* vector_tag, const formula* formula_tag,
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
     cdef Py_ssize_t i = 0
-    cdef bint scaled = takes_parameters(formula_tag)
+    cdef bint scaled = formula is Scaled or formula is ScaledGradient
+    cdef Operands o
+    cdef Constants constants
+    cdef vector[N_OUT] c
+    point_constants(&constants, block, 0)
     while i < block.n_rows:
         if i + 4 <= block.n_rows and (not scaled or block.row[S][i] == block.row[S][i + 3]):
-            apply_together(
-                block, i, lane_tag, formula_tag, <const Identity*> NULL, <const OfRow*> NULL
-            )
+            apply_by_fours[vector, formula, Identity, OfRow](block, i, NULL, NULL, NULL, NULL)
             i += 4
             continue
-        apply_part(
-            block, i, 0, block.width, i, <lane*> block.row[Y][i], False, formula_tag,
-            <const Identity*> NULL, <const OfRow*> NULL,
+        point_operands(&o, block, i, formula_tag)
+        fill_constants[vector, formula, Identity, OfRow](block, i * size, c, NULL, NULL, NULL)
+        apply_row[vector, formula, Identity, OfRow](
+            &o, &constants, 0, block.width * size, block.row[Y][i], False, c, NULL, NULL, NULL
         )
         i += 1
 
 
 cdef void apply_formula(
-    const Block* block, const lane* lane_tag, const formula* formula_tag,
+    const Block* block, const vector* vector_tag, const formula* formula_tag,
     const activation* activation_tag,
 ) noexcept nogil:
+    cdef Py_ssize_t i
     if block.walk == BY_ROW:
-        if activation is Identity and takes_rows(formula_tag):
-            apply_by_row(block, lane_tag, formula_tag)
+        if activation is Identity and not takes_third(formula_tag):
+            apply_by_row(block, vector_tag, formula_tag)
     elif block.walk == ALONG:
-        apply_singly(block, lane_tag, formula_tag, activation_tag, <const OfRow*> NULL)
+        apply_singly(block, vector_tag, formula_tag, activation_tag, <const OfRow*> NULL)
     elif block.singly or formula is Scaled:
-        apply_singly(block, lane_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
+        apply_singly(block, vector_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
     else:
-        apply_across(block, lane_tag, formula_tag, activation_tag)
+        for i in range(0, block.n_rows, 4):  # APPLY_ROWS
+            apply_by_fours(
+                block, i, vector_tag, formula_tag, activation_tag, <const OfColumn*> NULL
+            )
 
 
 # ---------------------------------------------------------------- the table
@@ -354,25 +425,25 @@ cdef struct Kernels:
 cdef Kernels[N_ACTIVATIONS][2] kernels
 
 
-cdef void fill_kernels(Kernels* row, const lane* lane_tag, const activation* activation_tag):
+cdef void fill_kernels(Kernels* row, const vector* vector_tag, const activation* activation_tag):
     row.scales = activation is LeakyRelu
     row.is_open = <IsOpen> is_open[activation]
-    row.sum_products = <Kernel> sum_products_walked[lane, activation]
-    row.apply[AFFINE] = <Kernel> apply_formula[lane, Affine, activation]
-    row.apply[ADDED] = <Kernel> apply_formula[lane, Added, activation]
-    row.apply[GRADIENT] = <Kernel> apply_formula[lane, Gradient, activation]
+    row.sum_products = <Kernel> sum_products[vector, activation]
+    row.apply[AFFINE] = <Kernel> apply_formula[vector, Affine, activation]
+    row.apply[ADDED] = <Kernel> apply_formula[vector, Added, activation]
+    row.apply[GRADIENT] = <Kernel> apply_formula[vector, Gradient, activation]
     if activation is Identity:
-        row.apply[MIXED] = <Kernel> apply_formula[lane, Mixed, activation]
-        row.apply[SCALED] = <Kernel> apply_formula[lane, Scaled, activation]
-        row.apply[SCALED_GRADIENT] = <Kernel> apply_formula[lane, ScaledGradient, activation]
+        row.apply[MIXED] = <Kernel> apply_formula[vector, Mixed, activation]
+        row.apply[SCALED] = <Kernel> apply_formula[vector, Scaled, activation]
+        row.apply[SCALED_GRADIENT] = <Kernel> apply_formula[vector, ScaledGradient, activation]
     else:
-        row.apply[OPENED] = <Kernel> apply_formula[lane, Opened, activation]
-        row.apply[ADDED_OPENED] = <Kernel> apply_formula[lane, AddedOpened, activation]
+        row.apply[OPENED] = <Kernel> apply_formula[vector, Opened, activation]
+        row.apply[ADDED_OPENED] = <Kernel> apply_formula[vector, AddedOpened, activation]
 
 
 cdef void fill_lanes(Kernels* row, const activation* activation_tag):
-    fill_kernels[float, activation](&row[0], NULL, NULL)
-    fill_kernels[double, activation](&row[1], NULL, NULL)
+    fill_kernels[bn_floats, activation](&row[0], NULL, NULL)
+    fill_kernels[bn_doubles, activation](&row[1], NULL, NULL)
 
 
 fill_lanes[Identity](kernels[IDENTITY], NULL)
@@ -386,10 +457,10 @@ cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) 
         kernels[block.activation][lane is double].sum_products(block, NULL, NULL)
     elif block.walk == ACROSS:
         sum_squares_across(block, lane_tag)
-    elif block.walk == ALONG:
-        sum_squares_along(block, lane_tag)
+    elif lane is float:
+        sum_rows[bn_floats, Identity, Squares](block, NULL, NULL, NULL)
     else:
-        sum_squares_by_row(block, lane_tag)
+        sum_rows[bn_doubles, Identity, Squares](block, NULL, NULL, NULL)
 
 
 cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:

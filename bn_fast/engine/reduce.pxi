@@ -107,6 +107,8 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
     fill_gradient[lane](&block, v, n, lane_tag)
+    if plan.layout == LONG_RUN and v.access[X] == DIRECT:
+        block.ahead = v.job.schedule.prefetch
     reduce_block[lane](&block, plan.used[G] or plan.used[W], lane_tag)
 
 

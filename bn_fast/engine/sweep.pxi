@@ -7,7 +7,7 @@ cdef inline Py_ssize_t visited_together(
     const Job* job, const Plan* plan, bint applies, bint wide, Py_ssize_t first, Py_ssize_t n,
 ) noexcept nogil:
     """Of n features: where rows are their own and written, those of the same lanes; where runs are
-    walked along one, or some that take turns."""
+    walked along one, or some that take turns, of which none has a wide gate."""
     cdef const double* in_wide = job.value[WIDE]
     cdef Py_ssize_t alike = 1
     if plan.layout == ROWS and applies:
@@ -15,7 +15,9 @@ cdef inline Py_ssize_t visited_together(
             alike += 1
         return alike
     if plan.layout == LONG_RUN:
-        return min(n, <Py_ssize_t> MAX_TURNS) if not wide and takes_turns(plan) else 1
+        n = min(n, <Py_ssize_t> MAX_TURNS) if not wide and takes_turns(plan) else 1
+        while n > 1 and plan.gate != NONE and fold_run(job.value[GATE_WIDE] + first, n) != 0:
+            n //= 2
     return n
 
 

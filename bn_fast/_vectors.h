@@ -1,0 +1,178 @@
+#ifndef BN_VECTORS_H
+#define BN_VECTORS_H
+#include "_native.h"
+
+/* Vectors as wide as the machine's, with gcc's and clang's arithmetic lane by lane; what that lacks, by
+ * intrinsics. All of it rounds as the same numbers one by one do. */
+#if defined(__AVX512F__)
+#define BN_VECTOR 64
+#elif defined(__AVX__)
+#define BN_VECTOR 32
+#else
+#define BN_VECTOR 16
+#endif
+typedef float bn_floats __attribute__((vector_size(BN_VECTOR), aligned(4), may_alias));
+typedef double bn_doubles __attribute__((vector_size(BN_VECTOR), aligned(8), may_alias));
+typedef float bn_half_floats __attribute__((vector_size(BN_VECTOR / 2)));
+typedef int bn_ints __attribute__((vector_size(BN_VECTOR)));
+typedef long long bn_longs __attribute__((vector_size(BN_VECTOR)));
+
+/* x in all lanes: of a loop over them gcc 12 makes as many masked stores. */
+static inline bn_floats bn_make_floats(double x) { return (float)x - (bn_floats){0}; }
+static inline bn_doubles bn_make_doubles(double x) { return x - (bn_doubles){0}; }
+/* a where z <= 0, else b. */
+static inline bn_floats bn_choose_floats(bn_floats z, bn_floats a, bn_floats b) {
+    bn_ints closed = z <= 0;
+    return (bn_floats)((closed & (bn_ints)a) | (~closed & (bn_ints)b));
+}
+static inline bn_doubles bn_choose_doubles(bn_doubles z, bn_doubles a, bn_doubles b) {
+    bn_longs closed = z <= 0;
+    return (bn_doubles)((closed & (bn_longs)a) | (~closed & (bn_longs)b));
+}
+/* The first n lanes, of a vector or from memory, 0 in the others; and these to memory. */
+#if defined(__AVX512F__)
+static inline bn_floats bn_part_floats(bn_floats v, int n) {
+    return (bn_floats)_mm512_maskz_mov_ps((__mmask16)((1 << n) - 1), (__m512)v);
+}
+static inline bn_doubles bn_part_doubles(bn_doubles v, int n) {
+    return (bn_doubles)_mm512_maskz_mov_pd((__mmask8)((1 << n) - 1), (__m512d)v);
+}
+static inline bn_floats bn_load_floats(const void *from, int n) {
+    return (bn_floats)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), from);
+}
+static inline bn_doubles bn_load_doubles(const void *from, int n) {
+    return (bn_doubles)_mm512_maskz_loadu_pd((__mmask8)((1 << n) - 1), from);
+}
+static inline void bn_store_floats(void *to, bn_floats v, int n) {
+    _mm512_mask_storeu_ps(to, (__mmask16)((1 << n) - 1), (__m512)v);
+}
+static inline void bn_store_doubles(void *to, bn_doubles v, int n) {
+    _mm512_mask_storeu_pd(to, (__mmask8)((1 << n) - 1), (__m512d)v);
+}
+#else
+static const int bn_lane_floats[] = {0, 1, 2, 3, 4, 5, 6, 7};
+static const long long bn_lane_doubles[] = {0, 1, 2, 3};
+static inline bn_ints bn_lanes_floats(int n) {
+    bn_ints lane;
+    memcpy(&lane, bn_lane_floats, sizeof(lane));
+    return lane < n;
+}
+static inline bn_longs bn_lanes_doubles(int n) {
+    bn_longs lane;
+    memcpy(&lane, bn_lane_doubles, sizeof(lane));
+    return lane < (long long)n;
+}
+static inline bn_floats bn_part_floats(bn_floats v, int n) {
+    return (bn_floats)((bn_ints)v & bn_lanes_floats(n));
+}
+static inline bn_doubles bn_part_doubles(bn_doubles v, int n) {
+    return (bn_doubles)((bn_longs)v & bn_lanes_doubles(n));
+}
+#if defined(__AVX__)
+static inline bn_floats bn_load_floats(const void *from, int n) {
+    return (bn_floats)_mm256_maskload_ps((const float *)from, (__m256i)bn_lanes_floats(n));
+}
+static inline bn_doubles bn_load_doubles(const void *from, int n) {
+    return (bn_doubles)_mm256_maskload_pd((const double *)from, (__m256i)bn_lanes_doubles(n));
+}
+#else
+static inline bn_floats bn_load_floats(const void *from, int n) {
+    bn_floats v = {0};
+    for (int i = 0; i < n; i++) v[i] = ((const float *)from)[i];
+    return v;
+}
+static inline bn_doubles bn_load_doubles(const void *from, int n) {
+    bn_doubles v = {0};
+    for (int i = 0; i < n; i++) v[i] = ((const double *)from)[i];
+    return v;
+}
+#endif
+/* Value by value: a masked store of AVX takes AMD's CPUs longer than a row of 1029. */
+static inline void bn_store_floats(void *to, bn_floats v, int n) {
+    float lane[BN_VECTOR / 4];
+    memcpy(lane, &v, sizeof(v));
+    for (int i = 0; i < n; i++) ((float *)to)[i] = lane[i];
+}
+static inline void bn_store_doubles(void *to, bn_doubles v, int n) {
+    double lane[BN_VECTOR / 8];
+    memcpy(lane, &v, sizeof(v));
+    for (int i = 0; i < n; i++) ((double *)to)[i] = lane[i];
+}
+#endif
+/* s += v, in double; or the first n lanes of it. */
+static inline void bn_add_floats(double *s, bn_floats v) {
+    bn_doubles *sums = (bn_doubles *)s;
+    union {
+        bn_floats whole;
+        bn_half_floats half[2];
+    } parts = {v};
+    for (int k = 0; k < 2; k++) {
+#if defined(__AVX512F__) /* of convertvector gcc 12 makes two of half the width */
+        sums[k] += (bn_doubles)_mm512_cvtps_pd((__m256)parts.half[k]);
+#elif defined(__AVX__)
+        sums[k] += (bn_doubles)_mm256_cvtps_pd((__m128)parts.half[k]);
+#else
+        for (int i = 0; i < BN_VECTOR / 8; i++) sums[k][i] += (double)parts.half[k][i];
+#endif
+    }
+}
+static inline void bn_add_doubles(double *s, bn_doubles v) { *(bn_doubles *)s += v; }
+static inline void bn_add_part_floats(double *s, bn_floats v, int n) {
+    for (int i = 0; i < n; i++) s[i] += (double)v[i];
+}
+static inline void bn_add_part_doubles(double *s, bn_doubles v, int n) {
+    for (int i = 0; i < n; i++) s[i] += v[i];
+}
+#if defined(__AVX512F__)
+static inline bn_floats bn_plus_floats(bn_floats x, bn_floats y, bn_floats one) {
+    return (bn_floats)_mm512_fmadd_ps((__m512)x, (__m512)one, (__m512)y);
+}
+static inline bn_doubles bn_plus_doubles(bn_doubles x, bn_doubles y, bn_doubles one) {
+    return (bn_doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)one, (__m512d)y);
+}
+#elif defined(__FMA__)
+static inline bn_floats bn_plus_floats(bn_floats x, bn_floats y, bn_floats one) {
+    return (bn_floats)_mm256_fmadd_ps((__m256)x, (__m256)one, (__m256)y);
+}
+static inline bn_doubles bn_plus_doubles(bn_doubles x, bn_doubles y, bn_doubles one) {
+    return (bn_doubles)_mm256_fmadd_pd((__m256d)x, (__m256d)one, (__m256d)y);
+}
+#else
+static inline bn_floats bn_plus_floats(bn_floats x, bn_floats y, bn_floats one) {
+    return (void)one, x + y;
+}
+static inline bn_doubles bn_plus_doubles(bn_doubles x, bn_doubles y, bn_doubles one) {
+    return (void)one, x + y;
+}
+#endif
+#if defined(__AVX512F__)
+#define BN_STREAM_FLOATS(to, v) _mm512_stream_ps(to, (__m512)(v))
+#define BN_STREAM_DOUBLES(to, v) _mm512_stream_pd(to, (__m512d)(v))
+#elif defined(__AVX__)
+#define BN_STREAM_FLOATS(to, v) _mm256_stream_ps(to, (__m256)(v))
+#define BN_STREAM_DOUBLES(to, v) _mm256_stream_pd(to, (__m256d)(v))
+#elif BN_STREAMS
+#define BN_STREAM_FLOATS(to, v) _mm_stream_ps(to, (__m128)(v))
+#define BN_STREAM_DOUBLES(to, v) _mm_stream_pd(to, (__m128d)(v))
+#else
+#define BN_STREAM_FLOATS(to, v) (void)(*(bn_floats *)(to) = (v))
+#define BN_STREAM_DOUBLES(to, v) (void)(*(bn_doubles *)(to) = (v))
+#endif
+static inline void bn_stream_floats(char *to, bn_floats v) { BN_STREAM_FLOATS((float *)to, v); }
+static inline void bn_stream_doubles(char *to, bn_doubles v) { BN_STREAM_DOUBLES((double *)to, v); }
+
+/* Of vectors of either; and x + y of numbers alone too. */
+#define BN_OF(v, name) _Generic((v), bn_floats: name##_floats, bn_doubles: name##_doubles)
+#define bn_plus(x, y, one)                                                                    \
+    _Generic((one), float: bn_plus_float, double: bn_plus_double, bn_floats: bn_plus_floats, \
+             bn_doubles: bn_plus_doubles)(x, y, one)
+#define bn_choose(z, a, b) BN_OF(z, bn_choose)(z, a, b)
+#define bn_like(v, x) BN_OF(v, bn_make)(x)
+#define bn_load_part(v, from, n) BN_OF(v, bn_load)(from, n)
+#define bn_store_part(to, v, n) BN_OF(v, bn_store)(to, v, n)
+#define bn_part(v, n) BN_OF(v, bn_part)(v, n)
+#define bn_add_lanes(s, v) BN_OF(v, bn_add)(s, v)
+#define bn_add_part(s, v, n) BN_OF(v, bn_add_part)(s, v, n)
+#define bn_stream_vector(to, v) BN_OF(v, bn_stream)(to, v)
+
+#endif

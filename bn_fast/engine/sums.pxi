@@ -1,0 +1,478 @@
+# Sums: rows in, two sums of each column out, or of each row, if they are one feature's.
+
+cdef inline lane add_eight(
+    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7, lane one,
+) noexcept nogil:
+    return (bn_plus(d0, d1, one) + (d2 + d3)) + (bn_plus(d4, d5, one) + (d6 + d7))
+
+
+cdef inline lane add_squares(
+    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7,
+) noexcept nogil:
+    return ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + (
+        (d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7)
+    )
+
+
+cdef inline void sum_squares_tree(
+    const lane* x0, const lane* x1, const lane* x2, const lane* x3,
+    const lane* x4, const lane* x5, const lane* x6, const lane* x7,
+    Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """Eight rows of the columns first .. last - 1 into their sums."""
+    cdef Py_ssize_t j
+    cdef lane k, d0, d1, d2, d3, d4, d5, d6, d7
+    for j in range(first, last):
+        k = shift[j]
+        d0 = bn_plus(x0[j], -k, one)
+        d1 = bn_plus(x1[j], -k, one)
+        d2 = bn_plus(x2[j], -k, one)
+        d3 = bn_plus(x3[j], -k, one)
+        d4 = bn_plus(x4[j], -k, one)
+        d5 = bn_plus(x5[j], -k, one)
+        d6 = bn_plus(x6[j], -k, one)
+        d7 = bn_plus(x7[j], -k, one)
+        s[j] += <double> add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
+        ss[j] += <double> add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
+
+
+cdef inline void sum_squares_trees(
+    char** rows, Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
+    double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """Sixteen rows, two such trees as one: half as many sums in double, which cost as much as the
+    rest ((256, 512) on one thread 8.9 to 7.9 us; of 32 rows no less)."""
+    cdef Py_ssize_t j
+    cdef lane k, sum_a, square_a, d0, d1, d2, d3, d4, d5, d6, d7
+    cdef const lane* x0 = <const lane*> rows[0]
+    cdef const lane* x1 = <const lane*> rows[1]
+    cdef const lane* x2 = <const lane*> rows[2]
+    cdef const lane* x3 = <const lane*> rows[3]
+    cdef const lane* x4 = <const lane*> rows[4]
+    cdef const lane* x5 = <const lane*> rows[5]
+    cdef const lane* x6 = <const lane*> rows[6]
+    cdef const lane* x7 = <const lane*> rows[7]
+    cdef const lane* y0 = <const lane*> rows[8]
+    cdef const lane* y1 = <const lane*> rows[9]
+    cdef const lane* y2 = <const lane*> rows[10]
+    cdef const lane* y3 = <const lane*> rows[11]
+    cdef const lane* y4 = <const lane*> rows[12]
+    cdef const lane* y5 = <const lane*> rows[13]
+    cdef const lane* y6 = <const lane*> rows[14]
+    cdef const lane* y7 = <const lane*> rows[15]
+    for j in range(first, last):
+        k = shift[j]
+        d0 = bn_plus(x0[j], -k, one)
+        d1 = bn_plus(x1[j], -k, one)
+        d2 = bn_plus(x2[j], -k, one)
+        d3 = bn_plus(x3[j], -k, one)
+        d4 = bn_plus(x4[j], -k, one)
+        d5 = bn_plus(x5[j], -k, one)
+        d6 = bn_plus(x6[j], -k, one)
+        d7 = bn_plus(x7[j], -k, one)
+        sum_a = add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
+        square_a = add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
+        d0 = bn_plus(y0[j], -k, one)
+        d1 = bn_plus(y1[j], -k, one)
+        d2 = bn_plus(y2[j], -k, one)
+        d3 = bn_plus(y3[j], -k, one)
+        d4 = bn_plus(y4[j], -k, one)
+        d5 = bn_plus(y5[j], -k, one)
+        d6 = bn_plus(y6[j], -k, one)
+        d7 = bn_plus(y7[j], -k, one)
+        s[j] += <double> (sum_a + add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one))
+        ss[j] += <double> (square_a + add_squares(d0, d1, d2, d3, d4, d5, d6, d7))
+
+
+cdef void sum_squares_across(const Block* block, const lane* lane_tag) noexcept nogil:
+    """sum_1[j] += sum_i d_ij,  sum_2[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
+    cdef char** rows = block.row[X]
+    cdef const lane* shift = <const lane*> block.shift[X]
+    cdef Py_ssize_t i = 0, n, strip, width = block.width, step = STRIP if block.ahead else width
+    cdef lane one = <lane> bn_one()
+    while i < block.n_rows:
+        n = min(block.tree_rows, block.n_rows - i)
+        strip = 0
+        while strip < width:
+            if block.ahead:
+                prefetch_share(
+                    rows + i + block.ahead, n, strip * sizeof(lane),
+                    min(step, width - strip) * sizeof(lane), width * sizeof(lane),
+                )
+            if n == 2 * TREE_ROWS:
+                sum_squares_trees(
+                    rows + i, strip, min(strip + step, width), shift, one,
+                    block.sum_1, block.sum_2,
+                )
+            else:
+                sum_squares_tree(
+                    <const lane*> rows[i], <const lane*> rows[i + 1],
+                    <const lane*> rows[i + 2], <const lane*> rows[i + 3],
+                    <const lane*> rows[i + 4], <const lane*> rows[i + 5],
+                    <const lane*> rows[i + 6], <const lane*> rows[i + 7],
+                    strip, min(strip + step, width), shift, one, block.sum_1, block.sum_2,
+                )
+            strip += step
+        i += n
+
+
+# ---------------------------------------------------------------- of vectors
+
+cdef enum:                    # constants of sums
+    SHIFT
+    SHIFT_OF_G
+    OPEN_SHIFT
+    OPEN_COEF
+    OPEN_BIAS
+    SLOPE
+    ONE
+    N_OF_SUMS
+
+cdef struct Squares:          # t = d
+    char unused
+
+cdef struct Products:         # t = what of dout comes through - its shift
+    char unused
+
+cdef struct ScaledProducts:   # t = scale dout - its shift
+    char unused
+
+ctypedef fused terms:
+    Squares
+    Products
+    ScaledProducts
+
+
+cdef inline vector term_of(
+    vector x, vector g, vector scale, const vector* c,
+    const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    if terms is Squares:
+        return bn_plus(x, -c[SHIFT], c[ONE])
+    elif terms is Products:
+        g = let_through[vector, activation](
+            g, x - c[OPEN_SHIFT], c[OPEN_COEF], c[OPEN_BIAS], c[SLOPE], activation_tag
+        )
+        return bn_plus(g, -c[SHIFT_OF_G], c[ONE])
+    else:
+        return g * scale - c[SHIFT_OF_G]
+
+
+cdef inline void sum_four(
+    vector x0, vector x1, vector x2, vector x3, vector g0, vector g1, vector g2, vector g3,
+    vector s0, vector s1, vector s2, vector s3, const vector* c, vector* made,
+    const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    """The trees of t and t d of four vectors; s are what dout is scaled by."""
+    cdef vector t0 = term_of[vector, activation, terms](x0, g0, s0, c, NULL, NULL)
+    cdef vector t1 = term_of[vector, activation, terms](x1, g1, s1, c, NULL, NULL)
+    cdef vector t2 = term_of[vector, activation, terms](x2, g2, s2, c, NULL, NULL)
+    cdef vector t3 = term_of[vector, activation, terms](x3, g3, s3, c, NULL, NULL)
+    made[0] = (t0 + t1) + (t2 + t3)
+    t0 = t0 * bn_plus(x0, -c[SHIFT], c[ONE])
+    t1 = t1 * bn_plus(x1, -c[SHIFT], c[ONE])
+    t2 = t2 * bn_plus(x2, -c[SHIFT], c[ONE])
+    t3 = t3 * bn_plus(x3, -c[SHIFT], c[ONE])
+    made[1] = (t0 + t1) + (t2 + t3)
+
+
+# ---------------------------------------------------------------- sums of x and dout
+
+cdef struct Pairs:            # four rows of x and dout, and their columns' constants
+    const char* x[4]
+    const char* g[4]
+    const char* constant[SLOPE]
+
+
+cdef inline void sum_four_pairs(
+    const Pairs* p, Py_ssize_t place, int n, bint part, vector* c, double* s, double* ss,
+    const activation* activation_tag,
+) noexcept nogil:
+    cdef vector[2] made
+    c[SHIFT] = load[vector](p.constant[SHIFT], place, n, part, NULL)
+    c[SHIFT_OF_G] = load[vector](p.constant[SHIFT_OF_G], place, n, part, NULL)
+    if activation is not Identity:
+        c[OPEN_SHIFT] = load[vector](p.constant[OPEN_SHIFT], place, n, part, NULL)
+        c[OPEN_COEF] = load[vector](p.constant[OPEN_COEF], place, n, part, NULL)
+        c[OPEN_BIAS] = load[vector](p.constant[OPEN_BIAS], place, n, part, NULL)
+    sum_four[vector, activation, Products](
+        load[vector](p.x[0], place, n, part, NULL), load[vector](p.x[1], place, n, part, NULL),
+        load[vector](p.x[2], place, n, part, NULL), load[vector](p.x[3], place, n, part, NULL),
+        load[vector](p.g[0], place, n, part, NULL), load[vector](p.g[1], place, n, part, NULL),
+        load[vector](p.g[2], place, n, part, NULL), load[vector](p.g[3], place, n, part, NULL),
+        c[ONE], c[ONE], c[ONE], c[ONE], c, made, NULL, NULL,
+    )
+    if part:
+        bn_add_part(s, made[0], n)
+        bn_add_part(ss, made[1], n)
+    else:
+        bn_add_lanes(s, made[0])
+        bn_add_lanes(ss, made[1])
+
+
+cdef void sum_products_across(
+    const Block* block, const vector* vector_tag, const activation* activation_tag,
+) noexcept nogil:
+    """sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
+
+    Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
+    would cost its digits there.  Behind an activation dout is what comes through it.  Four rows at
+    a time; eight pairs would fill the ways of a cache set where rows lie 4 KiB apart.
+    """
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t i, k, place, end, n_bytes = block.width * size, ahead = block.ahead
+    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes
+    cdef int left
+    cdef Pairs p
+    cdef vector[N_OF_SUMS] c
+    c[ONE] = bn_like(c[ONE], bn_one())
+    c[SLOPE] = bn_like(c[SLOPE], block.slope)
+    p.constant[SHIFT] = block.shift[X]
+    p.constant[SHIFT_OF_G] = block.shift[G]
+    p.constant[OPEN_SHIFT] = block.gate_shift
+    p.constant[OPEN_COEF] = block.gate_coef
+    p.constant[OPEN_BIAS] = block.gate_bias
+    for i in range(0, block.n_rows, 4):
+        for k in range(4):
+            p.x[k] = block.row[X][i + k]
+            p.g[k] = block.row[G][i + k]
+        place = 0
+        while place < n_bytes:
+            end = min(place + step, n_bytes)
+            if ahead:
+                prefetch_share(block.row[X] + i + ahead, 4, place, end - place, n_bytes)
+                prefetch_share(block.row[G] + i + ahead, 4, place, end - place, n_bytes)
+            while place + BN_VECTOR <= end:
+                sum_four_pairs[vector, activation](
+                    &p, place, 0, False, c, block.sum_1 + place // size,
+                    block.sum_2 + place // size, NULL,
+                )
+                place += BN_VECTOR
+            left = <int> ((end - place) // size)
+            if left:
+                sum_four_pairs[vector, activation](
+                    &p, place, left, True, c, block.sum_1 + place // size,
+                    block.sum_2 + place // size, NULL,
+                )
+                place = end
+
+
+# ---------------------------------------------------------------- sums along rows
+#
+# A row of one feature is wound up on LANES columns: a sequential read, which needs no prefetch (in
+# bursts of a run's length they cost up to 40 %, NCHW with 14 x 14) but line by line from memory:
+# (32, 64, 56, 56), two threads, 2.46 and 3.15 ms, so 2.15 and 2.91.  Sixteen lines of LANES are a
+# tree: fours, what is left one by one, the rest of the last; of shorter vectors some make a line.
+
+cdef inline vector line_of(const char* row, int k, const vector* vector_tag) noexcept nogil:
+    """A vector of the k-th line from here."""
+    return load[vector](
+        row, k * LANES * (sizeof(float) if vector is bn_floats else sizeof(double)), 0, False, NULL
+    )
+
+
+cdef inline void sum_lines(
+    const char* x, const char* g, const char* scale, Py_ssize_t n, int left, const vector* c,
+    bint far, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    """The sums of a vector of n lines each, and of the first lanes of one more."""
+    cdef Py_ssize_t now, line = LANES * (sizeof(float) if vector is bn_floats else sizeof(double))
+    cdef vector x0, t0, sums, products
+    cdef vector[2] made
+    while True:
+        sums = bn_like(sums, 0)
+        products = sums
+        now = min(n, <Py_ssize_t> 16)
+        n -= now
+        while now >= 4:
+            if far:
+                bn_prefetch(x + AHEAD_ALONG, 4 * line)
+                if terms is not Squares:
+                    bn_prefetch(g + AHEAD_ALONG, 4 * line)
+            sum_four[vector, activation, terms](
+                line_of[vector](x, 0, NULL), line_of[vector](x, 1, NULL),
+                line_of[vector](x, 2, NULL), line_of[vector](x, 3, NULL),
+                line_of[vector](g, 0, NULL), line_of[vector](g, 1, NULL),
+                line_of[vector](g, 2, NULL), line_of[vector](g, 3, NULL),
+                line_of[vector](scale, 0, NULL), line_of[vector](scale, 1, NULL),
+                line_of[vector](scale, 2, NULL), line_of[vector](scale, 3, NULL),
+                c, made, NULL, NULL,
+            )
+            sums = sums + made[0]
+            products = products + made[1]
+            x += 4 * line
+            g += 4 * line
+            scale += 4 * line
+            now -= 4
+        while now > 0:
+            x0 = line_of[vector](x, 0, NULL)
+            t0 = term_of[vector, activation, terms](
+                x0, line_of[vector](g, 0, NULL), line_of[vector](scale, 0, NULL), c, NULL, NULL
+            )
+            sums = sums + t0
+            products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
+            x += line
+            g += line
+            scale += line
+            now -= 1
+        if n == 0 and left > 0:
+            x0 = load[vector](x, 0, left, True, NULL)
+            t0 = term_of[vector, activation, terms](
+                x0, load[vector](g, 0, left, True, NULL),
+                load[vector](scale, 0, left, True, NULL), c, NULL, NULL,
+            )
+            t0 = bn_part(t0, left)
+            sums = sums + t0
+            products = products + t0 * bn_part(bn_plus(x0, -c[SHIFT], c[ONE]), left)
+        bn_add_lanes(s, sums)
+        bn_add_lanes(ss, products)
+        if n == 0:
+            return
+
+
+cdef void sum_rows(
+    const Block* block, const vector* vector_tag, const activation* activation_tag,
+    const terms* terms_tag,
+) noexcept nogil:
+    """Rows of one feature each: of features that take turns, or each of its own, whose sums are
+    folded."""
+    cdef bint own = block.walk == BY_ROW
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef int lanes = <int> (BN_VECTOR // size), left = <int> (block.width % LANES)
+    cdef Py_ssize_t i, part, place, turn = 0, n = block.width // LANES
+    cdef char* x
+    cdef char* g
+    cdef char* scale
+    cdef vector[N_OF_SUMS] c
+    cdef double[LANES] sums, products
+    cdef double* s = sums
+    cdef double* ss = products
+    c[ONE] = bn_like(c[ONE], bn_one())
+    c[SLOPE] = bn_like(c[SLOPE], block.slope)
+    for i in range(block.n_rows):
+        x = block.row[X][i]
+        g = x if terms is Squares else block.row[G][i]
+        scale = block.row[S][i] if terms is ScaledProducts else x
+        place = (i if own else turn * LANES) * size
+        c[SHIFT] = fill[vector](block.shift[X] + place, NULL)
+        c[SHIFT_OF_G] = fill[vector](block.shift[G] + place, NULL)
+        if activation is not Identity:
+            c[OPEN_SHIFT] = fill[vector](block.gate_shift + place, NULL)
+            c[OPEN_COEF] = fill[vector](block.gate_coef + place, NULL)
+            c[OPEN_BIAS] = fill[vector](block.gate_bias + place, NULL)
+        if own:
+            set_lanes[double](sums, 0)
+            set_lanes[double](products, 0)
+        else:
+            s = block.sum_1 + turn * LANES
+            ss = block.sum_2 + turn * LANES
+            turn = turn + 1 if turn + 1 < block.turns else 0
+        for part in range(LANES // lanes):
+            sum_lines[vector, activation, terms](
+                x + part * BN_VECTOR, g + part * BN_VECTOR, scale + part * BN_VECTOR, n,
+                min(lanes, left - <int> part * lanes), c, block.ahead and not part,
+                s + part * lanes, ss + part * lanes, NULL, NULL,
+            )
+        if own:
+            block.sum_1[i] = bn_fold_lanes(sums)
+            block.sum_2[i] = bn_fold_lanes(products)
+
+
+cdef void sum_products(
+    const Block* block, const vector* vector_tag, const activation* activation_tag,
+) noexcept nogil:
+    if block.walk == ACROSS:
+        sum_products_across(block, vector_tag, activation_tag)
+    elif block.formula != SCALED_GRADIENT:
+        sum_rows[vector, activation, Products](block, NULL, NULL, NULL)
+    elif activation is Identity:
+        sum_rows[vector, activation, ScaledProducts](block, NULL, NULL, NULL)
+
+
+# ---------------------------------------------------------------- sums for gamma and beta
+#
+# dbeta = sum dout and dgamma = sum dout x_hat of the parameters that vary within a statistic,
+# x_hat = (x - shift) scale + rest.
+
+cdef inline lane x_hat_of(lane x, lane shift, lane scale, lane rest) noexcept nogil:
+    return (x - shift) * scale + rest
+
+
+cdef inline void differentiate_four(
+    const lane* restrict x0, const lane* restrict x1,
+    const lane* restrict x2, const lane* restrict x3,
+    const lane* restrict g0, const lane* restrict g1,
+    const lane* restrict g2, const lane* restrict g3,
+    lane* restrict y0, lane* restrict y1, lane* restrict y2, lane* restrict y3, Py_ssize_t width,
+    const lane* k, const lane* m, const lane* a, const lane* b, const lane* c,
+    const lane* scale, const lane* rest, const lane* restrict factor,
+    double* restrict s, double* restrict ss, bint writes,
+) noexcept nogil:
+    """Parameters along the rows, each of which has its own statistics: columns' sums.  And, if
+    asked for, the rows of dx as SCALED_GRADIENT makes them: in one walk, as most of either is to
+    come by x and dout."""
+    cdef Py_ssize_t j
+    cdef lane k0 = k[0], k1 = k[1], k2 = k[2], k3 = k[3]
+    cdef lane m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3]
+    cdef lane a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3]
+    cdef lane b0 = b[0], b1 = b[1], b2 = b[2], b3 = b[3]
+    cdef lane c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3]
+    cdef lane r0 = scale[0], r1 = scale[1], r2 = scale[2], r3 = scale[3]
+    cdef lane h0 = rest[0], h1 = rest[1], h2 = rest[2], h3 = rest[3]
+    cdef lane d0, d1, d2, d3, t0, t1, t2, t3, f
+    for j in range(width):
+        f = factor[j]
+        t0 = g0[j]
+        t1 = g1[j]
+        t2 = g2[j]
+        t3 = g3[j]
+        d0 = x0[j] - k0
+        d1 = x1[j] - k1
+        d2 = x2[j] - k2
+        d3 = x3[j] - k3
+        s[j] += <double> ((t0 + t1) + (t2 + t3))
+        ss[j] += <double> (
+            (t0 * (d0 * r0 + h0) + t1 * (d1 * r1 + h1))
+            + (t2 * (d2 * r2 + h2) + t3 * (d3 * r3 + h3))
+        )
+        if writes:
+            y0[j] = ((t0 * f - m0) * b0 + d0 * a0) + c0
+            y1[j] = ((t1 * f - m1) * b1 + d1 * a1) + c1
+            y2[j] = ((t2 * f - m2) * b2 + d2 * a2) + c2
+            y3[j] = ((t3 * f - m3) * b3 + d3 * a3) + c3
+
+
+cdef void sum_one_row(
+    const lane* restrict x, const lane* restrict g, Py_ssize_t width, lane shift, lane scale,
+    lane rest, Py_ssize_t step, double* restrict s, double* restrict ss,
+) noexcept nogil:
+    """The same of one row, whose parameters lie `step` apart."""
+    cdef Py_ssize_t j
+    for j in range(width):
+        s[j * step] += <double> g[j]
+        ss[j * step] += <double> (g[j] * x_hat_of(x[j], shift, scale, rest))
+
+
+cdef void sum_of_row(
+    const lane* restrict x, const lane* restrict g, Py_ssize_t width,
+    const lane* restrict shift, const lane* restrict scale, const lane* restrict rest,
+    double* s, double* ss,
+) noexcept nogil:
+    """One parameter for the row, whose columns have constants of their own."""
+    cdef Py_ssize_t i, j, k, whole = width // LANES * LANES
+    cdef double[LANES] sums
+    cdef double[LANES] products
+    set_lanes[double](sums, 0)
+    set_lanes[double](products, 0)
+    for i in range(0, whole, 16):  # LANES; Cython wants a literal step
+        for j in range(LANES):
+            k = i + j
+            sums[j] += <double> g[k]
+            products[j] += <double> (g[k] * x_hat_of(x[k], shift[k], scale[k], rest[k]))
+    for j in range(width - whole):
+        k = whole + j
+        sums[j] += <double> g[k]
+        products[j] += <double> (g[k] * x_hat_of(x[k], shift[k], scale[k], rest[k]))
+    s[0] += bn_fold_lanes(sums)
+    ss[0] += bn_fold_lanes(products)
