@@ -72,6 +72,7 @@ cdef enum:
     STRIP = 64
     LINE_BYTES = 64
     PAGE_BYTES = 4096
+    TREE_LINES = 16           # of LANES elements, along a run
     AHEAD_ALONG = 4096        # bytes of a run from far away that are prefetched
     LANES = 16                # columns that a long run of one feature is wound up on: a cache line
 

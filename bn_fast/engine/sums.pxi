@@ -272,63 +272,83 @@ cdef inline vector line_of(const char* row, int k, const vector* vector_tag) noe
     )
 
 
-cdef inline void sum_lines(
+cdef inline void sum_tree(
     const char* x, const char* g, const char* scale, Py_ssize_t n, int left, const vector* c,
     bint far, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
     """The sums of a vector of n lines each, and of the first lanes of one more."""
-    cdef Py_ssize_t now, line = LANES * (sizeof(float) if vector is bn_floats else sizeof(double))
+    cdef Py_ssize_t line = LANES * (sizeof(float) if vector is bn_floats else sizeof(double))
     cdef vector x0, t0, sums, products
     cdef vector[2] made
+    sums = bn_like(sums, 0)
+    products = sums
+    while n >= 4:
+        if far:
+            bn_prefetch(x + AHEAD_ALONG, 4 * line)
+            if terms is not Squares:
+                bn_prefetch(g + AHEAD_ALONG, 4 * line)
+        sum_four[vector, activation, terms](
+            line_of[vector](x, 0, NULL), line_of[vector](x, 1, NULL),
+            line_of[vector](x, 2, NULL), line_of[vector](x, 3, NULL),
+            line_of[vector](g, 0, NULL), line_of[vector](g, 1, NULL),
+            line_of[vector](g, 2, NULL), line_of[vector](g, 3, NULL),
+            line_of[vector](scale, 0, NULL), line_of[vector](scale, 1, NULL),
+            line_of[vector](scale, 2, NULL), line_of[vector](scale, 3, NULL),
+            c, made, NULL, NULL,
+        )
+        sums = sums + made[0]
+        products = products + made[1]
+        x += 4 * line
+        g += 4 * line
+        scale += 4 * line
+        n -= 4
+    while n > 0:
+        x0 = line_of[vector](x, 0, NULL)
+        t0 = term_of[vector, activation, terms](
+            x0, line_of[vector](g, 0, NULL), line_of[vector](scale, 0, NULL), c, NULL, NULL
+        )
+        sums = sums + t0
+        products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
+        x += line
+        g += line
+        scale += line
+        n -= 1
+    if left > 0:
+        x0 = load[vector](x, 0, left, True, NULL)
+        t0 = term_of[vector, activation, terms](
+            x0, load[vector](g, 0, left, True, NULL), load[vector](scale, 0, left, True, NULL), c,
+            NULL, NULL,
+        )
+        t0 = bn_part(t0, left)
+        sums = sums + t0
+        products = products + t0 * bn_part(bn_plus(x0, -c[SHIFT], c[ONE]), left)
+    bn_add_lanes(s, sums)
+    bn_add_lanes(ss, products)
+
+
+cdef inline void sum_row(
+    const char* x, const char* g, const char* scale, Py_ssize_t width, const vector* c, bint far,
+    double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    """Tree by tree, as vectors shorter than a line would else take two walks from memory."""
+    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef int lanes = <int> (BN_VECTOR // size), left = <int> (width % LANES), rest, part
+    cdef Py_ssize_t now, n = width // LANES
     while True:
-        sums = bn_like(sums, 0)
-        products = sums
-        now = min(n, <Py_ssize_t> 16)
+        now = min(n, <Py_ssize_t> TREE_LINES)
         n -= now
-        while now >= 4:
-            if far:
-                bn_prefetch(x + AHEAD_ALONG, 4 * line)
-                if terms is not Squares:
-                    bn_prefetch(g + AHEAD_ALONG, 4 * line)
-            sum_four[vector, activation, terms](
-                line_of[vector](x, 0, NULL), line_of[vector](x, 1, NULL),
-                line_of[vector](x, 2, NULL), line_of[vector](x, 3, NULL),
-                line_of[vector](g, 0, NULL), line_of[vector](g, 1, NULL),
-                line_of[vector](g, 2, NULL), line_of[vector](g, 3, NULL),
-                line_of[vector](scale, 0, NULL), line_of[vector](scale, 1, NULL),
-                line_of[vector](scale, 2, NULL), line_of[vector](scale, 3, NULL),
-                c, made, NULL, NULL,
+        rest = left if n == 0 else 0
+        for part in range(LANES // lanes):
+            sum_tree[vector, activation, terms](
+                x + part * BN_VECTOR, g + part * BN_VECTOR, scale + part * BN_VECTOR, now,
+                min(lanes, rest - part * lanes), c, far and part == 0, s + part * lanes,
+                ss + part * lanes, NULL, NULL,
             )
-            sums = sums + made[0]
-            products = products + made[1]
-            x += 4 * line
-            g += 4 * line
-            scale += 4 * line
-            now -= 4
-        while now > 0:
-            x0 = line_of[vector](x, 0, NULL)
-            t0 = term_of[vector, activation, terms](
-                x0, line_of[vector](g, 0, NULL), line_of[vector](scale, 0, NULL), c, NULL, NULL
-            )
-            sums = sums + t0
-            products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
-            x += line
-            g += line
-            scale += line
-            now -= 1
-        if n == 0 and left > 0:
-            x0 = load[vector](x, 0, left, True, NULL)
-            t0 = term_of[vector, activation, terms](
-                x0, load[vector](g, 0, left, True, NULL),
-                load[vector](scale, 0, left, True, NULL), c, NULL, NULL,
-            )
-            t0 = bn_part(t0, left)
-            sums = sums + t0
-            products = products + t0 * bn_part(bn_plus(x0, -c[SHIFT], c[ONE]), left)
-        bn_add_lanes(s, sums)
-        bn_add_lanes(ss, products)
         if n == 0:
             return
+        x += now * LANES * size
+        g += now * LANES * size
+        scale += now * LANES * size
 
 
 cdef void sum_rows(
@@ -339,8 +359,7 @@ cdef void sum_rows(
     folded."""
     cdef bint own = block.walk == BY_ROW
     cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
-    cdef int lanes = <int> (BN_VECTOR // size), left = <int> (block.width % LANES)
-    cdef Py_ssize_t i, part, place, turn = 0, n = block.width // LANES
+    cdef Py_ssize_t i, place, turn = 0
     cdef char* x
     cdef char* g
     cdef char* scale
@@ -368,12 +387,9 @@ cdef void sum_rows(
             s = block.sum_1 + turn * LANES
             ss = block.sum_2 + turn * LANES
             turn = turn + 1 if turn + 1 < block.turns else 0
-        for part in range(LANES // lanes):
-            sum_lines[vector, activation, terms](
-                x + part * BN_VECTOR, g + part * BN_VECTOR, scale + part * BN_VECTOR, n,
-                min(lanes, left - <int> part * lanes), c, block.ahead and not part,
-                s + part * lanes, ss + part * lanes, NULL, NULL,
-            )
+        sum_row[vector, activation, terms](
+            x, g, scale, block.width, c, block.ahead, s, ss, NULL, NULL
+        )
         if own:
             block.sum_1[i] = bn_fold_lanes(sums)
             block.sum_2[i] = bn_fold_lanes(products)
