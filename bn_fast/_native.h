@@ -33,10 +33,12 @@ static inline long long bn_now(void) { return 0; }
 /* Where another process has the core of one of our threads, the others wait for it for as long as the
  * system lets that process run, some milliseconds, at every barrier. So a wait that is long, and long
  * beside the work before it (a share of twice the size is no such thing), keeps the calls that follow
- * on one thread, for 20 ms at first and up to twenty times that while it happens again. Two threads
- * beside a busy process, float32 (16384, 64), forward and backward: 22 ms a turn without this, one
- * thread's 5.5 with it. The bits do not depend on how many threads there are. */
+ * on one thread, for 20 ms at first and up to twenty times that while it happens again; but not the
+ * first in a fifth of a second, which comes on a quiet machine too. Two threads beside a busy process,
+ * float32 (16384, 64), forward and backward: 22 ms a turn without this, one thread's 5.5 with it. The
+ * bits do not depend on how many threads there are. */
 #define BN_LONG_WAIT 1000000LL
+#define BN_FORGIVEN 200000000LL
 #define BN_FIRST_PAUSE 20000000LL
 #define BN_LAST_PAUSE 400000000LL
 #if defined(__GNUC__) || defined(__clang__)
@@ -46,7 +48,7 @@ static inline long long bn_now(void) { return 0; }
 #define BN_LOAD(x) (x)
 #define BN_STORE(x, value) ((x) = (value))
 #endif
-static long long bn_alone_until = 0, bn_pause_length = 0;
+static long long bn_alone_until = 0, bn_pause_length = 0, bn_waited_at = 0;
 static int bn_patient = 0; /* for tests of threads: no wait counts */
 
 /* How many of n threads may be counted on. */
@@ -55,11 +57,18 @@ static inline int bn_coming(int n) {
 }
 
 static inline void bn_note_wait(long long worked, long long waited) {
-    long long now, last, pause;
+    long long now, last, pause, before;
     if (waited < BN_LONG_WAIT || waited < 2 * worked) return;
     now = bn_now(), last = BN_LOAD(bn_alone_until), pause = BN_LOAD(bn_pause_length);
     if (now < last) return; /* another thread of the call has said so */
-    pause = now - last > 4 * pause ? BN_FIRST_PAUSE : 2 * pause;
+    before = BN_LOAD(bn_waited_at);
+    BN_STORE(bn_waited_at, now);
+    if (now - last > 4 * pause) {
+        if (now - before > BN_FORGIVEN || now - before < waited) return;
+        pause = BN_FIRST_PAUSE;
+    } else {
+        pause = 2 * pause;
+    }
     if (pause > BN_LAST_PAUSE) pause = BN_LAST_PAUSE;
     BN_STORE(bn_pause_length, pause);
     BN_STORE(bn_alone_until, now + pause);

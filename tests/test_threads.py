@@ -208,7 +208,10 @@ MS = 10**6
 assert core.coming(4) == 4
 core.note_wait(0, MS // 2)  # short
 core.note_wait(3 * MS, 5 * MS)  # shares of different sizes
+core.note_wait(MS, 5 * MS)  # one in a while
+core.note_wait(MS, 5 * MS)  # the same, as another thread saw it
 assert core.coming(4) == 4
+time.sleep(6e-3)
 pauses = []
 for _ in range(8):
     core.note_wait(MS, 5 * MS)
