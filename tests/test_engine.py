@@ -40,15 +40,15 @@ def test_each_file_uses_only_what_stands_above_it():
 CACHES = [
     (2**12, 2**12, 2**12), (2**15, 2**18, 2**20), (2**15, 2**21, 2**25), (2**30, 2**30, 2**30),
 ]  # fmt: skip
+SIZES = [
+    ((300, 70), 1), ((40, 1300), 1), ((5000, 3), 1), ((6, 33, 7, 7), 1), ((3, 5, 30, 30), 1),
+    ((40, 20, 300), 1),  # long runs that take turns, of which a block has more than are at hand
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((300, 70), 1), ((40, 1300), 1), ((5000, 3), 1), ((6, 33, 7, 7), 1), ((3, 5, 30, 30), 1)],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "axis"), SIZES, ids=str)
 def test_the_size_of_the_caches_changes_no_bit(shape, axis, dtype, activation):
     x, dout = normal(shape, dtype), normal(shape, dtype, 1)
     gamma, beta = normal(shape[axis], np.float32, 2), normal(shape[axis], np.float32, 3)
@@ -114,3 +114,12 @@ def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
         finally:
             if old:
                 core.set_caches(*old)
+
+
+def test_arrays_lie_out_of_step_with_pages():
+    """Eight of the engine's arrays, side by side, each begin in a set of L1 of their own: those of
+    powers of two fell into one."""
+    for n in range(1, 5000):
+        apart = core.pitch(n)
+        assert n <= apart < n + 128
+        assert n < 128 or len({8 * apart * k // 64 % 64 for k in range(8)}) == 8
