@@ -329,9 +329,6 @@ static inline void bn_stream_end(void) { _mm_sfence(); }
 #define BN_STREAMS 1
 #else
 static inline void bn_stream(char *to, const char *from, Py_ssize_t n) { memcpy(to, from, (size_t)n); }
-static inline void bn_stream_lines(char *to, const char *from, Py_ssize_t n_lines) {
-    memcpy(to, from, (size_t)n_lines * 64);
-}
 static inline void bn_stream_end(void) {}
 #define BN_STREAMS 0
 #endif

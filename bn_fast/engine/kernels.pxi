@@ -33,7 +33,6 @@
 cdef extern from "_native.h" nogil:
     void bn_prefetch(const char* address, Py_ssize_t n)
     void bn_stream(char* to, const char* from_, Py_ssize_t n)
-    void bn_stream_lines(char* to, const char* from_, Py_ssize_t n_lines)
     void bn_stream_end()
     bint BN_STREAMS
     double bn_one()
@@ -227,18 +226,12 @@ cdef inline vector gate(
         return g
 
 
-cdef inline void set_lanes(lane* lanes, lane value) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(LANES):
-        lanes[j] = value
-
-
 cdef bint is_open(double z, double slope, const activation* activation_tag) noexcept nogil:
     """Whether a gradient comes through to z as it is."""
     cdef bn_doubles one
     cdef double[LANES] opened
     one = bn_like(one, 1)
-    set_lanes[double](opened, 0)
+    memset(opened, 0, sizeof(opened))
     bn_add_lanes(
         opened,
         gate[bn_doubles, activation](one, bn_like(one, z), bn_like(one, slope), activation_tag),

@@ -414,8 +414,8 @@ cdef void sum_rows(
             c[OPEN_COEF] = fill[vector](block.gate_coef + place, NULL)
             c[OPEN_BIAS] = fill[vector](block.gate_bias + place, NULL)
         if own:
-            set_lanes[double](sums, 0)
-            set_lanes[double](products, 0)
+            memset(sums, 0, sizeof(sums))
+            memset(products, 0, sizeof(products))
         else:
             s = block.sum_1 + turn * LANES
             ss = block.sum_2 + turn * LANES
@@ -512,8 +512,8 @@ cdef void sum_of_row(
     cdef Py_ssize_t i, j, k, whole = width // LANES * LANES
     cdef double[LANES] sums
     cdef double[LANES] products
-    set_lanes[double](sums, 0)
-    set_lanes[double](products, 0)
+    memset(sums, 0, sizeof(sums))
+    memset(products, 0, sizeof(products))
     for i in range(0, whole, 16):  # LANES; Cython wants a literal step
         for j in range(LANES):
             k = i + j
