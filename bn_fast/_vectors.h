@@ -2,6 +2,10 @@
 #define BN_VECTORS_H
 #include "_native.h"
 
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "bn_fast is compiled with gcc or clang (clang-cl on Windows): it computes in their vectors"
+#endif
+
 /* Vectors as wide as the machine's, with gcc's and clang's arithmetic lane by lane; what that lacks, by
  * intrinsics. All of it rounds as the same numbers one by one do. */
 #if defined(__AVX512F__)
