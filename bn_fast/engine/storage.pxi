@@ -115,6 +115,16 @@ cdef inline void move_step(
             row[j * step] = <stored> packed[j]
 
 
+cdef inline void scatter_step(
+    stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict packed,
+) noexcept nogil:
+    """By itself, or gcc 12 makes it slower: (1000, 256), every other column, forward 250 to 318 us.
+    """
+    cdef Py_ssize_t j
+    for j in range(width):
+        row[j * step] = <stored> packed[j]
+
+
 cdef void move_stored(
     const stored* stored_tag, char* row, const Py_ssize_t* restrict offset, Py_ssize_t width,
     const lane* restrict factor, lane* restrict packed, const way* way_tag,
@@ -129,6 +139,8 @@ cdef void move_stored(
         move_step(first, -1, width, factor, packed, way_tag)
     elif way is Gather and step == 2 * sizeof(stored):
         move_step(first, 2, width, factor, packed, way_tag)
+    elif way is Scatter and step % <Py_ssize_t> sizeof(stored) == 0 and step:
+        scatter_step(first, step // <Py_ssize_t> sizeof(stored), width, packed)
     elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
         move_step(first, step // <Py_ssize_t> sizeof(stored), width, factor, packed, way_tag)
     else:
