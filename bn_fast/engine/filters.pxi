@@ -76,7 +76,7 @@ cdef void open_natively(
     if v.any_wide:
         open_wide_features[stored](v, opened)
     for i in range(v.n_rows):
-        move_step(opened, 1, v.width, factor, final, <const Gather*> NULL)
+        gather_step(opened, 1, v.width, factor, final)
         v.s.row[G][i] = <char*> final
         opened += v.width
         final += v.width
@@ -182,9 +182,9 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
             if v.plan.used[G]:
                 bn_prefetch(s.row[G][i + ahead], v.width * sizeof(lane))
         if not direct:
-            move_row[lane, Gather](
+            gather_row[lane](
                 storage, s.row[W][i], offset, v.width, columns_at[lane](v, ONES, lane_tag),
-                gathered, NULL,
+                gathered,
             )
         j = 0
         while j < v.width:
@@ -222,8 +222,8 @@ cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept no
     if sizeof(lane) == size_of(storage) and is_adjacent(v):
         return
     if own:  # all rows have the same, or there is but one, see rows_at_hand
-        move_row[lane, Gather](
-            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer, NULL
+        gather_row[lane](
+            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
         )
     for i in range(v.n_rows):
         if not own:

@@ -368,9 +368,8 @@ cdef void fetch_rows(
         if access == COPIED:
             load_adjacent[lane](plan.storage, rows[i], run * width, packed)
         else:
-            move_row[lane, Gather](
-                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed,
-                NULL,
+            gather_row[lane](
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed
             )
         for k in range(run):
             rows[i + k] = <char*> (packed + k * width)
@@ -394,9 +393,9 @@ cdef void store_rows(
         return
     if access == GATHERED:
         for i in range(n):
-            move_row[lane, Scatter](
-                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, NULL,
-                <lane*> from_[i], NULL,
+            scatter_row[lane](
+                plan.storage, rows[i], v.s.offset[role] + first_column(v), width,
+                <const lane*> from_[i],
             )
         return
     if access == STREAMED and is_half(plan.storage):

@@ -83,7 +83,7 @@ cdef Py_ssize_t sample_rows(
         offset[f] = f * step
         ones[f] = 1
     for k in range(3):
-        move_row[float, Gather](plan.storage, row[k], offset, n, ones, sample[k], NULL)
+        gather_row[float](plan.storage, row[k], offset, n, ones, sample[k])
         row[k] = <char*> sample[k]
     return sizeof(float)
 

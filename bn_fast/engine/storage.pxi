@@ -35,16 +35,6 @@ ctypedef fused stored:        # what needs no conversion to be computed with
     float
     double
 
-cdef struct Gather:           # which way columns are moved: tags, as in kernels.pxi
-    char unused
-
-cdef struct Scatter:
-    char unused
-
-ctypedef fused way:
-    Gather
-    Scatter
-
 
 cdef inline Storage storage_of(cnp.ndarray array) noexcept:
     """Only ml_dtypes' bfloat16 passes the checks besides NumPy's own types."""
@@ -103,82 +93,108 @@ cdef inline Py_ssize_t regular_step(const Py_ssize_t* offset, Py_ssize_t width) 
     return step if offset[width - 1] - offset[0] == step * (width - 1) else 0
 
 
-cdef inline void move_step(
-    stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict factor,
-    lane* restrict packed, const way* way_tag,
+cdef inline void gather_step(
+    const stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict factor,
+    lane* restrict packed,
 ) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        if way is Gather:
-            packed[j] = <lane> row[j * step] * factor[j]
-        else:
-            row[j * step] = <stored> packed[j]
+        packed[j] = <lane> row[j * step] * factor[j]
+
+
+cdef void gather_stored(
+    const stored* stored_tag, const char* row, const Py_ssize_t* restrict offset,
+    Py_ssize_t width, const lane* restrict factor, lane* restrict packed,
+) noexcept nogil:
+    """Steps known to the compiler become loads and shuffles: rows of every other column come in at
+    twice the speed of single elements, reversed ones at five times."""
+    cdef Py_ssize_t j, step = regular_step(offset, width)
+    cdef const stored* first = <const stored*> (row + offset[0])
+    if step == sizeof(stored):
+        gather_step(first, 1, width, factor, packed)
+    elif step == -<Py_ssize_t> sizeof(stored):
+        gather_step(first, -1, width, factor, packed)
+    elif step == 2 * sizeof(stored):
+        gather_step(first, 2, width, factor, packed)
+    elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
+        gather_step(first, step // <Py_ssize_t> sizeof(stored), width, factor, packed)
+    else:
+        for j in range(width):
+            packed[j] = <lane> (<const stored*> (row + offset[j]))[0] * factor[j]
+
+
+cdef void gather_row(
+    Storage storage, const char* row, const Py_ssize_t* offset, Py_ssize_t width,
+    const lane* factor, lane* packed,
+) noexcept nogil:
+    """packed[j] = factor[j] * (the element `offset[j]` bytes into the row); the factor is a power
+    of two (1 but for float64 values whose squares leave the range), so nothing is rounded."""
+    cdef Py_ssize_t j, k, n
+    cdef unsigned short[HALF_PIECE] bits
+    cdef float[HALF_PIECE] values
+    if storage == FLOAT32:
+        gather_stored[float, lane](<const float*> NULL, row, offset, width, factor, packed)
+        return
+    if storage == FLOAT64:
+        gather_stored[double, lane](<const double*> NULL, row, offset, width, factor, packed)
+        return
+    for j in range(0, width, 512):  # HALF_PIECE; Cython wants a literal step
+        n = min(<Py_ssize_t> HALF_PIECE, width - j)
+        for k in range(n):
+            bits[k] = (<const unsigned short*> (row + offset[j + k]))[0]
+        widen(storage, <const char*> bits, n, values)
+        for k in range(n):
+            packed[j + k] = values[k] * factor[j + k]
 
 
 cdef inline void scatter_step(
     stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict packed,
 ) noexcept nogil:
-    """By itself, or gcc 12 makes it slower: (1000, 256), every other column, forward 250 to 318 us.
-    """
+    """With gather's in one, by a tag, gcc 12 makes it slower: (1000, 256), every other column,
+    forward on one thread 250 to 318 us."""
     cdef Py_ssize_t j
     for j in range(width):
         row[j * step] = <stored> packed[j]
 
 
-cdef void move_stored(
+cdef void scatter_stored(
     const stored* stored_tag, char* row, const Py_ssize_t* restrict offset, Py_ssize_t width,
-    const lane* restrict factor, lane* restrict packed, const way* way_tag,
+    const lane* restrict packed,
 ) noexcept nogil:
-    """Steps known to the compiler become loads and shuffles: rows of every other column come in at
-    twice the speed of single elements, reversed ones at five times."""
     cdef Py_ssize_t j, step = regular_step(offset, width)
     cdef stored* first = <stored*> (row + offset[0])
     if step == sizeof(stored):
-        move_step(first, 1, width, factor, packed, way_tag)
+        scatter_step(first, 1, width, packed)
     elif step == -<Py_ssize_t> sizeof(stored):
-        move_step(first, -1, width, factor, packed, way_tag)
-    elif way is Gather and step == 2 * sizeof(stored):
-        move_step(first, 2, width, factor, packed, way_tag)
-    elif way is Scatter and step % <Py_ssize_t> sizeof(stored) == 0 and step:
-        scatter_step(first, step // <Py_ssize_t> sizeof(stored), width, packed)
+        scatter_step(first, -1, width, packed)
     elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
-        move_step(first, step // <Py_ssize_t> sizeof(stored), width, factor, packed, way_tag)
+        scatter_step(first, step // <Py_ssize_t> sizeof(stored), width, packed)
     else:
         for j in range(width):
-            move_step(<stored*> (row + offset[j]), 1, 1, factor + j, packed + j, way_tag)
+            (<stored*> (row + offset[j]))[0] = <stored> packed[j]
 
 
-cdef void move_row(
-    Storage storage, char* row, const Py_ssize_t* offset, Py_ssize_t width, const lane* factor,
-    lane* packed, const way* way_tag,
+cdef void scatter_row(
+    Storage storage, char* row, const Py_ssize_t* offset, Py_ssize_t width, const lane* packed,
 ) noexcept nogil:
-    """Gather: packed[j] = factor[j] * (the element `offset[j]` bytes into the row); the factor is a
-    power of two (1 but for float64 values whose squares leave the range), so nothing is rounded.
-    Scatter: back, rounded to the array's dtype; from double lanes to a half type by way of float.
-    """
+    """The inverse of gather_row, rounded to the array's dtype; from double lanes to a half type by
+    way of float."""
     cdef Py_ssize_t j, k, n
     cdef unsigned short[HALF_PIECE] bits
     cdef float[HALF_PIECE] values
     if storage == FLOAT32:
-        move_stored[float, lane, way](NULL, row, offset, width, factor, packed, way_tag)
+        scatter_stored[float, lane](<const float*> NULL, row, offset, width, packed)
         return
     if storage == FLOAT64:
-        move_stored[double, lane, way](NULL, row, offset, width, factor, packed, way_tag)
+        scatter_stored[double, lane](<const double*> NULL, row, offset, width, packed)
         return
     for j in range(0, width, 512):  # HALF_PIECE; Cython wants a literal step
         n = min(<Py_ssize_t> HALF_PIECE, width - j)
-        if way is Gather:
-            for k in range(n):
-                bits[k] = (<const unsigned short*> (row + offset[j + k]))[0]
-            widen(storage, <const char*> bits, n, values)
-            for k in range(n):
-                packed[j + k] = values[k] * factor[j + k]
-        else:
-            for k in range(n):
-                values[k] = <float> packed[j + k]
-            narrow(storage, values, n, <char*> bits)
-            for k in range(n):
-                (<unsigned short*> (row + offset[j + k]))[0] = bits[k]
+        for k in range(n):
+            values[k] = <float> packed[j + k]
+        narrow(storage, values, n, <char*> bits)
+        for k in range(n):
+            (<unsigned short*> (row + offset[j + k]))[0] = bits[k]
 
 
 # ---------------------------------------------------------------- rows across memory
