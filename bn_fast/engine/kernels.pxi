@@ -58,13 +58,13 @@ ctypedef fused lane:
     float
     double
 
-ctypedef fused vector:        # of lanes: where rows are short, loops are written in these
+ctypedef fused vector:        # of lanes, which most loops are written in
     bn_floats
     bn_doubles
 
 cdef enum:
-    # Rows come in multiples of this; a tree has so many, or twice that, of x alone, of x and dout
-    # four, see sum_products_tree.
+    # Rows come in multiples of this; a tree has so many, or twice that, of x alone, and half as
+    # many of x and dout, see rows_of_tree.
     TREE_ROWS = 8
     APPLY_ROWS = 4
     MAX_COLUMNS = 1056        # of a row
@@ -317,6 +317,10 @@ cdef void fold_columns(
 # What follows is written in vectors, at places in bytes.  Where rows have some dozen elements gcc
 # makes none of a loop over lanes, or keeps in memory what belongs in registers: (8, 64, 14, 14),
 # one thread, 30 and 46 us, so 23 and 37.  The last vector of a row may have fewer lanes.
+
+cdef inline Py_ssize_t size_of_lane(const vector* vector_tag) noexcept nogil:
+    return sizeof(float) if vector is bn_floats else sizeof(double)
+
 
 cdef inline vector load(
     const char* row, Py_ssize_t place, int n, bint part, const vector* vector_tag,

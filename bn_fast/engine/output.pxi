@@ -178,7 +178,7 @@ cdef inline void apply_row(
         )
         place += BN_VECTOR
     if place < end and not past:
-        left = <int> ((end - place) // (sizeof(float) if vector is bn_floats else sizeof(double)))
+        left = <int> ((end - place) // size_of_lane[vector](NULL))
         if extent is OfColumn:
             load_constants[vector, formula, activation](constants, place, left, True, c, NULL, NULL)
         load_scale[vector, formula, extent](o, place, left, True, c, NULL, NULL)
@@ -262,7 +262,7 @@ cdef void apply_singly(
     two threads by way of a buffer of four lines 813 and 1594 us, so 731 and 1352; (16384, 1024)
     3.6 and 8.1 ms, 3.4 and 6.9.
     """
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, turn = 0, place, n, n_bytes = block.width * size
     cdef Py_ssize_t step = STRIP * size if block.ahead else n_bytes
     cdef char[2 * LINE_BYTES] memory
@@ -340,7 +340,7 @@ cdef void apply_by_fours(
 ) noexcept nogil:
     """Four rows, so that the constants are loaded once for four; or gamma and beta, which rows with
     constants of their own have in common."""
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t place = 0, n_bytes = block.width * size
     cdef Operands[4] o
     cdef Constants constants
@@ -370,7 +370,7 @@ cdef void apply_by_row(
     const Block* block, const vector* vector_tag, const formula* formula_tag,
 ) noexcept nogil:
     """Rows with constants of their own; four at a time where gamma and beta are the same."""
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i = 0
     cdef bint scaled = formula is Scaled or formula is ScaledGradient
     cdef Operands o

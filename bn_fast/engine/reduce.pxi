@@ -107,12 +107,8 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
     fill_gradient[lane](&block, v, n, lane_tag)
-    if v.access[X] == DIRECT and (plan.layout == LONG_RUN or (
-        plan.layout == ROWS and v.width * size_of(plan.storage) >= 2 * PAGE_BYTES
-    )):
-        # Of long rows alone: (32, 64, 56, 56) instance norm, one thread, 3.4 and 5.3 ms to 2.9 and
-        # 4.5, (4096, 4096) layer norm 9.9 and 16.5 to 8.3 and 13.8; but (8192, 1024) 3.0 to 3.6.
-        block.ahead = v.job.schedule.prefetch
+    if v.access[X] == DIRECT and reads_ahead_along(&v.job.schedule, plan, v.width):
+        block.ahead = 1
     reduce_block[lane](&block, plan.used[G] or plan.used[W], lane_tag)
 
 

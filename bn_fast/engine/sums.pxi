@@ -232,7 +232,7 @@ cdef inline void add_pairs_across(
     double* s, double* ss, const activation* activation_tag,
 ) noexcept nogil:
     """The same from one place to another."""
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef int left
     while place + BN_VECTOR <= end:
         add_pairs[vector, activation](
@@ -256,7 +256,7 @@ cdef void sum_products_across(
     a time, or four: (256, 10, 100) backward 49 to 46 us on two threads, (1000, 333) 67 to 64, but
     (3136, 512), whose rows lie 2 KiB apart, 332 to 362.
     """
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, k, place, end, n_bytes = block.width * size, ahead = block.ahead
     cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n = block.pair_rows
     cdef Pairs p
@@ -301,7 +301,7 @@ cdef void sum_products_across(
 cdef inline vector line_of(const char* row, int k, const vector* vector_tag) noexcept nogil:
     """A vector of the k-th line from here."""
     return load[vector](
-        row, k * LANES * (sizeof(float) if vector is bn_floats else sizeof(double)), 0, False, NULL
+        row, k * LANES * size_of_lane[vector](NULL), 0, False, NULL
     )
 
 
@@ -310,7 +310,7 @@ cdef inline void sum_tree(
     bint far, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
     """The sums of a vector of n lines each, and of the first lanes of one more."""
-    cdef Py_ssize_t line = LANES * (sizeof(float) if vector is bn_floats else sizeof(double))
+    cdef Py_ssize_t line = LANES * size_of_lane[vector](NULL)
     cdef vector x0, t0, sums, products
     cdef vector[2] made
     sums = bn_like(sums, 0)
@@ -364,7 +364,7 @@ cdef inline void sum_row(
     double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
     """Tree by tree, as vectors shorter than a line would else take two walks from memory."""
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef int lanes = <int> (BN_VECTOR // size), left = <int> (width % LANES), rest, part
     cdef Py_ssize_t now, n = width // LANES
     while True:
@@ -391,7 +391,7 @@ cdef void sum_rows(
     """Rows of one feature each: of features that take turns, or each of its own, whose sums are
     folded."""
     cdef bint own = block.walk == BY_ROW
-    cdef Py_ssize_t size = sizeof(float) if vector is bn_floats else sizeof(double)
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, place, turn = 0
     cdef char* x
     cdef char* g
