@@ -141,7 +141,7 @@ def far_shapes(at):
         (streamed // 130 + 1, 130),
         (streamed // 21 + 1, 21),
         (at["PREFETCH_OUTPUT_BYTES"] // 4 // 21000 + 1, 21, 1000),
-        (at["PREFETCH_BYTES"] // 4 // (40 * 49) + 1, 40, 7, 7),
+        (at["PREFETCH_BYTES"] // 2 // 4 // (40 * 49) + 1, 40, 7, 7),
     ]
 
 
