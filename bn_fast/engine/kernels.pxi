@@ -183,8 +183,7 @@ cdef struct Block:
     char** row[N_ROLES]
     Py_ssize_t n_rows
     Py_ssize_t width
-    Py_ssize_t tree_rows      # of x alone,
-    Py_ssize_t pair_rows      # of x and dout
+    Py_ssize_t tree_rows      # of x alone; half as many of x and dout
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
     Walk walk
     Py_ssize_t turns          # features whose rows take turns, walked along

@@ -69,8 +69,7 @@ cdef struct Segment:
     Py_ssize_t joined_stride[N_ROLES]
     Py_ssize_t run_stride[N_ROLES]
     Py_ssize_t n_lanes        # columns a feature has in sums and constants: n_run, or LANES
-    Py_ssize_t tree_rows      # of x that are added as one tree,
-    Py_ssize_t pair_rows      # and of x and dout
+    Py_ssize_t tree_rows      # of x that are added as one tree; half as many of x and dout
 
 cdef struct Place:            # of one value of each feature
     int segment
@@ -358,20 +357,22 @@ cdef void choose_accesses(Plan* plan) noexcept:
 
 
 cdef inline Py_ssize_t rows_of_tree(
-    const Plan* plan, const Segment* segment, Py_ssize_t step,
+    const Plan* plan, const Segment* segment,
 ) noexcept nogil:
-    """Sixteen of x or eight of x and dout; half as many where rows lie whole steps apart, which
+    """Sixteen of x or eight of x and dout; half as many where rows lie whole pages apart, which
     would fill the ways of L1's sets twice: (32, 256, 14, 14) forward 250 us by eights, 290 by
     sixteens.  And rows come in from memory in better order by eights: sums of (50000, 256), one
     thread, 3.0 ms by sixteens, 2.1.  (A norm's order must not depend on how many samples there
     are; half types have float32's.)"""
     cdef Py_ssize_t last = segment.n_dims - 1, size = size_of(plan.storage)
     cdef Py_ssize_t lane_bytes = max(size, <Py_ssize_t> sizeof(float))
-    cdef bint steps = last >= 0 and segment.stride[last][X] * lane_bytes // size % step == 0
+    cdef bint pages = (
+        last >= 0 and segment.stride[last][X] * lane_bytes // size % PAGE_BYTES == 0
+    )
     cdef bint far = not plan.by_row and lane_bytes * segment.n_rows * segment.n_joined * (
         plan.n_features * segment.n_run
     ) > FAR_BYTES
-    return TREE_ROWS if steps or far else 2 * TREE_ROWS
+    return TREE_ROWS if pages or far else 2 * TREE_ROWS
 
 
 cdef void cut_rows(Plan* plan) noexcept:
@@ -384,8 +385,7 @@ cdef void cut_rows(Plan* plan) noexcept:
         plan.segment[d].n_rows = 1
         for k in range(plan.segment[d].n_dims):
             plan.segment[d].n_rows *= plan.segment[d].size[k]
-        plan.segment[d].tree_rows = rows_of_tree(plan, &plan.segment[d], PAGE_BYTES)
-        plan.segment[d].pair_rows = rows_of_tree(plan, &plan.segment[d], PAGE_BYTES // 2) // 2
+        plan.segment[d].tree_rows = rows_of_tree(plan, &plan.segment[d])
     if plan.layout == ROWS:
         for d in range(plan.n_segments):
             plan.segment[d].n_lanes = 1

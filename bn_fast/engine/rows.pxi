@@ -439,7 +439,6 @@ cdef void fill_block(
     block.n_rows = n_rows
     block.width = v.width
     block.tree_rows = v.segment.tree_rows
-    block.pair_rows = v.segment.pair_rows
     block.ahead = kernel_ahead(v)
     block.turns = in_turn(v)
     block.singly = v.singly

@@ -253,12 +253,12 @@ cdef void sum_products_across(
 
     Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
     would cost its digits there.  Behind an activation dout is what comes through it.  Eight rows at
-    a time, or four: (256, 10, 100) backward 49 to 46 us on two threads, (1000, 333) 67 to 64, but
-    (3136, 512), whose rows lie 2 KiB apart, 332 to 362.
+    a time, or four: (256, 10, 100) backward 49 to 46 us on two threads, (1000, 333) 67 to 64; but
+    (256, 1024), whose rows lie whole pages apart, 62.7 to 64.9.
     """
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, k, place, end, n_bytes = block.width * size, ahead = block.ahead
-    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n = block.pair_rows
+    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n = block.tree_rows // 2
     cdef Pairs p
     cdef vector[N_OF_SUMS] c
     c[ONE] = bn_like(c[ONE], bn_one())
