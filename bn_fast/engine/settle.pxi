@@ -303,19 +303,23 @@ cdef inline void mark_doubtful(
         spread[f] = 1.0 if fabs(mean[f] - shift[f]) > limit else 0.0
 
 
-cdef double distance_from_mean(const Job* job, Py_ssize_t f, const Place* look) noexcept nogil:
-    """How far dout is from its mean, on the mean of some values."""
+cdef double distance_from_mean(
+    const Job* job, Py_ssize_t first, Py_ssize_t f, char* (*look)[LOOKS],
+) noexcept nogil:
+    """How far dout is from its mean, on the mean of some values, of which the first feature's lie
+    at these places."""
     cdef const Plan* plan = job.reduce
-    cdef Py_ssize_t k
+    cdef const Py_ssize_t* step = plan.feature_stride
+    cdef Py_ssize_t k, n = f - first
     cdef double g, x, r = 0, mean = job.value[MEAN_G][f], distance = 0
     for k in range(LOOKS):
-        g = load_value(plan.storage, value_at(plan, G, f, &look[k]))
+        g = load_value(plan.storage, look[G][k] + n * step[G])
         if plan.used[S]:
-            g *= load_native(plan, value_at(plan, S, f, &look[k]))
+            g *= load_native(plan, look[S][k] + n * step[S])
         if plan.gate != NONE:
-            x = load_value(plan.storage, value_at(plan, X, f, &look[k]))
+            x = load_value(plan.storage, look[X][k] + n * step[X])
             if plan.used[R]:
-                r = load_value(plan.storage, value_at(plan, R, f, &look[k]))
+                r = load_value(plan.storage, look[R][k] + n * step[R])
             g = g if comes_through(job, f, x, r) else 0
         distance += fabs(g - mean)
     return distance / LOOKS
@@ -332,8 +336,10 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef const Plan* plan = job.reduce
     cdef const Segment* segment = &plan.segment[0]
     cdef double** v = job.value
-    cdef Place look[LOOKS]
+    cdef Place place
+    cdef char* look[N_ROLES][LOOKS]
     cdef Py_ssize_t f, k
+    cdef int r
     cdef double* shift = v[SHIFT_G]
     cdef double* mean = v[MEAN_G]
     cdef double* doubtful = v[SPREAD]
@@ -342,14 +348,17 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     if fold_run(doubtful + first, n_features) == 0:
         return 0
     for k in range(LOOKS):
-        look[k].segment = 0
-        look[k].row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
-        look[k].joined = k % segment.n_joined
-        look[k].run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
+        place.segment = 0
+        place.row = (segment.n_rows - 1) * (2 * k + 1) // (2 * LOOKS)
+        place.joined = k % segment.n_joined
+        place.run = (segment.n_run - 1) * (2 * k + 1) // (2 * LOOKS)
+        for r in range(N_ROLES):
+            if plan.used[r]:
+                look[r][k] = value_at(plan, r, first, &place)
     for f in range(first, first + n_features):
         if v[RETRY][f] != 0 or doubtful[f] == 0:
             continue
-        distance = distance_from_mean(job, f, look)
+        distance = distance_from_mean(job, first, f, look)
         if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
             step = step if step < INFINITY else 0
