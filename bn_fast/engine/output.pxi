@@ -455,12 +455,10 @@ cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) 
     """Add a block to the sums of its columns."""
     if products:
         kernels[block.activation][lane is double].sum_products(block, NULL, NULL)
-    elif block.walk == ACROSS:
-        sum_squares_across(block, lane_tag)
     elif lane is float:
-        sum_rows[bn_floats, Identity, Squares](block, NULL, NULL, NULL)
+        sum_squares[bn_floats](block, NULL)
     else:
-        sum_rows[bn_doubles, Identity, Squares](block, NULL, NULL, NULL)
+        sum_squares[bn_doubles](block, NULL)
 
 
 cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:

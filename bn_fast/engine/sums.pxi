@@ -1,122 +1,5 @@
 # Sums: rows in, two sums of each column out, or of each row, if they are one feature's.
 
-cdef inline lane add_eight(
-    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7, lane one,
-) noexcept nogil:
-    return (bn_plus(d0, d1, one) + (d2 + d3)) + (bn_plus(d4, d5, one) + (d6 + d7))
-
-
-cdef inline lane add_squares(
-    lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7,
-) noexcept nogil:
-    return ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + (
-        (d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7)
-    )
-
-
-cdef inline void sum_squares_tree(
-    const lane* x0, const lane* x1, const lane* x2, const lane* x3,
-    const lane* x4, const lane* x5, const lane* x6, const lane* x7,
-    Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
-    double* restrict s, double* restrict ss,
-) noexcept nogil:
-    """Eight rows of the columns first .. last - 1 into their sums."""
-    cdef Py_ssize_t j
-    cdef lane k, d0, d1, d2, d3, d4, d5, d6, d7
-    for j in range(first, last):
-        k = shift[j]
-        d0 = bn_plus(x0[j], -k, one)
-        d1 = bn_plus(x1[j], -k, one)
-        d2 = bn_plus(x2[j], -k, one)
-        d3 = bn_plus(x3[j], -k, one)
-        d4 = bn_plus(x4[j], -k, one)
-        d5 = bn_plus(x5[j], -k, one)
-        d6 = bn_plus(x6[j], -k, one)
-        d7 = bn_plus(x7[j], -k, one)
-        s[j] += <double> add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
-        ss[j] += <double> add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
-
-
-cdef inline void sum_squares_trees(
-    char** rows, Py_ssize_t first, Py_ssize_t last, const lane* shift, lane one,
-    double* restrict s, double* restrict ss,
-) noexcept nogil:
-    """Sixteen rows, two such trees as one: half as many sums in double, which cost as much as the
-    rest ((256, 512) on one thread 8.9 to 7.9 us; of 32 rows no less)."""
-    cdef Py_ssize_t j
-    cdef lane k, sum_a, square_a, d0, d1, d2, d3, d4, d5, d6, d7
-    cdef const lane* x0 = <const lane*> rows[0]
-    cdef const lane* x1 = <const lane*> rows[1]
-    cdef const lane* x2 = <const lane*> rows[2]
-    cdef const lane* x3 = <const lane*> rows[3]
-    cdef const lane* x4 = <const lane*> rows[4]
-    cdef const lane* x5 = <const lane*> rows[5]
-    cdef const lane* x6 = <const lane*> rows[6]
-    cdef const lane* x7 = <const lane*> rows[7]
-    cdef const lane* y0 = <const lane*> rows[8]
-    cdef const lane* y1 = <const lane*> rows[9]
-    cdef const lane* y2 = <const lane*> rows[10]
-    cdef const lane* y3 = <const lane*> rows[11]
-    cdef const lane* y4 = <const lane*> rows[12]
-    cdef const lane* y5 = <const lane*> rows[13]
-    cdef const lane* y6 = <const lane*> rows[14]
-    cdef const lane* y7 = <const lane*> rows[15]
-    for j in range(first, last):
-        k = shift[j]
-        d0 = bn_plus(x0[j], -k, one)
-        d1 = bn_plus(x1[j], -k, one)
-        d2 = bn_plus(x2[j], -k, one)
-        d3 = bn_plus(x3[j], -k, one)
-        d4 = bn_plus(x4[j], -k, one)
-        d5 = bn_plus(x5[j], -k, one)
-        d6 = bn_plus(x6[j], -k, one)
-        d7 = bn_plus(x7[j], -k, one)
-        sum_a = add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one)
-        square_a = add_squares(d0, d1, d2, d3, d4, d5, d6, d7)
-        d0 = bn_plus(y0[j], -k, one)
-        d1 = bn_plus(y1[j], -k, one)
-        d2 = bn_plus(y2[j], -k, one)
-        d3 = bn_plus(y3[j], -k, one)
-        d4 = bn_plus(y4[j], -k, one)
-        d5 = bn_plus(y5[j], -k, one)
-        d6 = bn_plus(y6[j], -k, one)
-        d7 = bn_plus(y7[j], -k, one)
-        s[j] += <double> (sum_a + add_eight(d0, d1, d2, d3, d4, d5, d6, d7, one))
-        ss[j] += <double> (square_a + add_squares(d0, d1, d2, d3, d4, d5, d6, d7))
-
-
-cdef void sum_squares_across(const Block* block, const lane* lane_tag) noexcept nogil:
-    """sum_1[j] += sum_i d_ij,  sum_2[j] += sum_i d_ij^2,  d_ij = x_ij - shift_j."""
-    cdef char** rows = block.row[X]
-    cdef const lane* shift = <const lane*> block.shift[X]
-    cdef Py_ssize_t i = 0, n, strip, width = block.width, step = STRIP if block.ahead else width
-    cdef lane one = <lane> bn_one()
-    while i < block.n_rows:
-        n = min(block.tree_rows, block.n_rows - i)
-        strip = 0
-        while strip < width:
-            if block.ahead:
-                prefetch_share(
-                    rows + i + block.ahead, n, strip * sizeof(lane),
-                    min(step, width - strip) * sizeof(lane), width * sizeof(lane),
-                )
-            if n == 2 * TREE_ROWS:
-                sum_squares_trees(
-                    rows + i, strip, min(strip + step, width), shift, one,
-                    block.sum_1, block.sum_2,
-                )
-            else:
-                sum_squares_tree(
-                    <const lane*> rows[i], <const lane*> rows[i + 1],
-                    <const lane*> rows[i + 2], <const lane*> rows[i + 3],
-                    <const lane*> rows[i + 4], <const lane*> rows[i + 5],
-                    <const lane*> rows[i + 6], <const lane*> rows[i + 7],
-                    strip, min(strip + step, width), shift, one, block.sum_1, block.sum_2,
-                )
-            strip += step
-        i += n
-
-
 # ---------------------------------------------------------------- of vectors
 
 cdef enum:                    # constants of sums
@@ -177,48 +60,69 @@ cdef inline void sum_four(
     made[1] = (t0 + t1) + (t2 + t3)
 
 
-# ---------------------------------------------------------------- sums of x and dout
+# ---------------------------------------------------------------- sums across rows
 
-cdef struct Pairs:            # rows of x and dout, and their columns' constants
-    const char* x[TREE_ROWS]
-    const char* g[TREE_ROWS]
+cdef struct Tree:             # rows of x, and of dout, and their columns' constants
+    const char* x[2 * TREE_ROWS]
+    const char* g[2 * TREE_ROWS]
     const char* constant[SLOPE]
 
 
-cdef inline void sum_four_pairs(
-    const Pairs* p, int first, Py_ssize_t place, int n, bint part, const vector* c, vector* made,
-    const activation* activation_tag,
+cdef inline void sum_four_rows(
+    const Tree* p, int first, Py_ssize_t place, int n, bint part, const vector* c, vector* made,
+    const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
-    sum_four[vector, activation, Products](
-        load[vector](p.x[first], place, n, part, NULL),
-        load[vector](p.x[first + 1], place, n, part, NULL),
-        load[vector](p.x[first + 2], place, n, part, NULL),
-        load[vector](p.x[first + 3], place, n, part, NULL),
-        load[vector](p.g[first], place, n, part, NULL),
-        load[vector](p.g[first + 1], place, n, part, NULL),
-        load[vector](p.g[first + 2], place, n, part, NULL),
-        load[vector](p.g[first + 3], place, n, part, NULL),
-        c[ONE], c[ONE], c[ONE], c[ONE], c, made, NULL, NULL,
+    cdef vector[4] x, g
+    cdef int k
+    for k in range(4):
+        x[k] = load[vector](p.x[first + k], place, n, part, NULL)
+        g[k] = x[k] if terms is Squares else load[vector](p.g[first + k], place, n, part, NULL)
+    sum_four[vector, activation, terms](
+        x[0], x[1], x[2], x[3], g[0], g[1], g[2], g[3], c[ONE], c[ONE], c[ONE], c[ONE], c, made,
+        NULL, NULL,
     )
 
 
-cdef inline void add_pairs(
-    const Pairs* p, bint eight, Py_ssize_t place, int n, bint part, vector* c,
-    double* s, double* ss, const activation* activation_tag,
+cdef inline void sum_eight_rows(
+    const Tree* p, int first, Py_ssize_t place, int n, bint part, const vector* c, vector* made,
+    const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
-    """A tree of four or eight rows of x and dout, of one vector of columns."""
-    cdef vector[2] made, more
-    c[SHIFT] = load[vector](p.constant[SHIFT], place, n, part, NULL)
-    c[SHIFT_OF_G] = load[vector](p.constant[SHIFT_OF_G], place, n, part, NULL)
-    if activation is not Identity:
-        c[OPEN_SHIFT] = load[vector](p.constant[OPEN_SHIFT], place, n, part, NULL)
-        c[OPEN_COEF] = load[vector](p.constant[OPEN_COEF], place, n, part, NULL)
-        c[OPEN_BIAS] = load[vector](p.constant[OPEN_BIAS], place, n, part, NULL)
-    sum_four_pairs[vector, activation](p, 0, place, n, part, c, made, NULL)
-    if eight:
-        sum_four_pairs[vector, activation](p, 4, place, n, part, c, more, NULL)
+    cdef vector[2] more
+    sum_four_rows[vector, activation, terms](p, first, place, n, part, c, made, NULL, NULL)
+    sum_four_rows[vector, activation, terms](p, first + 4, place, n, part, c, more, NULL, NULL)
+    made[0] = made[0] + more[0]
+    made[1] = made[1] + more[1]
+
+
+cdef inline void sum_tree_of_rows(
+    const Tree* p, int rows, Py_ssize_t place, int n, bint part, const vector* c, vector* made,
+    const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    """Four, eight or sixteen rows, of one vector of columns or n lanes of it.  Of sixteen there are
+    half as many sums in double, which cost as much as the rest ((256, 512) on one thread 8.9 to 7.9
+    us; of 32 rows no less)."""
+    cdef vector[2] more
+    if rows == 4:
+        sum_four_rows[vector, activation, terms](p, 0, place, n, part, c, made, NULL, NULL)
+        return
+    sum_eight_rows[vector, activation, terms](p, 0, place, n, part, c, made, NULL, NULL)
+    if rows == 16:
+        sum_eight_rows[vector, activation, terms](p, 8, place, n, part, c, more, NULL, NULL)
         made[0] = made[0] + more[0]
         made[1] = made[1] + more[1]
+
+
+cdef inline void add_tree(
+    const Tree* p, int rows, Py_ssize_t place, int n, bint part, vector* c,
+    double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
+) noexcept nogil:
+    """A tree of rows onto the sums of one vector of columns."""
+    cdef vector[2] made
+    cdef int i
+    for i in range(SLOPE):
+        if i == SHIFT or (terms is Products and (i == SHIFT_OF_G or activation is not Identity)):
+            c[i] = load[vector](p.constant[i], place, n, part, NULL)
+    sum_tree_of_rows[vector, activation, terms](p, rows, place, n, part, c, made, NULL, NULL)
     if part:
         bn_add_part(s, made[0], n)
         bn_add_part(ss, made[1], n)
@@ -227,39 +131,42 @@ cdef inline void add_pairs(
         bn_add_lanes(ss, made[1])
 
 
-cdef inline void add_pairs_across(
-    const Pairs* p, bint eight, Py_ssize_t place, Py_ssize_t end, vector* c,
-    double* s, double* ss, const activation* activation_tag,
+cdef inline void add_trees(
+    const Tree* p, int rows, Py_ssize_t place, Py_ssize_t end, vector* c,
+    double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
     """The same from one place to another."""
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef int left
     while place + BN_VECTOR <= end:
-        add_pairs[vector, activation](
-            p, eight, place, 0, False, c, s + place // size, ss + place // size, NULL
+        add_tree[vector, activation, terms](
+            p, rows, place, 0, False, c, s + place // size, ss + place // size, NULL, NULL
         )
         place += BN_VECTOR
     left = <int> ((end - place) // size)
     if left:
-        add_pairs[vector, activation](
-            p, eight, place, left, True, c, s + place // size, ss + place // size, NULL
+        add_tree[vector, activation, terms](
+            p, rows, place, left, True, c, s + place // size, ss + place // size, NULL, NULL
         )
 
 
-cdef void sum_products_across(
+cdef void sum_across(
     const Block* block, const vector* vector_tag, const activation* activation_tag,
+    const terms* terms_tag,
 ) noexcept nogil:
-    """sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,  t = dout - shift_g, d = x - shift_x.
+    """sum_1[j] += sum_i t_ij,  sum_2[j] += sum_i t_ij d_ij,  d = x - shift_x,  t = dout - shift_g,
+    or d.
 
     Both sums in one sweep.  dout is shifted too: its mean falls out of sum_td (sum d = 0), but
-    would cost its digits there.  Behind an activation dout is what comes through it.  Eight rows at
-    a time, or four: (256, 10, 100) backward 49 to 46 us on two threads, (1000, 333) 67 to 64; but
-    (256, 1024), whose rows lie whole pages apart, 62.7 to 64.9.
+    would cost its digits there.  Behind an activation dout is what comes through it.  Half as many
+    rows of x and dout as of x alone: eight or four.  (256, 10, 100) backward 49 to 46 us by eights
+    on two threads, (1000, 333) 67 to 64; but (256, 1024), whose rows lie whole pages apart, 62.7 to
+    64.9.
     """
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, k, place, end, n_bytes = block.width * size, ahead = block.ahead
-    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n = block.tree_rows // 2
-    cdef Pairs p
+    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n
+    cdef Tree p
     cdef vector[N_OF_SUMS] c
     c[ONE] = bn_like(c[ONE], bn_one())
     c[SLOPE] = bn_like(c[SLOPE], block.slope)
@@ -270,22 +177,29 @@ cdef void sum_products_across(
     p.constant[OPEN_BIAS] = block.gate_bias
     i = 0
     while i < block.n_rows:
+        n = min(block.tree_rows // (1 if terms is Squares else 2), block.n_rows - i)
         for k in range(n):
             p.x[k] = block.row[X][i + k]
-            p.g[k] = block.row[G][i + k]
+            if terms is Products:
+                p.g[k] = block.row[G][i + k]
         place = 0
         while place < n_bytes:
             end = min(place + step, n_bytes)
             if ahead:
                 prefetch_share(block.row[X] + i + ahead, n, place, end - place, n_bytes)
-                prefetch_share(block.row[G] + i + ahead, n, place, end - place, n_bytes)
-            if n == TREE_ROWS:
-                add_pairs_across[vector, activation](
-                    &p, True, place, end, c, block.sum_1, block.sum_2, NULL
+                if terms is Products:
+                    prefetch_share(block.row[G] + i + ahead, n, place, end - place, n_bytes)
+            if terms is Squares and n == 16:
+                add_trees[vector, activation, terms](
+                    &p, 16, place, end, c, block.sum_1, block.sum_2, NULL, NULL
+                )
+            elif terms is Squares or n == 8:
+                add_trees[vector, activation, terms](
+                    &p, 8, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
             else:
-                add_pairs_across[vector, activation](
-                    &p, False, place, end, c, block.sum_1, block.sum_2, NULL
+                add_trees[vector, activation, terms](
+                    &p, 4, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
             place = end
         i += n
@@ -428,11 +342,18 @@ cdef void sum_rows(
             block.sum_2[i] = bn_fold_lanes(products)
 
 
+cdef void sum_squares(const Block* block, const vector* vector_tag) noexcept nogil:
+    if block.walk == ACROSS:
+        sum_across[vector, Identity, Squares](block, NULL, NULL, NULL)
+    else:
+        sum_rows[vector, Identity, Squares](block, NULL, NULL, NULL)
+
+
 cdef void sum_products(
     const Block* block, const vector* vector_tag, const activation* activation_tag,
 ) noexcept nogil:
     if block.walk == ACROSS:
-        sum_products_across(block, vector_tag, activation_tag)
+        sum_across[vector, activation, Products](block, NULL, NULL, NULL)
     elif block.formula != SCALED_GRADIENT:
         sum_rows[vector, activation, Products](block, NULL, NULL, NULL)
     elif activation is Identity:
