@@ -72,14 +72,16 @@ cdef inline void sum_four_rows(
     const Tree* p, int first, Py_ssize_t place, int n, bint part, const vector* c, vector* made,
     const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
-    cdef vector[4] x, g
-    cdef int k
-    for k in range(4):
-        x[k] = load[vector](p.x[first + k], place, n, part, NULL)
-        g[k] = x[k] if terms is Squares else load[vector](p.g[first + k], place, n, part, NULL)
+    cdef const char** x = <const char**> &p.x[first]
+    cdef const char** g = x
+    if terms is Products:
+        g = <const char**> &p.g[first]
     sum_four[vector, activation, terms](
-        x[0], x[1], x[2], x[3], g[0], g[1], g[2], g[3], c[ONE], c[ONE], c[ONE], c[ONE], c, made,
-        NULL, NULL,
+        load[vector](x[0], place, n, part, NULL), load[vector](x[1], place, n, part, NULL),
+        load[vector](x[2], place, n, part, NULL), load[vector](x[3], place, n, part, NULL),
+        load[vector](g[0], place, n, part, NULL), load[vector](g[1], place, n, part, NULL),
+        load[vector](g[2], place, n, part, NULL), load[vector](g[3], place, n, part, NULL),
+        c[ONE], c[ONE], c[ONE], c[ONE], c, made, NULL, NULL,
     )
 
 
