@@ -38,8 +38,9 @@ def set_result_cache(n_bytes: SupportsIndex | None) -> None:
     the memory of an `out` or `dx` of 128 KiB and more that nobody refers to any more is kept and
     becomes that of a later result, up to an eighth smaller, in any thread. It is ordinary in every
     other way: an array owns its data, and can be resized. What is kept counts as memory of this
-    process, but that of results of 4 MiB and more the kernel takes when it needs it (Linux; its
-    huge pages alone, so up to 2 MiB of each stay).
+    process, but the kernel takes it when it needs it (Linux; huge pages alone, so up to 2 MiB of
+    each result stay): that of results of 64 MiB and more at once, of 4 MiB and more when 32 later
+    ones have not taken it.
 
     Parameters
     ----------

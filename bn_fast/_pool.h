@@ -3,8 +3,8 @@
  * A new array of 33 MB costs more in page faults than the arithmetic that fills it, and a training
  * loop releases one for each that it asks for. So NumPy's memory handler is ours while a result is
  * made: the array owns its data as any other does, and whoever frees it, in whatever thread, gives it
- * back to bn_free, which keeps some mappings for the next results. The large ones are offered to the
- * kernel, should it need their pages before we do. Arrays outlive every module, so there is nothing
+ * back to bn_free, which keeps some mappings for the next results. Large ones that nobody takes at once
+ * are offered to the kernel, should it need their pages before we do. Arrays outlive every module, so there is nothing
  * here that ends.
  *
  * A mapping is one page, of which BnBlock is the beginning, and then the data. They begin with a page,
@@ -44,6 +44,7 @@
 #define BN_WINDOW 128                  /* results that make "of late": so many to twice as many */
 #define BN_STALE 32                    /* results after which what nobody took makes room */
 #define BN_HELD 64                     /* mappings at most */
+#define BN_OFFERED ((size_t)64 << 20)  /* from here on offered at once */
 
 typedef struct {
     size_t bytes; /* of the data, whole pages */
@@ -53,6 +54,7 @@ typedef struct {
 typedef struct {
     char *data;
     size_t since; /* how many results had been asked for when it was released */
+    int offered;  /* to the kernel */
 } BnHeld;
 
 static struct {
@@ -103,16 +105,18 @@ static char *bn_map(size_t bytes) {
 
 static void bn_unmap(char *data) { munmap((char *)bn_block(data), bn_bytes(data) + bn_page); }
 
-/* Let the kernel take the huge pages whenever it needs some. Single pages, as smaller mappings have,
- * are marked one by one: 12 us for 1 MiB, and writing it again takes 22 for 11; 16 MiB of huge pages
- * 5 us, and nothing after (Intel, 2026-11). */
-static void bn_offer(char *data) {
+/* Let the kernel take the huge pages whenever it needs some, of what nobody has taken for a while: a
+ * loop that takes them again and again would pay for marking them and for unmarking what it writes.
+ * (64, 7, 7, 512), features last, 6 MiB, two threads: 199 us and 332 with out=, fresh 273 and 434, so
+ * 167 and 322; (32, 64, 56, 56), 25 MiB, 917 and 1095, so 895 and 904 (AMD EPYC, Zen 4, 2026-11-26).
+ * Single pages, as smaller mappings have, are marked one by one: 10 us for 1 MiB, and as long again. */
+static void bn_offer(BnHeld *held) {
+    size_t bytes = bn_bytes(held->data);
+    if (held->offered || bytes < BN_HUGE_FROM) return;
 #ifdef MADV_FREE
-    if (bn_bytes(data) >= BN_HUGE_FROM)
-        madvise(data, bn_bytes(data) / BN_HUGE_PAGE * BN_HUGE_PAGE, MADV_FREE);
-#else
-    (void)data;
+    madvise(held->data, bytes / BN_HUGE_PAGE * BN_HUGE_PAGE, MADV_FREE);
 #endif
+    held->offered = 1;
 }
 
 /* ---------------------------------------------------------------- what is held; under the lock */
@@ -176,23 +180,28 @@ static void bn_leave(char **gone, int n) {
 /* A mapping that is as large as asked or up to an eighth larger, the one released last; or NULL. */
 static char *bn_take(size_t bytes) {
     char *data = NULL, *gone[BN_HELD + 1];
+    int n;
     pthread_mutex_lock(&bn_pool.lock);
     bn_note(bytes);
     for (int i = bn_pool.n_held - 1; i >= 0 && data == NULL; i--) {
         size_t had = bn_bytes(bn_pool.held[i].data);
         if (had >= bytes && had - bytes <= bytes / 8) data = bn_remove(i);
     }
-    bn_leave(gone, bn_trim(gone));
+    n = bn_trim(gone);
+    for (int i = 0; i < bn_pool.n_held; i++)
+        if (bn_pool.n_asked - bn_pool.held[i].since > BN_STALE) bn_offer(bn_pool.held + i);
+    bn_leave(gone, n);
     return data;
 }
 
 static void bn_keep(char *data) {
     char *gone[BN_HELD + 1];
+    BnHeld held = {data, 0, 0};
     bn_touch(data);
-    bn_offer(data);
+    if (bn_bytes(data) >= BN_OFFERED) bn_offer(&held);
     pthread_mutex_lock(&bn_pool.lock);
-    bn_pool.held[bn_pool.n_held].data = data;
-    bn_pool.held[bn_pool.n_held++].since = bn_pool.n_asked;
+    held.since = bn_pool.n_asked;
+    bn_pool.held[bn_pool.n_held++] = held;
     bn_pool.held_bytes += bn_bytes(data);
     bn_leave(gone, bn_trim(gone));
 }

@@ -229,6 +229,37 @@ def test_resident_memory():
     assert run(RESIDENT) == "well"
 
 
+OFFERED = """
+    import numpy as np, bn_fast
+
+    def offered():
+        with open("/proc/self/smaps") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("LazyFree")) / 1024
+
+    def call(mib):
+        x = np.broadcast_to(np.float32(1), (int(mib * 1024), 256))
+        return bn_fast.batchnorm_forward(x, np.ones(256), np.ones(256))[0]
+
+    call(8)
+    assert offered() == 0  # in a loop it is taken again at once
+    for _ in range(32):
+        call(0.25)
+    assert offered() == 0
+    call(0.25)
+    assert offered() == 8
+    out = call(8)
+    assert offered() == 0 and out.min() == out.max() == 1
+    call(64)
+    assert offered() == 64
+    print("well")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the pages of the process from /proc")
+def test_what_nobody_takes_is_offered_to_the_kernel():
+    assert run(OFFERED) == "well"
+
+
 LIMITED = """
     import resource, numpy as np, bn_fast
     from bn_fast import _results
