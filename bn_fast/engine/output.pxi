@@ -458,9 +458,9 @@ cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) 
     elif block.walk == ACROSS:
         sum_squares_across(block, lane_tag)
     elif lane is float:
-        sum_rows[bn_floats, Identity, Squares](block, NULL, NULL, NULL)
+        sum_squares_along[bn_floats](block, NULL)
     else:
-        sum_rows[bn_doubles, Identity, Squares](block, NULL, NULL, NULL)
+        sum_squares_along[bn_doubles](block, NULL)
 
 
 cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
