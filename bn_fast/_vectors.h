@@ -128,6 +128,25 @@ static inline void bn_add_part_floats(double *s, bn_floats v, int n) {
 static inline void bn_add_part_doubles(double *s, bn_doubles v, int n) {
     for (int i = 0; i < n; i++) s[i] += v[i];
 }
+/* Sums of 16 lanes, in registers, and their sum, as bn_fold_lanes has it. */
+typedef struct {
+    bn_doubles part[128 / BN_VECTOR];
+} bn_line;
+static inline __attribute__((always_inline)) void bn_clear_line(bn_line *s) {
+    for (int i = 0; i < 128 / BN_VECTOR; i++) s->part[i] = (bn_doubles){0};
+}
+static inline __attribute__((always_inline)) double bn_fold_line(bn_line *s) {
+    union {
+        bn_doubles whole;
+        bn_two two[BN_VECTOR / 16];
+    } last;
+    for (int half = 64 / BN_VECTOR; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) s->part[i] += s->part[i + half];
+    last.whole = s->part[0];
+    for (int half = BN_VECTOR / 32; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) last.two[i] += last.two[i + half];
+    return last.two[0][0] + last.two[0][1];
+}
 #if defined(__AVX512F__)
 static inline bn_floats bn_plus_floats(bn_floats x, bn_floats y, bn_floats one) {
     return (bn_floats)_mm512_fmadd_ps((__m512)x, (__m512)one, (__m512)y);

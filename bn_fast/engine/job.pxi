@@ -146,7 +146,10 @@ cdef void read_parameter(
         read_parameter(given, first + left, n - left, values + left)
         return
     data = given.data + first * given.stride
-    if given.single and given.stride == sizeof(float):  # a step that the compiler can vectorize
+    if given.stride == 0:  # steps that the compiler can vectorize
+        for f in range(n):
+            values[f] = (<const float*> data)[0] if given.single else (<const double*> data)[0]
+    elif given.single and given.stride == sizeof(float):
         for f in range(n):
             values[f] = (<const float*> data)[f]
     elif given.single:

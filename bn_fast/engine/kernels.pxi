@@ -42,6 +42,10 @@ cdef extern from "_vectors.h" nogil:
     ctypedef float bn_floats   # vectors; Cython believes that they are numbers,
     ctypedef double bn_doubles
     int BN_VECTOR              # of so many bytes;
+    ctypedef struct bn_line:   # sums of LANES lanes;
+        pass
+    void bn_clear_line(bn_line* s)
+    double bn_fold_line(bn_line* s)
     # and that these take and return some: x + y (of floats and doubles too) by the units that
     # multiply where there are such; a where z <= 0, else b; x in all lanes; n lanes, 0 in the rest.
     double bn_plus(double x, double y, double one)

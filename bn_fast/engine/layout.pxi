@@ -446,14 +446,6 @@ cdef inline Access access_to(
     return GATHERED if plan.used[role] and (wide or part) else plan.access[role]
 
 
-cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept nogil:
-    """Whether the kernels themselves write the output past the caches."""
-    return (
-        access[Y] == STREAMED and not is_half(plan.storage) and plan.layout != ROWS
-        and not plan.used[D]
-    )
-
-
 cdef inline bint takes_turns(const Plan* plan) noexcept nogil:
     """Whether long runs of several features are taken in the order of memory, as they are."""
     cdef int r

@@ -171,6 +171,26 @@ cdef double settle_backward(Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try
     return count + look_again(job, f, n) if first_try and job.exact_mean else count
 
 
+cdef inline double squares_alone_settled(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    cdef double** v = job.value
+    return settle_squares(
+        job.sums + 2 * job.stride + f, job.sums + 3 * job.stride + f, v[FACTOR_X] + f,
+        v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[VAR] + f, v[RETRY] + f,
+        n, job.total, job.eps, low_limit(job), first_try,
+    )
+
+
+cdef double settle_squares_alone(
+    Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
+) noexcept nogil:
+    """RMS norm: 65536 rows of 8 forward, one thread, 1161 to 640 us as a loop of vectors."""
+    if first_try:
+        return squares_alone_settled(job, f, n, True)
+    return squares_alone_settled(job, f, n, False)
+
+
 cdef double settle_product_alone(
     Job* job, Py_ssize_t f, Py_ssize_t n, bint first_try,
 ) noexcept nogil:

@@ -390,6 +390,50 @@ cdef void apply_by_row(
         i += 1
 
 
+cdef void apply_to_buffer(
+    const Operands* o, const Constants* constants, Py_ssize_t place, Py_ssize_t end, char* y,
+    Stream* stream, vector* c, const formula* formula_tag,
+) noexcept nogil:
+    """Less than a line of a row, which it may have in common with the next one."""
+    go_on_at(stream, y + place)
+    apply_row[vector, formula, Identity, OfRow](
+        o, constants, place, end, stream.buffer + stream.end - place, False, c, NULL, NULL, NULL
+    )
+    go_on(stream, end - place, False)
+
+
+cdef void stream_by_row(
+    const Block* block, const vector* vector_tag, const formula* formula_tag,
+) noexcept nogil:
+    """The same past the caches, where four rows at a time take 1.4 times as long."""
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
+    cdef Py_ssize_t i, start, end, n_bytes = block.width * size
+    cdef char[2 * LINE_BYTES] memory
+    cdef Stream stream
+    cdef Operands o
+    cdef Constants constants
+    cdef vector[N_OUT] c
+    cdef char* y
+    memset(&stream, 0, sizeof(stream))
+    stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
+    stream.start = stream.buffer
+    point_constants(&constants, block, 0)
+    for i in range(block.n_rows):
+        y = block.row[Y][i]
+        point_operands(&o, block, i, formula_tag)
+        fill_constants[vector, formula, Identity, OfRow](block, i * size, c, NULL, NULL, NULL)
+        start = min(n_bytes, <Py_ssize_t> ((LINE_BYTES - <size_t> y % LINE_BYTES) % LINE_BYTES))
+        end = start + (n_bytes - start) // LINE_BYTES * LINE_BYTES
+        if start:
+            apply_to_buffer(&o, &constants, 0, start, y, &stream, c, formula_tag)
+        apply_row[vector, formula, Identity, OfRow](
+            &o, &constants, start, end, y, True, c, NULL, NULL, NULL
+        )
+        if end < n_bytes:
+            apply_to_buffer(&o, &constants, end, n_bytes, y, &stream, c, formula_tag)
+    flush(&stream)
+
+
 cdef void apply_formula(
     const Block* block, const vector* vector_tag, const formula* formula_tag,
     const activation* activation_tag,
@@ -397,7 +441,10 @@ cdef void apply_formula(
     cdef Py_ssize_t i
     if block.walk == BY_ROW:
         if activation is Identity and not takes_third(formula_tag):
-            apply_by_row(block, vector_tag, formula_tag)
+            if block.stream:
+                stream_by_row(block, vector_tag, formula_tag)
+            else:
+                apply_by_row(block, vector_tag, formula_tag)
     elif block.walk == ALONG:
         apply_singly(block, vector_tag, formula_tag, activation_tag, <const OfRow*> NULL)
     elif block.singly or formula is Scaled:

@@ -86,6 +86,10 @@ cdef enum:
     AHEAD_ROWS = 64           # but no more than these and no less than a tree;
     AHEAD_HALVES = 24         # a half type's rows,
     AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
+    STREAM_ROW = 1024         # rows of so many bytes go past the caches as they are made, broken
+                              # lines or not; those of x, dout and gamma
+    STRETCH = 256             # so many columns at a time: (8192, 1024) layer norm's backward, one
+                              # thread, 5.4 to 5.0 ms
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 256 * 1024
     SHARE_FEATURES = 64       # fewer are not worth another thread between the visits,
@@ -330,13 +334,40 @@ cdef inline Py_ssize_t rows_ahead(Py_ssize_t row_bytes, Py_ssize_t tree) noexcep
 cdef inline bint reads_ahead_along(
     const Schedule* schedule, const Plan* plan, Py_ssize_t width,
 ) noexcept nogil:
-    """Whether sums along runs prefetch what comes next of them; of rows only along long ones:
-    (32, 64, 56, 56) instance norm, one thread, 3.4 and 5.3 ms to 2.9 and 4.5, (4096, 4096) layer
-    norm 9.9 and 16.5 to 8.3 and 13.8; but (8192, 1024) 3.0 and 5.8 to 3.6 and 7.2."""
+    """Whether sums along runs prefetch what comes next of them; of rows only along long ones of x,
+    dout and gamma: (4096, 4096) layer norm's backward, one thread, 16.5 to 13.8 ms, but (8192,
+    1024) 5.8 to 7.2."""
     cdef bint long_row = (
-        plan.layout == ROWS and width * size_of(plan.storage) >= 2 * PAGE_BYTES
+        plan.layout == ROWS and plan.used[S] and plan.used[G]
+        and width * size_of(plan.storage) >= 2 * PAGE_BYTES
     )
     return schedule.prefetch and (plan.layout == LONG_RUN or long_row)
+
+
+cdef bint rows_stream(const Plan* plan) noexcept nogil:
+    """Whether rows of their own go past the caches one by one, as they are made: (8192, 1024) layer
+    norm's forward, one thread, 2.8 to 2.5 ms, (32, 64, 56, 56) instance norm's backward 4.3 to 3.1.
+    Whole lines do, and rows long enough; but of x, dout and gamma rows of 6000 bytes, which break
+    lines, 8.0 to 9.1 ms (2026-11-26)."""
+    cdef const Segment* main = &plan.segment[0]
+    cdef Py_ssize_t row_bytes = main.n_run * size_of(plan.storage)
+    cdef Py_ssize_t steps = plan.feature_stride[Y] | row_bytes
+    cdef int d
+    for d in range(main.n_dims):
+        steps |= main.stride[d][Y]
+    for d in range(plan.n_outer):
+        steps |= plan.outer_stride[d][Y]
+    if steps % LINE_BYTES:
+        return row_bytes >= STREAM_ROW and not (plan.used[G] and plan.used[S])
+    return row_bytes >= STREAM_ROW or <Py_ssize_t> plan.base[Y] % LINE_BYTES == 0
+
+
+cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept nogil:
+    """Whether the kernels themselves write the output past the caches."""
+    return (
+        access[Y] == STREAMED and not is_half(plan.storage) and not plan.used[D]
+        and (plan.layout != ROWS or rows_stream(plan))
+    )
 
 
 cdef Py_ssize_t group_rows(

@@ -433,25 +433,26 @@ cdef inline double settle_statistics(
     return count
 
 
-cdef double settle_squares_alone(
-    Job* job, Py_ssize_t first, Py_ssize_t n, bint first_try,
+cdef inline double settle_squares(
+    const double* restrict s2_high, const double* restrict s2_low, const double* restrict factor,
+    double* restrict mean, double* restrict mean_low, double* restrict inv_std,
+    double* restrict var, double* restrict retry,
+    Py_ssize_t n, double m, double eps, double low, bint first_try,
 ) noexcept nogil:
-    """RMS norm: no mean, and the shift is 0."""
-    cdef double** v = job.value
+    """The same of RMS norm: no mean, and the shift is 0."""
     cdef Py_ssize_t f
-    cdef double s2, spread, finite, scale, count = 0, again = 1 if first_try else 0
-    cdef double low = low_limit(job)
-    for f in range(first, first + n):
-        s2 = finish_sum(job.sums[2 * job.stride + f], job.sums[3 * job.stride + f])
+    cdef double s2, spread, finite, scale, count = 0, per = 1 / m, again = 1 if first_try else 0
+    for f in range(n):
+        scale = 1.0 if first_try else factor[f]
+        s2 = finish_sum(s2_high[f], s2_low[f])
         finite = 1.0 if s2 < INFINITY else 0.0
-        spread = s2 * (1 / job.total)
-        scale = v[FACTOR_X][f]
-        v[RETRY][f] = again * (1 - finite + (1.0 if spread + job.eps < low else 0.0))
-        count += v[RETRY][f]
-        v[MEAN][f] = v[MEAN_LOW][f] = 0
-        v[VAR][f] = spread / scale / scale
-        spread = spread + job.eps * scale * scale
-        v[INV_STD][f] = scale / sqrt(spread) if spread != 0 else 0.0
+        spread = s2 * per
+        retry[f] = again * (1 - finite + (1.0 if spread + eps < low else 0.0))
+        count += retry[f]
+        mean[f] = mean_low[f] = 0
+        var[f] = spread if first_try else spread / scale / scale
+        spread = spread + (eps if first_try else eps * scale * scale)
+        inv_std[f] = scale / sqrt(spread) if spread != 0 else 0.0
     return count
 
 

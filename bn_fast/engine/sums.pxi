@@ -300,55 +300,75 @@ cdef inline void sum_row(
         scale += now * LANES * size
 
 
-cdef void sum_rows(
+cdef inline void point_row(
+    const Block* block, Py_ssize_t i, char** x, char** g, char** scale, const terms* terms_tag,
+) noexcept nogil:
+    x[0] = block.row[X][i]
+    g[0] = x[0] if terms is Squares else block.row[G][i]
+    scale[0] = block.row[S][i] if terms is ScaledProducts else x[0]
+
+
+cdef void sum_runs(
     const Block* block, const vector* vector_tag, const activation* activation_tag,
     const terms* terms_tag,
 ) noexcept nogil:
-    """Rows of one feature each: of features that take turns, or each of its own, whose sums are
-    folded."""
-    cdef bint own = block.walk == BY_ROW
-    cdef Py_ssize_t size = size_of_lane[vector](NULL)
+    """Rows of one feature, or of some that take turns."""
     cdef Py_ssize_t i, place, turn = 0
     cdef char* x
     cdef char* g
     cdef char* scale
     cdef vector[N_OF_SUMS] c
-    cdef double[LANES] sums, products
-    cdef double* s = sums
-    cdef double* ss = products
     c[ONE] = bn_like(c[ONE], bn_one())
     c[SLOPE] = bn_like(c[SLOPE], block.slope)
     for i in range(block.n_rows):
-        x = block.row[X][i]
-        g = x if terms is Squares else block.row[G][i]
-        scale = block.row[S][i] if terms is ScaledProducts else x
-        place = (i if own else turn * LANES) * size
+        point_row(block, i, &x, &g, &scale, terms_tag)
+        place = turn * LANES * size_of_lane[vector](NULL)
         c[SHIFT] = fill[vector](block.shift[X] + place, NULL)
         c[SHIFT_OF_G] = fill[vector](block.shift[G] + place, NULL)
         if activation is not Identity:
             c[OPEN_SHIFT] = fill[vector](block.gate_shift + place, NULL)
             c[OPEN_COEF] = fill[vector](block.gate_coef + place, NULL)
             c[OPEN_BIAS] = fill[vector](block.gate_bias + place, NULL)
-        if own:
-            memset(sums, 0, sizeof(sums))
-            memset(products, 0, sizeof(products))
-        else:
-            s = block.sum_1 + turn * LANES
-            ss = block.sum_2 + turn * LANES
-            turn = turn + 1 if turn + 1 < block.turns else 0
         sum_row[vector, activation, terms](
-            x, g, scale, block.width, c, block.ahead, s, ss, NULL, NULL
+            x, g, scale, block.width, c, block.ahead, block.sum_1 + turn * LANES,
+            block.sum_2 + turn * LANES, NULL, NULL,
         )
-        if own:
-            block.sum_1[i] = bn_fold_lanes(sums)
-            block.sum_2[i] = bn_fold_lanes(products)
+        turn = turn + 1 if turn + 1 < block.turns else 0
+
+
+cdef void sum_own_rows(
+    const Block* block, const vector* vector_tag, const terms* terms_tag,
+) noexcept nogil:
+    """Rows of one feature each, whose sums stay in registers until they are folded."""
+    cdef Py_ssize_t i, place
+    cdef char* x
+    cdef char* g
+    cdef char* scale
+    cdef vector[N_OF_SUMS] c
+    cdef bn_line sums, products
+    c[ONE] = bn_like(c[ONE], bn_one())
+    for i in range(block.n_rows):
+        point_row(block, i, &x, &g, &scale, terms_tag)
+        place = i * size_of_lane[vector](NULL)
+        c[SHIFT] = fill[vector](block.shift[X] + place, NULL)
+        c[SHIFT_OF_G] = fill[vector](block.shift[G] + place, NULL)
+        bn_clear_line(&sums)
+        bn_clear_line(&products)
+        sum_row[vector, Identity, terms](
+            x, g, scale, block.width, c, block.ahead, <double*> &sums, <double*> &products, NULL,
+            NULL,
+        )
+        block.sum_1[i] = bn_fold_line(&sums)
+        block.sum_2[i] = bn_fold_line(&products)
 
 
 cdef void sum_squares(const Block* block, const vector* vector_tag) noexcept nogil:
     if block.walk == ACROSS:
         sum_across[vector, Identity, Squares](block, NULL, NULL, NULL)
+    elif block.walk == ALONG:
+        sum_runs[vector, Identity, Squares](block, NULL, NULL, NULL)
     else:
-        sum_rows[vector, Identity, Squares](block, NULL, NULL, NULL)
+        sum_own_rows[vector, Squares](block, NULL, NULL)
 
 
 cdef void sum_products(
@@ -356,10 +376,12 @@ cdef void sum_products(
 ) noexcept nogil:
     if block.walk == ACROSS:
         sum_across[vector, activation, Products](block, NULL, NULL, NULL)
-    elif block.formula != SCALED_GRADIENT:
-        sum_rows[vector, activation, Products](block, NULL, NULL, NULL)
+    elif block.walk == ALONG:
+        sum_runs[vector, activation, Products](block, NULL, NULL, NULL)
+    elif activation is Identity and block.formula == SCALED_GRADIENT:
+        sum_own_rows[vector, ScaledProducts](block, NULL, NULL)
     elif activation is Identity:
-        sum_rows[vector, activation, ScaledProducts](block, NULL, NULL, NULL)
+        sum_own_rows[vector, Products](block, NULL, NULL)
 
 
 # ---------------------------------------------------------------- sums for gamma and beta

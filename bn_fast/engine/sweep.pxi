@@ -67,13 +67,26 @@ cdef void add_up(
         share_sums(job, first, n)
 
 
+cdef inline bint comes_in_rows(const Job* job) noexcept nogil:
+    """Whether rows of several pieces are summed one by one, in the order of memory.  (4096, 4096)
+    layer norm's forward, one thread, 7.3 to 5.2 ms, (32, 64, 56, 56) instance norm 2.9 and 4.7 to
+    1.9 and 3.7; but gamma comes in between: layer norm's backward 14.4 to 15.0 (2026-11-26)."""
+    cdef const Plan* plan = job.reduce
+    return (
+        plan.layout == ROWS and job.schedule.prefetch and not (plan.used[G] and plan.used[S])
+        and plan.n_chunks * plan.segment[0].n_rows > 1
+    )
+
+
 cdef void sum_tile(
     Job* job, Py_ssize_t first, Py_ssize_t n, bint wide, Scratch* s, const lane* lane_tag,
 ) noexcept nogil:
     """The sums of all chunks, by one thread."""
-    cdef Py_ssize_t chunk
-    for chunk in range(job.reduce.n_chunks):
-        reduce_tile[lane](job, 0, chunk, first, n, wide, s, lane_tag)
+    cdef Py_ssize_t chunk, f = first, step = 1 if comes_in_rows(job) else n
+    while f < first + n:
+        for chunk in range(job.reduce.n_chunks):
+            reduce_tile[lane](job, 0, chunk, f, step, wide, s, lane_tag)
+        f += step
     add_up(job, job.sums, 0, 1, first, n)
 
 
