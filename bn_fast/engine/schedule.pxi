@@ -86,10 +86,8 @@ cdef enum:
     AHEAD_ROWS = 64           # but no more than these and no less than a tree;
     AHEAD_HALVES = 24         # a half type's rows,
     AHEAD_RUNS = 2            # a half type's pieces of runs, and a residual's, see below
-    STREAM_ROW = 1024         # rows of so many bytes go past the caches as they are made, broken
-                              # lines or not; those of x, dout and gamma
-    STRETCH = 256             # so many columns at a time: (8192, 1024) layer norm's backward, one
-                              # thread, 5.4 to 5.0 ms
+    STREAM_ROW = 1024         # bytes of a row that goes past the caches, broken lines or not, and
+    STRETCH = 256             # columns of x, dout and gamma so at a time, see rows_stream
     TILE_BYTES = 512          # a row of a tile: narrower ones come in too slowly, see below
     SPLIT_FROM = 256 * 1024
     SHARE_FEATURES = 64       # fewer are not worth another thread between the visits,
@@ -348,7 +346,8 @@ cdef bint rows_stream(const Plan* plan) noexcept nogil:
     """Whether rows of their own go past the caches one by one, as they are made: (8192, 1024) layer
     norm's forward, one thread, 2.8 to 2.5 ms, (32, 64, 56, 56) instance norm's backward 4.3 to 3.1.
     Whole lines do, and rows long enough; but of x, dout and gamma rows of 6000 bytes, which break
-    lines, 8.0 to 9.1 ms (2026-11-26)."""
+    lines, 8.0 to 9.1 ms; and a stretch of columns at a time, (8192, 1024) layer norm's backward,
+    one thread, 5.4 to 5.0 ms (AMD EPYC, Zen 4, 2026-11-26)."""
     cdef const Segment* main = &plan.segment[0]
     cdef Py_ssize_t row_bytes = main.n_run * size_of(plan.storage)
     cdef Py_ssize_t steps = plan.feature_stride[Y] | row_bytes
