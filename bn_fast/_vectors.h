@@ -132,8 +132,10 @@ static inline void bn_add_part_doubles(double *s, bn_doubles v, int n) {
 typedef struct {
     bn_doubles part[128 / BN_VECTOR];
 } bn_line;
-static inline __attribute__((always_inline)) void bn_clear_line(bn_line *s) {
-    for (int i = 0; i < 128 / BN_VECTOR; i++) s->part[i] = (bn_doubles){0};
+static inline bn_line bn_no_sums(void) {
+    bn_line s;
+    for (int i = 0; i < 128 / BN_VECTOR; i++) s.part[i] = (bn_doubles){0};
+    return s;
 }
 static inline __attribute__((always_inline)) double bn_fold_line(bn_line *s) {
     union {

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_fast import batchnorm_backward, batchnorm_forward, moments
+from bn_fast import (
+    batchnorm_backward,
+    batchnorm_forward,
+    instancenorm_backward,
+    instancenorm_forward,
+    layernorm_backward,
+    layernorm_forward,
+    moments,
+)
 from bn_fast._cache import Axes, NormCache
 from bn_fast._core import core, isa
 from bn_fast._norm_checks import NormCall
@@ -114,6 +122,34 @@ def test_neither_caches_nor_threads_change_a_bit_of_a_norm(
         finally:
             if old:
                 core.set_caches(*old)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [16, 100, 256, 300, 512, 1500, 2100, 5000])
+def test_rows_go_past_the_caches_wherever_they_begin(width, dtype):
+    """In lines that they break, which are put together from two rows; nothing beside is written."""
+    x, dout = normal((1, 7, width), dtype), normal((1, 7, width), dtype, 1)
+    gamma, own = normal(width, dtype, 2), normal(7, dtype, 3)
+
+    def results(outs):
+        y, cache = layernorm_forward(x, gamma, gamma, out=outs[0])
+        z, other = instancenorm_forward(x, own, own, out=outs[1])
+        return [
+            y, *layernorm_backward(dout, cache, out=outs[2]),
+            z, *instancenorm_backward(dout, other, out=outs[3]),
+        ]  # fmt: skip
+
+    expected = results([None] * 4)
+    old = core.set_caches(*CACHES[0])
+    try:
+        for place in (0, 1, 4, 7, 15, 16):
+            memory = np.full((4, x.size + 64), 7, dtype)
+            outs = [row[place : place + x.size].reshape(x.shape) for row in memory]
+            assert_same_bits(results(outs), expected)
+            assert (memory[:, :place] == 7).all()
+            assert (memory[:, place + x.size :] == 7).all()
+    finally:
+        core.set_caches(*old)
 
 
 def test_arrays_lie_out_of_step_with_pages():

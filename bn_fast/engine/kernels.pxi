@@ -44,7 +44,7 @@ cdef extern from "_vectors.h" nogil:
     int BN_VECTOR              # of so many bytes;
     ctypedef struct bn_line:   # sums of LANES lanes;
         pass
-    void bn_clear_line(bn_line* s)
+    bn_line bn_no_sums()
     double bn_fold_line(bn_line* s)
     # and that these take and return some: x + y (of floats and doubles too) by the units that
     # multiply where there are such; a where z <= 0, else b; x in all lanes; n lanes, 0 in the rest.

@@ -78,7 +78,7 @@ cdef void start_gradients(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
     cdef Py_ssize_t f = first
-    round_means[lane](job, first, n, 1.5 * 2.0 ** 49, lane_tag)
+    round_means[lane](job, first, n, lane_tag)
     while f < first + n and job.exact_mean:  # cells may be more than are sampled at a time
         sample_shift[lane](job, G, f, min(<Py_ssize_t> MAX_COLUMNS, first + n - f), lane_tag)
         f += MAX_COLUMNS
@@ -92,7 +92,12 @@ cdef void start_gradients(
 cdef void start_at_means(
     Job* job, Py_ssize_t first, Py_ssize_t n, const lane* lane_tag,
 ) noexcept nogil:
-    round_means[lane](job, first, n, 0, lane_tag)
+    cdef Py_ssize_t f
+    cdef const double* mean = job.value[MEAN]
+    cdef double* shift = job.value[SHIFT_X]
+    for f in range(first, first + n):
+        shift[f] = <double> (<lane> mean[f])
+    memset(job.value[SHIFT_G] + first, 0, n * sizeof(double))
 
 
 # ---------------------------------------------------------------- settle

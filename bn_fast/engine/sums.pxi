@@ -352,8 +352,8 @@ cdef void sum_own_rows(
         place = i * size_of_lane[vector](NULL)
         c[SHIFT] = fill[vector](block.shift[X] + place, NULL)
         c[SHIFT_OF_G] = fill[vector](block.shift[G] + place, NULL)
-        bn_clear_line(&sums)
-        bn_clear_line(&products)
+        sums = bn_no_sums()
+        products = bn_no_sums()
         sum_row[vector, Identity, terms](
             x, g, scale, block.width, c, block.ahead, <double*> &sums, <double*> &products, NULL,
             NULL,
