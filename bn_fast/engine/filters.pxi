@@ -46,7 +46,7 @@ cdef void open_wide_features(Visit* v, lane* gated) noexcept nogil:
         if v.plan.used[r]:
             fetch_rows[double](
                 v, r, GATHERED, 0,
-                columns_at[double](v, WIDE_FACTOR if r == X else WIDE_ONES, NULL),
+                columns_at[double](v, WIDE_FACTOR, NULL) if r == X else NULL,
             )
     open_rows[double](v, True, 0, NULL)
     for j in range(v.width):
@@ -63,20 +63,20 @@ cdef void open_natively(
     buffer; then as `lane` into G's."""
     cdef stored* opened = <stored*> v.s.buffer[D]
     cdef lane* final = <lane*> v.s.buffer[G]
-    cdef const lane* factor = columns_at[lane](v, FACTOR_G, lane_tag)
     cdef Py_ssize_t i
     cdef int r
     for r in range(Y):
         if v.plan.used[r]:
             fetch_rows[stored](
-                v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0,
-                columns_at[stored](v, NATIVE_ONES, native_tag),
+                v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0, NULL
             )
     open_rows[stored](v, False, 0, native_tag)
     if v.any_wide:
         open_wide_features[stored](v, opened)
     for i in range(v.n_rows):
-        gather_step(opened, 1, v.width, factor, final)
+        gather_step(opened, 1, v.width, final)
+        if v.wide:
+            multiply(final, columns_at[lane](v, FACTOR_G, lane_tag), v.width)
         v.s.row[G][i] = <char*> final
         opened += v.width
         final += v.width
@@ -183,8 +183,7 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
                 bn_prefetch(s.row[G][i + ahead], v.width * sizeof(lane))
         if not direct:
             gather_row[lane](
-                storage, s.row[W][i], offset, v.width, columns_at[lane](v, ONES, lane_tag),
-                gathered,
+                storage, s.row[W][i], offset, v.width, regular_step(offset, v.width), gathered
             )
         j = 0
         while j < v.width:
@@ -223,7 +222,7 @@ cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept no
         return
     if own:  # all rows have the same, or there is but one, see rows_at_hand
         gather_row[lane](
-            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
+            storage, rows[0], v.s.offset[S], v.width, regular_step(v.s.offset[S], v.width), buffer
         )
     for i in range(v.n_rows):
         if not own:
