@@ -193,7 +193,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
                 v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
             )
         )
-    if v.ahead and v.access[X] == GATHERED:  # those at hand are asked for already
+    if v.ahead and (v.access[X] == GATHERED or plan.used[W]):  # those at hand were asked for
         v.ahead = min(max(v.ahead, v.group), <Py_ssize_t> AHEAD_ROWS)
     expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
     if plan.used[W]:

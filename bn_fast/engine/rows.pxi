@@ -241,7 +241,7 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
         set_all[lane](<lane*> v.s.column[COEF_X], v.width, 1)
         set_all[lane](<lane*> v.s.column[BIAS], v.width, 0)
     expand[lane](v, SHIFT_X, FACTOR_X, True, WEIGH_SHIFT, lane_tag)
-    memset(v.s.column[SHIFT_G], 0, v.segment.n_joined * v.n_features * v.segment.n_lanes * 8)
+    memset(v.s.column[SHIFT_G], 0, v.job.width * sizeof(double))
 
 
 # ---------------------------------------------------------------- rows in, rows out
@@ -417,7 +417,8 @@ cdef void store_rows(
 cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
     """Rows that a kernel may prefetch: none where its own are those in a buffer."""
     cdef bint buffered = (
-        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
+        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[S]
+        or (v.plan.used[W] and v.plan.used[Y])
     )
     return 0 if buffered else v.ahead
 
