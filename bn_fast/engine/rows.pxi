@@ -156,6 +156,16 @@ cdef void expand_values(
         memcpy(columns + e * n_features, columns, n_features * sizeof(lane))
 
 
+cdef void turn(lane* values, Py_ssize_t n) noexcept nogil:
+    """From the last to the first."""
+    cdef Py_ssize_t i
+    cdef lane value
+    for i in range(n // 2):
+        value = values[i]
+        values[i] = values[n - 1 - i]
+        values[n - 1 - i] = value
+
+
 cdef inline void expand(
     Visit* v, int value, int factor, bint fetched, int column, const lane* lane_tag,
 ) noexcept nogil:
@@ -167,6 +177,8 @@ cdef inline void expand(
         v.n_features, v.segment.n_joined,
         v.segment.n_run if fetched else v.segment.n_lanes, <lane*> v.s.column[column],
     )
+    if v.plan.turned and not v.wide:
+        turn(<lane*> v.s.column[column], v.n_features)
 
 
 cdef void expand_constants(
@@ -273,9 +285,9 @@ cdef void find_rows(
         for i in range(1, n):
             rows[i] = rows[0] + i * plan.feature_stride[role]
         return
-    start = feature_at(plan, role, v.feature) + (
-        v.first * size_of(plan.storage) if at_first else 0
-    )
+    start = feature_at(
+        plan, role, v.feature + (v.n_features - 1 if at_first and plan.turned else 0)
+    ) + (v.first * size_of(plan.storage) if at_first else 0)
     row_pointers(v.segment, role, start, v.row, n // together, rows)
     for i in range(n // together - 1 if together > 1 else -1, -1, -1):
         for k in range(together - 1, -1, -1):
