@@ -114,6 +114,8 @@ def plain_forward(
     activation: object,
     negative_slope: object,
     residual: object,
+    weights: object,
+    weights_of: Callable[[Any, Array, Any], tuple[Array | None, Count, Count]],
     n_threads: Callable[[], int],
     small: int,
 ) -> (

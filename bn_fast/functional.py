@@ -185,10 +185,10 @@ def batchnorm_forward(
     >>> out.dtype
     dtype('float16')
     """
-    plain = weights is None and core.plain_forward(
-        x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, get_num_threads,
-        _SERIAL_SIZE,
-    )
+    plain = core.plain_forward(
+        x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, weights,
+        _checks.element_weights, get_num_threads, _SERIAL_SIZE,
+    )  # fmt: skip
     if plain:  # the straight road
         x, gamma, beta, asked, (y, stats, eps, frozen) = plain
         options = None if asked is None else Options(*asked)

@@ -121,6 +121,15 @@ def test_threads(threads_always, shape, axis, dtype, mode):
             assert_same_bits(results(shape, axis, dtype, layout, mode), expected)
 
 
+@pytest.mark.parametrize("shape", [(500, 600), (300, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_features_that_lie_the_other_way(shape, dtype, mode):
+    """Their sums are taken as they lie, and are those of the others."""
+    expected = results(shape, 1, dtype, "C", mode)
+    assert_same_bits(results(shape, 1, dtype, "reversed", mode), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_sums_that_cancel(threads_always, dtype):
     """One value a block, of any size, and later its negative: compensated sums lose what lies 106

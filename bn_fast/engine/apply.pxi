@@ -114,8 +114,7 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
     v.singly = v.stream or (v.job.schedule.singly and v.width % (LANES // 2) == 0)
     v.ahead = 0
     if (
-        v.job.schedule.prefetch_again and v.access[X] != GATHERED and plan.layout != LONG_RUN
-        and plan.layout != ROWS
+        v.job.schedule.prefetch_again and plan.layout != LONG_RUN and plan.layout != ROWS
     ):
         v.singly = True
         if not rows_touch(v):  # else the hardware's prefetchers follow them

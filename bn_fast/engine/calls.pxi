@@ -792,12 +792,12 @@ cdef inline bint is_plain_array(object array) noexcept:
     ) and cnp.PyArray_ISBEHAVED_RO(array)
 
 
-cdef bint is_plain_twin(object array, cnp.ndarray like) noexcept:
-    """A plain array with the type and shape of another."""
+cdef bint is_plain_twin(object array, cnp.ndarray like, int kind=-1) noexcept:
+    """A plain array with the type (or this one) and shape of another."""
     cdef int d
     if (
         not is_plain_array(array)
-        or cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(like)
+        or cnp.PyArray_TYPE(array) != (cnp.PyArray_TYPE(like) if kind < 0 else kind)
         or cnp.PyArray_NDIM(array) != cnp.PyArray_NDIM(like)
     ):
         return False
@@ -967,32 +967,37 @@ cpdef tuple forward(
 
 
 def plain_forward(
-    x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, n_threads,
-    Py_ssize_t small,
+    x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, weights,
+    weights_of, n_threads, Py_ssize_t small,
 ):
     """A call of batchnorm_forward that takes the straight road; n_threads_of says on how many
-    threads.
+    threads.  weights_of (weights, x, axis): of _checks.py.
 
     Returns x, gamma, beta, options (a tuple or None) and what forward returns; or None, and nothing
     is done, where an argument needs a closer look.
     """
     cdef double slope
     cdef tuple settings = None, options = None
+    total, given = 0.0, None
     if not (
         is_plain(x, gamma, beta, axis, out) and cnp.PyArray_SIZE(x)
         and is_plain_activation(activation) and is_plain_number(negative_slope, -INFINITY, &slope)
         and is_plain_residual(residual, x, out)
     ):
         return None
+    if weights is not None:
+        if bn_param is not None:  # a feature without weight leaves its averages alone
+            return None
+        weights, total, given = weights_of(weights, x, axis)
     if bn_param is not None:
         settings = settings_of(bn_param, x, cnp.PyArray_DIMS(x)[<int> axis])
         if settings is None:
             return None
-    if activation is not None or residual is not None:
+    if activation is not None or residual is not None or given is not None:
         spoilt = activation is not None and out is not None and residual is not None and (
             is_same_buffer(out, residual)
         )
-        options = activation, negative_slope, residual, None, 0.0, spoilt, None
+        options = activation, negative_slope, residual, weights, total, spoilt, given
     found = forward(
         x, gamma, beta, axis, out, settings, options, n_threads_of(x, n_threads, small)
     )
@@ -1022,9 +1027,10 @@ cdef bint are_plain_options(object options, cnp.ndarray x, object beta, object o
         return True
     if not isinstance(options, tuple) or len(options) != 7:
         return False
-    activation, negative_slope, residual, weights, _, spoilt, _ = <tuple> options
+    activation, negative_slope, residual, weights, total, spoilt, _ = <tuple> options
     return (
         is_plain_activation(activation) and type(negative_slope) is float
-        and is_plain_residual(residual, x, None) and weights is None and spoilt is False
-        and are_apart(out, residual) and are_apart(out, beta)
+        and is_plain_residual(residual, x, None) and spoilt is False
+        and (weights is None or is_plain_twin(weights, x, parameter_type(x)))
+        and type(total) is float and are_apart(out, residual) and are_apart(out, beta)
     )

@@ -46,7 +46,7 @@ cdef void open_wide_features(Visit* v, lane* gated) noexcept nogil:
         if v.plan.used[r]:
             fetch_rows[double](
                 v, r, GATHERED, 0,
-                columns_at[double](v, WIDE_FACTOR if r == X else WIDE_ONES, NULL),
+                columns_at[double](v, WIDE_FACTOR, NULL) if r == X else NULL,
             )
     open_rows[double](v, True, 0, NULL)
     for j in range(v.width):
@@ -63,20 +63,20 @@ cdef void open_natively(
     buffer; then as `lane` into G's."""
     cdef stored* opened = <stored*> v.s.buffer[D]
     cdef lane* final = <lane*> v.s.buffer[G]
-    cdef const lane* factor = columns_at[lane](v, FACTOR_G, lane_tag)
     cdef Py_ssize_t i
     cdef int r
     for r in range(Y):
         if v.plan.used[r]:
             fetch_rows[stored](
-                v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0,
-                columns_at[stored](v, NATIVE_ONES, native_tag),
+                v, r, access_to(v.plan, v.segment, r, v.n_features, False), 0, NULL
             )
     open_rows[stored](v, False, 0, native_tag)
     if v.any_wide:
         open_wide_features[stored](v, opened)
     for i in range(v.n_rows):
-        gather_step(opened, 1, v.width, factor, final)
+        gather_step(opened, 1, v.width, final)
+        if v.wide:
+            multiply(final, columns_at[lane](v, FACTOR_G, lane_tag), v.width)
         v.s.row[G][i] = <char*> final
         opened += v.width
         final += v.width
@@ -91,17 +91,51 @@ cdef void open_slowly(Visit* v, const lane* lane_tag) noexcept nogil:
 
 
 # ---------------------------------------------------------------- weights
+#
+# Where rows lie they are read, and what is not finite under a weight of 0 is looked for; only where
+# there is such a thing the rows at hand are replaced, as (b) and (c) say.
+
+cdef inline void weigh_vector(
+    const char* x, const char* g, const char* w, const char* shift, char* weighed,
+    Py_ssize_t place, int n, bint part, bint one, vector* hidden,
+) noexcept nogil:
+    """A vector of w (x - shift), or of x and dout alone (weighed: NULL); `hidden` becomes NaN where
+    something is not finite under a weight of 0.  One: all weights are one number, and not 0."""
+    cdef vector d = load[vector](x, place, n, part, NULL), u
+    u = fill[vector](w, NULL) if one else load[vector](w, place, n, part, NULL)
+    if weighed != NULL:
+        d = u * (d - load[vector](shift, place, n, part, NULL))
+        store[vector](weighed + place, d, n, part, False)
+    else:
+        d = d - d
+        d = d + (load[vector](g, place, n, part, NULL) - load[vector](g, place, n, part, NULL))
+    if not one:
+        hidden[0] = hidden[0] + bn_choose(u, d, bn_like(d, 0))
+
 
 cdef inline void weigh_row(
+    const char* x, const char* g, const char* w, const char* shift, char* weighed,
+    Py_ssize_t width, bint one, vector* hidden,
+) noexcept nogil:
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
+    cdef Py_ssize_t place = 0, n_bytes = width * size
+    while place + BN_VECTOR <= n_bytes:
+        weigh_vector[vector](x, g, w, shift, weighed, place, 0, False, one, hidden)
+        place += BN_VECTOR
+    if place < n_bytes:
+        weigh_vector[vector](
+            x, g, w, shift, weighed, place, <int> ((n_bytes - place) // size), True, one, hidden
+        )
+
+
+cdef inline void hide_row(
     const lane* restrict x, const lane* restrict w, Py_ssize_t step, Py_ssize_t width,
     const lane* restrict shift, lane* restrict x_out, lane* restrict weighed,
 ) noexcept nogil:
     cdef Py_ssize_t j
-    cdef lane k
     for j in range(width):
-        k = shift[j]
-        x_out[j] = x[j] if w[j * step] != 0 else k
-        weighed[j] = w[j * step] * (x[j] - k) if w[j * step] != 0 else 0
+        x_out[j] = x[j] if w[j * step] != 0 else shift[j]
+        weighed[j] = w[j * step] * (x[j] - shift[j]) if w[j * step] != 0 else 0
 
 
 cdef inline void screen_row(
@@ -130,81 +164,151 @@ cdef inline void share_row(
         shared[j] = w[j * step] * t if w[j * step] != 0 else 0
 
 
-cdef inline void weigh_line(
-    Visit* v, Py_ssize_t first, const lane* x, const lane* g, const lane* w, Py_ssize_t step,
-    Py_ssize_t width, lane* x_out, lane* out,
+cdef struct Weights:          # of the rows at hand
+    bint direct               # read where they lie, line by line: a run's, or one for all the
+    Py_ssize_t line           # features of a row (gathered element by element, (65536, 128) forward
+    Py_ssize_t step           # took 7.8 ms, 4.0 so); a line may repeat one value
+    char* gathered            # else
+
+
+cdef inline const char* weights_at(
+    const Visit* v, const Weights* weights, Py_ssize_t i, Py_ssize_t j, Py_ssize_t size,
+    Py_ssize_t* n,
 ) noexcept nogil:
-    """One line of weights on its columns, as the visit wants it."""
-    cdef const lane* shift = <lane*> v.s.column[WEIGH_SHIFT] + first
+    """A row's weights from its j-th column at hand on, n of them in one line."""
+    n[0] = v.width - j
+    if not weights.direct:
+        return weights.gathered + (i * v.width + j) * size
+    n[0] = min(n[0], weights.line - (v.first + j) % weights.line)
+    return v.s.row[W][i] + v.s.offset[W][v.first + j]
+
+
+cdef inline bint is_zero(const char* w, const vector* vector_tag) noexcept nogil:
+    if vector is bn_floats:
+        return (<const float*> w)[0] == 0
+    else:
+        return (<const double*> w)[0] == 0
+
+
+cdef bint read_weighed(Visit* v, const Weights* weights, const vector* vector_tag) noexcept nogil:
+    """Weigh the rows of x for moments, into dout's buffer, or leave them and dout's as they are;
+    whether something is hidden under a weight of 0."""
+    cdef Py_ssize_t size = size_of_lane[vector](NULL)
+    cdef Py_ssize_t i, j, n
+    cdef double lanes[LANES]
+    cdef vector hidden
+    cdef const char* w
+    cdef const char* x
+    cdef const char* g
+    cdef const char* shift
+    cdef char* weighed = NULL
+    memset(lanes, 0, sizeof(lanes))
+    hidden = bn_like(hidden, 0)
+    for i in range(v.n_rows):
+        j = 0
+        while j < v.width:
+            w = weights_at(v, weights, i, j, size, &n)
+            x = v.s.row[X][i] + j * size
+            g = v.s.row[G][i] + j * size if v.plan.used[G] else x
+            shift = v.s.column[WEIGH_SHIFT] + (v.first + j) * size
+            if not v.plan.used[G]:
+                weighed = v.s.buffer[R] + (i * v.width + j) * size
+            if weights.step == 0 and is_zero[vector](w, NULL):
+                w = v.s.column[SHIFT_G]  # zeros
+            elif weights.step == 0:
+                if weighed != NULL:
+                    weigh_row[vector](x, g, w, shift, weighed, n, True, &hidden)
+                j += n
+                continue
+            weigh_row[vector](x, g, w, shift, weighed, n, False, &hidden)
+            j += n
+        if not v.plan.used[G]:
+            v.s.row[G][i] = v.s.buffer[R] + i * v.width * size
+    for i in range(v.n_rows, v.n_rows + v.ahead):
+        if not v.plan.used[G]:  # nothing to prefetch
+            v.s.row[G][i] = v.s.buffer[R]
+    bn_add_lanes(lanes, hidden)
+    return bn_fold_lanes(lanes) != 0
+
+
+cdef inline void replace_line(
+    Visit* v, Py_ssize_t i, Py_ssize_t j, const lane* w, Py_ssize_t step, Py_ssize_t n,
+    const lane* lane_tag,
+) noexcept nogil:
+    """What takes the place of x, and of dout, along one line of weights."""
+    cdef const lane* x = <lane*> v.s.row[X][i] + j
+    cdef const lane* shift = <lane*> v.s.column[WEIGH_SHIFT] + v.first + j
+    cdef lane* x_out = <lane*> v.s.buffer[Y] + i * v.width + j
+    cdef lane* out = <lane*> v.s.buffer[R] + i * v.width + j
     if v.plan.used[Y]:
         share_row(
-            x, w, step, width, shift, <lane*> v.s.column[WEIGH_COEF] + first,
-            <lane*> v.s.column[WEIGH_REST] + first, out,
+            x, w, step, n, shift, <lane*> v.s.column[WEIGH_COEF] + v.first + j,
+            <lane*> v.s.column[WEIGH_REST] + v.first + j, out,
         )
     elif v.plan.used[G]:
-        screen_row(x, g, w, step, width, shift, x_out, out)
+        screen_row(x, <lane*> v.s.row[G][i] + j, w, step, n, shift, x_out, out)
     else:
-        weigh_row(x, w, step, width, shift, x_out, out)
+        hide_row(x, w, step, n, shift, x_out, out)
+
+
+cdef void replace_rows(Visit* v, const Weights* weights, const lane* lane_tag) noexcept nogil:
+    cdef Py_ssize_t i, j, n
+    cdef Py_ssize_t ahead = 0 if is_half(v.plan.storage) or v.gate == BEFORE else v.ahead
+    cdef const lane* w
+    for i in range(v.n_rows):
+        if ahead and v.plan.used[Y]:  # the kernel cannot: its rows are those in the buffer
+            bn_prefetch(v.s.row[X][i + ahead], v.width * sizeof(lane))
+            bn_prefetch(v.s.row[G][i + ahead], v.width * sizeof(lane))
+        j = 0
+        while j < v.width:
+            w = <const lane*> weights_at(v, weights, i, j, sizeof(lane), &n)
+            if weights.step == 0:
+                replace_line[lane](v, i, j, w, 0, n, lane_tag)
+            else:
+                replace_line[lane](v, i, j, w, 1, n, lane_tag)
+            j += n
+        v.s.row[X][i] = v.s.buffer[R if v.plan.used[Y] else Y] + i * v.width * sizeof(lane)
+        if v.plan.used[G] and not v.plan.used[Y]:
+            v.s.row[G][i] = v.s.buffer[R] + i * v.width * sizeof(lane)
 
 
 cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
-    """Replace the rows of x (and dout), line by line of the weights: a run's, or one value for all
-    the features of a row (gathered element by element, (65536, 128) forward took 7.8 ms, now 4.0).
-    Other weights are gathered first."""
+    """Rows of x (and dout) as weights make them."""
     cdef const Segment* segment = v.segment
     cdef Scratch* s = v.s
     cdef Storage storage = lanes_of(v.plan.storage)
-    cdef Py_ssize_t i, j, m, step = 1, line = segment.n_run
-    cdef Py_ssize_t ahead = 0 if is_half(v.plan.storage) or v.gate == BEFORE else v.ahead
-    cdef lane* gathered = <lane*> s.buffer[W]
-    cdef lane* first = <lane*> s.buffer[Y]
-    cdef lane* second = <lane*> s.buffer[R]
+    cdef Py_ssize_t i
     cdef Py_ssize_t* offset = s.offset[W] + v.first
-    cdef lane* x
-    cdef lane* g
-    cdef const lane* w
-    cdef bint direct = sizeof(lane) == size_of(storage)
+    cdef Weights weights
+    cdef bint hidden = True
+    weights.direct = sizeof(lane) == size_of(storage)
+    weights.line = segment.n_run
+    weights.step = 1
+    weights.gathered = s.buffer[W]
     if segment.n_run == 1 and v.plan.feature_stride[W] != 0:
-        line = v.n_features
-        direct = direct and v.plan.feature_stride[W] == size_of(storage)
+        weights.line = v.n_features
+        weights.direct = weights.direct and v.plan.feature_stride[W] == size_of(storage)
     elif segment.run_stride[W] == 0:
-        step = 0
-        line *= v.n_features if v.plan.feature_stride[W] == 0 else 1
+        weights.step = 0
+        weights.line *= v.n_features if v.plan.feature_stride[W] == 0 else 1
     elif segment.run_stride[W] != size_of(storage):
-        direct = False
-    direct = direct and line >= NARROW
+        weights.direct = False
+    weights.direct = weights.direct and weights.line >= NARROW
     row_pointers(segment, W, feature_at(v.plan, W, v.feature), v.row, v.n_rows, s.row[W])
-    for i in range(v.n_rows):
-        x = <lane*> s.row[X][i]
-        g = <lane*> s.row[G][i]
-        if ahead:  # the kernel cannot: its rows are those in the buffers
-            bn_prefetch(s.row[X][i + ahead], v.width * sizeof(lane))
-            if v.plan.used[G]:
-                bn_prefetch(s.row[G][i + ahead], v.width * sizeof(lane))
-        if not direct:
+    if not weights.direct:
+        weights.step = 1
+        for i in range(v.n_rows):
             gather_row[lane](
-                storage, s.row[W][i], offset, v.width, columns_at[lane](v, ONES, lane_tag),
-                gathered,
+                storage, s.row[W][i], offset, v.width, regular_step(offset, v.width),
+                <lane*> s.buffer[W] + i * v.width,
             )
-        j = 0
-        while j < v.width:
-            m = v.width - j
-            w = gathered
-            if direct:
-                m = min(m, line - (v.first + j) % line)
-                w = <const lane*> (s.row[W][i] + offset[j])
-            if direct and step == 0:
-                weigh_line[lane](v, v.first + j, x + j, g + j, w, 0, m, first + j, second + j)
-            else:
-                weigh_line[lane](v, v.first + j, x + j, g + j, w, 1, m, first + j, second + j)
-            j += m
-        if v.plan.used[Y]:
-            s.row[X][i] = <char*> second
+    if not v.plan.used[Y]:
+        if lane is float:
+            hidden = read_weighed[bn_floats](v, &weights, NULL)
         else:
-            s.row[X][i] = <char*> first
-            s.row[G][i] = <char*> second
-            first += v.width
-        second += v.width
+            hidden = read_weighed[bn_doubles](v, &weights, NULL)
+    if hidden:
+        replace_rows[lane](v, &weights, lane_tag)
 
 
 # ---------------------------------------------------------------- gamma and beta that vary
@@ -223,7 +327,7 @@ cdef void point_parameters(Visit* v, int role, const lane* lane_tag) noexcept no
         return
     if own:  # all rows have the same, or there is but one, see rows_at_hand
         gather_row[lane](
-            storage, rows[0], v.s.offset[S], v.width, <lane*> v.s.column[ONES], buffer
+            storage, rows[0], v.s.offset[S], v.width, regular_step(v.s.offset[S], v.width), buffer
         )
     for i in range(v.n_rows):
         if not own:

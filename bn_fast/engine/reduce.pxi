@@ -4,14 +4,14 @@
 # ---------------------------------------------------------------- chunks
 
 cdef inline const lane* gather_factors(Visit* v, int column, const lane* lane_tag) noexcept nogil:
-    """What columns are multiplied by as they are gathered.  A row of its own has its feature's."""
+    """What columns in wide lanes are multiplied by.  A row of its own has its feature's."""
+    if not v.wide:
+        return NULL
     if v.plan.layout != ROWS:
         return columns_at[lane](v, column, lane_tag)
-    if v.wide and column != ONES:
-        set_all[lane](
-            <lane*> v.s.column[column], v.width,
-            <lane> v.job.value[column][v.feature + v.first],
-        )
+    set_all[lane](
+        <lane*> v.s.column[column], v.width, <lane> v.job.value[column][v.feature + v.first],
+    )
     return <lane*> v.s.column[column]
 
 
@@ -38,18 +38,19 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef bint slowly = v.gate == BEFORE and (v.wide or v.any_wide)
     cdef bint runs_ahead = plan.layout == LONG_RUN and v.job.schedule.prefetch and not v.wide
     cdef Py_ssize_t i, ahead
-    cdef int r, factor
+    cdef int r
+    cdef const lane* factor
     if slowly:
         open_slowly[lane](v, lane_tag)
     for r in range(Y):
         if plan.used[r] and not (slowly and r != X):
             ahead = v.ahead
-            if runs_ahead and (r == R or is_half(plan.storage)):
+            if runs_ahead and (r == R or is_half(plan.storage) or v.access[r] == GATHERED):
                 ahead = AHEAD_RUNS
-            factor = FACTOR_X if r == X else FACTOR_G
+            factor = gather_factors[lane](v, FACTOR_X if r == X else FACTOR_G, lane_tag)
             if r == R and v.job.op.formula != MIXED:  # a residual; ddx is scaled as dout is
-                factor = ONES
-            fetch_rows[lane](v, r, v.access[r], ahead, gather_factors[lane](v, factor, lane_tag))
+                factor = NULL
+            fetch_rows[lane](v, r, v.access[r], ahead, factor)
     if v.scales and plan.used[S] and plan.used[G]:
         if plan.layout == ROWS:  # the kernels multiply
             point_parameters[lane](v, S, lane_tag)
@@ -67,7 +68,6 @@ cdef void enter_chunk(
     """Find the chunk's rows, and how to come to their columns; set the columns of gate and factors.
     """
     cdef const Plan* plan = v.plan
-    cdef bint gathers = plan.gate != NONE
     cdef Py_ssize_t n = 1 if plan.layout == ROWS or plan.layout == LONG_RUN else v.n_features
     cdef int index, r
     chunk_range(plan, chunk, &index, &v.row, row_end)
@@ -77,17 +77,16 @@ cdef void enter_chunk(
     for r in range(N_ROLES):
         v.access[r] = access_to(plan, v.segment, r, v.n_features, v.wide)
         if v.access[r] == GATHERED:
-            gathers = gathers or r < Y
             set_offsets(v, r, n)
     if plan.used[S] and not is_adjacent(v):
-        gathers = True
         set_offsets(v, S, n)
     if plan.storage == FLOAT64:
         set_gate[double](v, NULL)
     else:
         set_gate[float](v, NULL)
-    if gathers:
-        set_factors[lane](v, lane_tag)
+    if v.wide and plan.layout != ROWS:
+        expand[lane](v, FACTOR_X, -1, True, FACTOR_X, lane_tag)
+        expand[lane](v, FACTOR_G, -1, True, FACTOR_G, lane_tag)
 
 
 cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -137,6 +136,9 @@ cdef void reduce_block_of_rows(
     fold_columns(
         <double*> v.s.column[SUM_2], segment.n_joined, v.n_features, segment.n_lanes
     )
+    if v.plan.turned and not v.wide:
+        turn(<double*> v.s.column[SUM_1], v.n_features)
+        turn(<double*> v.s.column[SUM_2], v.n_features)
 
 
 cdef inline void add_block(Visit* v, bint first) noexcept nogil:
@@ -168,7 +170,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     """The two sums of one chunk for the visit's features."""
     cdef Job* job = v.job
     cdef const Plan* plan = v.plan
-    cdef Py_ssize_t row_end, piece
+    cdef Py_ssize_t row_end, piece, step = TREE_ROWS if plan.used[G] else 2 * TREE_ROWS
     cdef bint first_block = True
     enter_chunk[lane](v, chunk, &row_end, lane_tag)
     piece = v.width
@@ -176,8 +178,11 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         v.access[X] != DIRECT or v.access[G] != DIRECT or v.gate == BEFORE or plan.used[W]
         or plan.used[S]
     ):
-        piece = min(piece, <Py_ssize_t> GATHER_COLUMNS)
-    v.group = rows_at_hand(v, piece, 2 * TREE_ROWS)
+        piece = min(
+            min(piece, <Py_ssize_t> GATHER_COLUMNS),  # and what the buffers hold of a tree
+            <Py_ssize_t> (GATHER_ELEMENTS // step * sizeof(double) // sizeof(lane)),
+        )
+    v.group = rows_at_hand(v, piece, step)
     v.ahead = 0
     if (
         job.schedule.prefetch and not v.wide and plan.layout != LONG_RUN and plan.layout != ROWS
@@ -191,6 +196,8 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
                 v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
             )
         )
+    if v.ahead and (v.access[X] == GATHERED or plan.used[W]):  # those at hand were asked for
+        v.ahead = min(max(v.ahead, v.group), <Py_ssize_t> AHEAD_ROWS)
     expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
     if plan.used[W]:
         set_weights[lane](v, lane_tag)

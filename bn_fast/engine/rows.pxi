@@ -4,8 +4,7 @@
 
 # Columns of constants: those of the engine's own values (see job.pxi), and
 cdef enum:
-    ONES = N_VALUES
-    SUM_1
+    SUM_1 = N_VALUES
     SUM_2
     SPARE                     # rows to write to that nobody reads: APPLY_ROWS - 1 of them
     N_PLAIN_COLUMNS           # all that a call without options needs; then
@@ -28,7 +27,6 @@ cdef struct Scratch:          # one thread's share; columns are elements of a vi
     char* column[N_COLUMNS]
     Py_ssize_t* offset[N_ROLES]
     Py_ssize_t shape[N_ROLES][6]  # what these offsets come from, see set_offsets
-    Py_ssize_t n_ones         # native factors of 1 that are set
     char* buffer[N_ROLES]
     double* values            # the tile's own arrays, if tiles are swept
     double* sums              # of the chunk at hand, as the job's
@@ -100,7 +98,7 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
         s.column[c] = memory
         memory += columns
     for c in range(
-        ONES, N_COLUMNS if has_options else HAT_REST + 1 if job.by_row else N_PLAIN_COLUMNS
+        SUM_1, N_COLUMNS if has_options else HAT_REST + 1 if job.by_row else N_PLAIN_COLUMNS
     ):
         s.column[c] = memory
         memory += columns * (APPLY_ROWS - 1 if c == SPARE else 1)
@@ -111,7 +109,6 @@ cdef Py_ssize_t share_scratch(const Job* job, char* memory, Scratch* s) noexcept
             memory += columns + buffer
     for r in range(N_ROLES):
         s.shape[r][0] = 0  # of no features
-    s.n_ones = 0
     s.adds = False
     s.values = <double*> memory
     memory += (
@@ -159,6 +156,16 @@ cdef void expand_values(
         memcpy(columns + e * n_features, columns, n_features * sizeof(lane))
 
 
+cdef void turn(lane* values, Py_ssize_t n) noexcept nogil:
+    """From the last to the first."""
+    cdef Py_ssize_t i
+    cdef lane value
+    for i in range(n // 2):
+        value = values[i]
+        values[i] = values[n - 1 - i]
+        values[n - 1 - i] = value
+
+
 cdef inline void expand(
     Visit* v, int value, int factor, bint fetched, int column, const lane* lane_tag,
 ) noexcept nogil:
@@ -170,6 +177,8 @@ cdef inline void expand(
         v.n_features, v.segment.n_joined,
         v.segment.n_run if fetched else v.segment.n_lanes, <lane*> v.s.column[column],
     )
+    if v.plan.turned and not v.wide:
+        turn(<lane*> v.s.column[column], v.n_features)
 
 
 cdef void expand_constants(
@@ -198,20 +207,6 @@ cdef void set_offsets(Visit* v, int role, Py_ssize_t n_features) noexcept nogil:
     if memcmp(shape, v.s.shape[role], sizeof(shape)):
         memcpy(v.s.shape[role], shape, sizeof(shape))
         column_offsets(v.plan, segment, role, n_features, v.s.offset[role])
-
-
-cdef void set_factors(Visit* v, const lane* lane_tag) noexcept nogil:
-    """The columns of what rows are multiplied by as they are gathered: 1 in native lanes."""
-    if not v.wide and v.width <= v.s.n_ones:
-        return
-    v.s.n_ones = 0 if v.wide else v.width
-    set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
-    if v.wide and v.plan.layout != ROWS:
-        expand[lane](v, FACTOR_X, -1, True, FACTOR_X, lane_tag)
-        expand[lane](v, FACTOR_G, -1, True, FACTOR_G, lane_tag)
-    else:
-        set_all[lane](<lane*> v.s.column[FACTOR_X], v.width, 1)
-        set_all[lane](<lane*> v.s.column[FACTOR_G], v.width, 1)
 
 
 cdef void set_gate(Visit* v, const lane* native_tag) noexcept nogil:
@@ -247,7 +242,6 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef lane* rest = <lane*> v.s.column[WEIGH_REST]
     cdef lane* bias = <lane*> v.s.column[WEIGH_COEF]
     set_offsets(v, W, v.n_features)
-    set_all[lane](<lane*> v.s.column[ONES], v.width, 1)
     if v.plan.used[Y]:
         expand[lane](v, SHIFT_G, FACTOR_G, True, WEIGH_REST, lane_tag)
         expand[lane](v, COEF_G, -1, True, WEIGH_SHIFT, lane_tag)
@@ -259,7 +253,7 @@ cdef void set_weights(Visit* v, const lane* lane_tag) noexcept nogil:
         set_all[lane](<lane*> v.s.column[COEF_X], v.width, 1)
         set_all[lane](<lane*> v.s.column[BIAS], v.width, 0)
     expand[lane](v, SHIFT_X, FACTOR_X, True, WEIGH_SHIFT, lane_tag)
-    memset(v.s.column[SHIFT_G], 0, v.segment.n_joined * v.n_features * v.segment.n_lanes * 8)
+    memset(v.s.column[SHIFT_G], 0, v.job.width * sizeof(double))
 
 
 # ---------------------------------------------------------------- rows in, rows out
@@ -291,9 +285,9 @@ cdef void find_rows(
         for i in range(1, n):
             rows[i] = rows[0] + i * plan.feature_stride[role]
         return
-    start = feature_at(plan, role, v.feature) + (
-        v.first * size_of(plan.storage) if at_first else 0
-    )
+    start = feature_at(
+        plan, role, v.feature + (v.n_features - 1 if at_first and plan.turned else 0)
+    ) + (v.first * size_of(plan.storage) if at_first else 0)
     row_pointers(v.segment, role, start, v.row, n // together, rows)
     for i in range(n // together - 1 if together > 1 else -1, -1, -1):
         for k in range(together - 1, -1, -1):
@@ -326,6 +320,14 @@ cdef inline bint lies_across(const Visit* v, int role, const lane* lane_tag) noe
     )
 
 
+cdef inline void prefetch_columns(
+    const char* row, const Py_ssize_t* offset, Py_ssize_t width,
+) noexcept nogil:
+    """From one end of the row to the other."""
+    cdef Py_ssize_t first = offset[0], last = offset[width - 1]
+    bn_prefetch(row + min(first, last), max(first, last) - min(first, last) + 1)
+
+
 cdef void fetch_rows(
     Visit* v, int role, Access access, Py_ssize_t ahead, const lane* factor,
 ) noexcept nogil:
@@ -333,44 +335,48 @@ cdef void fetch_rows(
     cdef const Plan* plan = v.plan
     cdef char** rows = v.s.row[role]
     cdef Py_ssize_t size = size_of(plan.storage), width = v.width, n = v.n_rows
-    cdef Py_ssize_t i, k, known, run
+    cdef Py_ssize_t i, k, known, run, step
+    cdef const Py_ssize_t* offset = v.s.offset[role] + first_column(v)
     cdef lane* buffer = <lane*> v.s.buffer[role]
     cdef lane* packed
-    cdef bint half = is_half(plan.storage)
     known = n if plan.layout == ROWS else min(n + ahead, (v.segment.n_rows - v.row) * in_turn(v))
     find_rows(v, role, known, access != GATHERED, rows)
     for i in range(known, n + ahead):
         rows[i] = rows[known - 1]
-    if plan.layout == LONG_RUN and ahead:
+    if plan.layout == LONG_RUN and ahead and access != GATHERED:
         for i in range(n):
             bn_prefetch(rows[i + ahead], width * size)
         ahead = 0
     if access == DIRECT:
         return
+    if access == GATHERED:
+        if lies_across[lane](v, role, factor):
+            part_rows(<const lane*> (rows[0] + offset[0]), width, n, buffer)
+        else:
+            step = regular_step(offset, width)
+            for i in range(n):
+                packed = buffer + i * width
+                if ahead and step and -LINE_BYTES <= step <= LINE_BYTES:
+                    prefetch_columns(rows[i + ahead], offset, width)
+                gather_row[lane](plan.storage, rows[i], offset, width, step, packed)
+                if factor != NULL:
+                    multiply(packed, factor, width)
+        for i in range(n + ahead):  # the kernel's own prefetches are of no use here
+            rows[i] = <char*> (buffer + min(i, n - 1) * width)
+        return
     i = 0
-    if access == GATHERED and lies_across[lane](v, role, factor):
-        part_rows(<const lane*> (rows[0] + v.s.offset[role][v.first]), width, n, buffer)
-        while i < n:
-            rows[i] = <char*> (buffer + i * width)
-            i += 1
     while i < n:
         packed = buffer + i * width
         run = 1
-        if half and access == COPIED:  # rows that touch go as one
-            while (
-                (run + 1) * width <= TILE_COLUMNS and i + run < n
-                and rows[i + run] == rows[i] + run * width * size
-            ):
-                run += 1
-        if half and ahead:  # the kernel cannot: its rows are those in the buffer
+        while (  # rows of a half type that touch go as one
+            is_half(plan.storage) and (run + 1) * width <= TILE_COLUMNS and i + run < n
+            and rows[i + run] == rows[i] + run * width * size
+        ):
+            run += 1
+        if is_half(plan.storage) and ahead:  # the kernel cannot: its rows are those in the buffer
             for k in range(i, i + run):
                 bn_prefetch(rows[k + ahead], width * size)
-        if access == COPIED:
-            load_adjacent[lane](plan.storage, rows[i], run * width, packed)
-        else:
-            gather_row[lane](
-                plan.storage, rows[i], v.s.offset[role] + first_column(v), width, factor, packed
-            )
+        load_adjacent[lane](plan.storage, rows[i], run * width, packed)
         for k in range(run):
             rows[i + k] = <char*> (packed + k * width)
         i += run
@@ -423,7 +429,8 @@ cdef void store_rows(
 cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
     """Rows that a kernel may prefetch: none where its own are those in a buffer."""
     cdef bint buffered = (
-        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[W] or v.plan.used[S]
+        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[S]
+        or (v.plan.used[W] and v.plan.used[Y])
     )
     return 0 if buffered else v.ahead
 

@@ -73,7 +73,6 @@ cdef Py_ssize_t sample_rows(
     of so many cells, and how far the next one's lie, in bytes; half types' n are taken to `sample`.
     """
     cdef Py_ssize_t offset[MAX_COLUMNS]
-    cdef float ones[MAX_COLUMNS]
     cdef Py_ssize_t f, k, step = plan.feature_stride[role] * cells
     for k in range(3):
         row[k] = value_at(plan, role, first + (cells - 1) * k // 2, &plan.sample[k])
@@ -81,9 +80,8 @@ cdef Py_ssize_t sample_rows(
         return step
     for f in range(n):
         offset[f] = f * step
-        ones[f] = 1
     for k in range(3):
-        gather_row[float](plan.storage, row[k], offset, n, ones, sample[k])
+        gather_half[float](plan.storage, row[k], offset, n, sample[k])
         row[k] = <char*> sample[k]
     return sizeof(float)
 

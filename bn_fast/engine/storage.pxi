@@ -94,57 +94,68 @@ cdef inline Py_ssize_t regular_step(const Py_ssize_t* offset, Py_ssize_t width) 
 
 
 cdef inline void gather_step(
-    const stored* restrict row, Py_ssize_t step, Py_ssize_t width, const lane* restrict factor,
-    lane* restrict packed,
+    const stored* restrict row, Py_ssize_t step, Py_ssize_t width, lane* restrict packed,
 ) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(width):
-        packed[j] = <lane> row[j * step] * factor[j]
+        packed[j] = <lane> row[j * step]
 
 
-cdef void gather_stored(
+cdef inline void gather_stored(
     const stored* stored_tag, const char* row, const Py_ssize_t* restrict offset,
-    Py_ssize_t width, const lane* restrict factor, lane* restrict packed,
+    Py_ssize_t width, Py_ssize_t step, lane* restrict packed,
 ) noexcept nogil:
     """Steps known to the compiler become loads and shuffles: rows of every other column come in at
     twice the speed of single elements, reversed ones at five times."""
-    cdef Py_ssize_t j, step = regular_step(offset, width)
+    cdef Py_ssize_t j
     cdef const stored* first = <const stored*> (row + offset[0])
     if step == sizeof(stored):
-        gather_step(first, 1, width, factor, packed)
+        gather_step(first, 1, width, packed)
     elif step == -<Py_ssize_t> sizeof(stored):
-        gather_step(first, -1, width, factor, packed)
+        gather_step(first, -1, width, packed)
     elif step == 2 * sizeof(stored):
-        gather_step(first, 2, width, factor, packed)
+        gather_step(first, 2, width, packed)
     elif step % <Py_ssize_t> sizeof(stored) == 0 and step:
-        gather_step(first, step // <Py_ssize_t> sizeof(stored), width, factor, packed)
+        gather_step(first, step // <Py_ssize_t> sizeof(stored), width, packed)
     else:
         for j in range(width):
-            packed[j] = <lane> (<const stored*> (row + offset[j]))[0] * factor[j]
+            packed[j] = <lane> (<const stored*> (row + offset[j]))[0]
 
 
-cdef void gather_row(
-    Storage storage, const char* row, const Py_ssize_t* offset, Py_ssize_t width,
-    const lane* factor, lane* packed,
+cdef void gather_half(
+    Storage storage, const char* row, const Py_ssize_t* offset, Py_ssize_t width, lane* packed,
 ) noexcept nogil:
-    """packed[j] = factor[j] * (the element `offset[j]` bytes into the row); the factor is a power
-    of two (1 but for float64 values whose squares leave the range), so nothing is rounded."""
     cdef Py_ssize_t j, k, n
     cdef unsigned short[HALF_PIECE] bits
     cdef float[HALF_PIECE] values
-    if storage == FLOAT32:
-        gather_stored[float, lane](<const float*> NULL, row, offset, width, factor, packed)
-        return
-    if storage == FLOAT64:
-        gather_stored[double, lane](<const double*> NULL, row, offset, width, factor, packed)
-        return
     for j in range(0, width, 512):  # HALF_PIECE; Cython wants a literal step
         n = min(<Py_ssize_t> HALF_PIECE, width - j)
         for k in range(n):
             bits[k] = (<const unsigned short*> (row + offset[j + k]))[0]
         widen(storage, <const char*> bits, n, values)
         for k in range(n):
-            packed[j + k] = values[k] * factor[j + k]
+            packed[j + k] = values[k]
+
+
+cdef inline void gather_row(
+    Storage storage, const char* row, const Py_ssize_t* offset, Py_ssize_t width, Py_ssize_t step,
+    lane* packed,
+) noexcept nogil:
+    """packed[j] = the element `offset[j]` bytes into the row; the step is regular_step's."""
+    if storage == FLOAT32:
+        gather_stored[float, lane](<const float*> NULL, row, offset, width, step, packed)
+    elif storage == FLOAT64:
+        gather_stored[double, lane](<const double*> NULL, row, offset, width, step, packed)
+    else:
+        gather_half[lane](storage, row, offset, width, packed)
+
+
+cdef inline void multiply(
+    lane* restrict values, const lane* restrict factor, Py_ssize_t n,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        values[j] *= factor[j]
 
 
 cdef inline void scatter_step(
