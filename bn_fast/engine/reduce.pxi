@@ -137,8 +137,8 @@ cdef void reduce_block_of_rows(
         <double*> v.s.column[SUM_2], segment.n_joined, v.n_features, segment.n_lanes
     )
     if v.plan.turned and not v.wide:
-        turn(<double*> v.s.column[SUM_1], v.n_features)
-        turn(<double*> v.s.column[SUM_2], v.n_features)
+        reverse(<double*> v.s.column[SUM_1], v.n_features)
+        reverse(<double*> v.s.column[SUM_2], v.n_features)
 
 
 cdef inline void add_block(Visit* v, bint first) noexcept nogil:

@@ -156,7 +156,7 @@ cdef void expand_values(
         memcpy(columns + e * n_features, columns, n_features * sizeof(lane))
 
 
-cdef void turn(lane* values, Py_ssize_t n) noexcept nogil:
+cdef void reverse(lane* values, Py_ssize_t n) noexcept nogil:
     """From the last to the first."""
     cdef Py_ssize_t i
     cdef lane value
@@ -178,7 +178,7 @@ cdef inline void expand(
         v.segment.n_run if fetched else v.segment.n_lanes, <lane*> v.s.column[column],
     )
     if v.plan.turned and not v.wide:
-        turn(<lane*> v.s.column[column], v.n_features)
+        reverse(<lane*> v.s.column[column], v.n_features)
 
 
 cdef void expand_constants(
