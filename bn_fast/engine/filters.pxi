@@ -2,15 +2,18 @@
 #
 #   (a) The gate.  dout's rows are replaced by what comes through the activation.  The gate is that
 #       of forward: its constants, and its lanes.  Without a residual and weights it is in the
-#       kernels of backward themselves, but for features whose lanes are wide (see set_in_lanes):
-#       then rows are gated in the arrays' own lanes first, and the columns of such features once
-#       more in wide lanes; and whatever lanes the kernel wants comes last.
+#       kernels of backward themselves, but for dx with frozen statistics and for features whose
+#       lanes are wide (see set_in_lanes): then rows are gated in the arrays' own lanes first, and
+#       the columns of such features once more in wide lanes; and whatever lanes the kernel wants
+#       comes last.
 #   (b) Weights, statistics.  sum w d and sum w d^2, d = x - shift, are the sums that backward's
-#       kernel makes of w d and x.  Where w = 0 both are replaced, so that no NaN comes near a sum.
+#       kernel makes of w d and x.  Where something not finite is hidden under w = 0 both are
+#       replaced, so that no NaN comes near a sum.
 #   (c) Weights, gradients.  The sums run over all elements, but for those of weight 0 whose x or
 #       dout is not finite.  In dx = a g - w ((x - mean) b + a sum g / W) the bracket, times w,
 #       takes the place of x; where w = 0 it is 0 whatever x is.
-#   (d) gamma that varies within a statistic: gamma dout takes the place of dout.
+#   (d) gamma that varies within a statistic: of rows with a gamma each, gamma dout takes the place
+#       of dout; along rows the kernels multiply.
 
 # ---------------------------------------------------------------- the gate
 
@@ -92,8 +95,12 @@ cdef void open_slowly(Visit* v, const lane* lane_tag) noexcept nogil:
 
 # ---------------------------------------------------------------- weights
 #
-# Where rows lie they are read, and what is not finite under a weight of 0 is looked for; only where
-# there is such a thing the rows at hand are replaced, as (b) and (c) say.
+# In sums x and dout are read where they lie, and what is not finite under a weight of 0 is looked
+# for; only where there is such a thing the rows at hand are replaced, as (b) and (c) say.  In dx x
+# always is.
+#
+# Weights are read where they lie too, line by line: a run's, or those of a row's features; or one
+# value for all of these (gathered element by element, (65536, 128) forward took 7.8 ms, 4.0 so).
 
 cdef inline void weigh_vector(
     const char* x, const char* g, const char* w, const char* shift, char* weighed,
@@ -165,10 +172,10 @@ cdef inline void share_row(
 
 
 cdef struct Weights:          # of the rows at hand
-    bint direct               # read where they lie, line by line: a run's, or one for all the
-    Py_ssize_t line           # features of a row (gathered element by element, (65536, 128) forward
-    Py_ssize_t step           # took 7.8 ms, 4.0 so); a line may repeat one value
-    char* gathered            # else
+    bint direct               # read where they lie,
+    Py_ssize_t line           # columns a line has,
+    Py_ssize_t step           # 0: one value for all of a line
+    char* gathered            # where they are, if not direct
 
 
 cdef inline const char* weights_at(
