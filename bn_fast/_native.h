@@ -1,5 +1,6 @@
-/* What Cython cannot say: the runtime functions of OpenMP where there may be none, the instruction
- * sets of this CPU, the name of the compiler, prefetches and stores past the caches. */
+/* What Cython cannot say: the runtime functions of OpenMP where there may be none, how threads start
+ * and wait, the instruction sets and caches of this CPU, the name of the compiler, prefetches and stores
+ * past the caches. */
 #ifndef BN_FAST_NATIVE_H
 #define BN_FAST_NATIVE_H
 

@@ -71,8 +71,8 @@ cdef struct Job:
     unsigned long long features  # a mask of the axes that name them
     bint by_row               # runs are rows, where they are long enough
     Varying varying
-    long long worked          # the first of them, since the last barrier, in ns,
-    long long done_at         # until then
+    long long worked          # of the first thread, since the last barrier, in ns,
+    long long done_at         # and when it was done
     bint reduces              # the two visits that a call needs
     bint applies
     Schedule schedule

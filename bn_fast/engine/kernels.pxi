@@ -1,5 +1,5 @@
-# The arithmetic: every loop over the columns of rows, written once; the loops that sum are in
-# sums.pxi, those that write in output.pxi.
+# What a kernel sees, and what all loops over the columns of rows share.  Those that sum are in
+# sums.pxi, those that write in output.pxi, those that weigh rows first in filters.pxi.
 #
 # A kernel sees a *block*: a few rows of `width` adjacent elements ("columns") of each array, given
 # by one pointer a row, and constants of the columns.  What a column means (a feature, an element of
@@ -22,13 +22,14 @@
 #   (d) Rows come in multiples of TREE_ROWS for sums, of APPLY_ROWS for output; the caller pads with
 #       rows equal to the shift, which add exactly 0, and with a spare row to write to, instead of a
 #       second loop here for the rest.
-#   (e) Sums are `restrict`: nothing else points at them, so that no compiler has to ask at run time
-#       whether it may vectorize.
-#   (f) Rows from far away are walked strip by strip of STRIP columns, and with each strip its share
-#       of the rows that come next is prefetched, in the order of memory: the hardware's prefetchers
-#       lose the thread among eight rows.  Sums of (50000, 256), one thread: 4.9 ms without, so 2.1,
-#       one sequential read 1.2; two threads, in C, with each row's strip instead 2.3, so 1.1 (AMD
-#       EPYC, Zen 4, 2026-11-26).
+#   (e) Most loops are written in vectors, see below.  In those left to the compiler sums are
+#       `restrict`: nothing else points at them, so that it need not ask at run time whether it may
+#       vectorize.
+#   (f) Rows from far away (see prefetch_bytes) are walked strip by strip of STRIP columns, and with
+#       each strip its share of the rows that come next is prefetched, in the order of memory: the
+#       hardware's prefetchers lose the thread among eight rows.  Sums of (50000, 256), one thread:
+#       4.9 ms without, so 2.1, one sequential read 1.2; two threads, in C, with each row's strip
+#       instead 2.3, so 1.1 (AMD EPYC, Zen 4, 2026-11-26).
 
 cdef extern from "_native.h" nogil:
     void bn_prefetch(const char* address, Py_ssize_t n)

@@ -16,7 +16,7 @@
 #
 # Whatever length does not divide evenly is a second segment.  If the columns do not lie side by
 # side in memory, rows are gathered into a small buffer first, block by block; x is never copied as
-# a whole.
+# a whole.  Features that lie in reverse are summed as they lie, see is_turned.
 #
 # What is done once a column costs as much as some rows; along, each run has a sum in double.  One
 # thread, forward and backward, across and along: (8, 64, 8, 8) 42 and 26 us, (8, 64, 14, 14) 76 and
@@ -43,7 +43,7 @@ cdef enum:
     JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see above
     NARROW = 16               # fewer features than this are joined even if they must be gathered
     MAX_TURNS = 16            # features that long runs are taken of in turn,
-    ALONG_RUN = 256           # a run from this length on is walked along, not across, see below,
+    ALONG_RUN = 256           # a run from this length on is walked along, not across, see above,
     SHORT_RUN = 64            # or from this,
     SHORT_ROWS = 8            # if there are so many times fewer of them
     PIECE = 1024              # in rows of no more than this, and

@@ -8,8 +8,8 @@
 #
 # Rows of features with constants of their own are the layout ROWS; short ones are taken as columns.
 # What features share: cells.pxi.  What varies within a statistic has roles (S, B) and is multiplied
-# in by the formulas SCALED and SCALED_GRADIENT, or on the way of rows (filters.pxi); its gradients:
-# parameters.pxi.  Groups without places, (N, C), are rows whose gamma varies too.
+# in by the kernels (ScaledProducts, SCALED, SCALED_GRADIENT), or on the way of rows (filters.pxi);
+# its gradients: parameters.pxi.  Groups without places, (N, C), are rows whose gamma varies too.
 
 cdef enum:
     MAX_DEFAULTS = 4096

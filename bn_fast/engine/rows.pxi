@@ -14,7 +14,7 @@ cdef enum:
     WIDE_COEF
     WIDE_BIAS
     WIDE_FACTOR
-    WEIGH_SHIFT               # of the bracket in (c)
+    WEIGH_SHIFT               # of the bracket in filters.pxi (c)
     WEIGH_COEF
     WEIGH_REST
     HAT_SHIFT = N_PLAIN_COLUMNS  # of norms, which have no options: x_hat = (x - shift) scale + rest

@@ -1,7 +1,8 @@
-# Schedule: every tuned number that cannot change a bit, and what follows from it: how wide tiles
-# are, which threads do what, what is prefetched, what goes past the caches.  Measured on a Zen 4
-# virtual machine with 32 KiB, 1 MiB and 32 MiB of caches (2026-11), in shares of which the numbers
-# are given where that is what they mean; another machine's are asked once, at import.
+# Schedule: tuned numbers that cannot change a bit (the kernels' own are STRIP and AHEAD_ALONG), and
+# what follows from them: how wide tiles are, which threads do what, what is prefetched, what goes
+# past the caches.  Measured on a Zen 4 virtual machine with 32 KiB, 1 MiB and 32 MiB of caches
+# (2026-11), in shares of which the numbers are given where that is what they mean; another
+# machine's are asked once, at import.
 
 cdef extern from "_native.h" nogil:
     void bn_ask_caches(Py_ssize_t* level)  # bytes of one CPU's L1 and L2 and of L3

@@ -1,7 +1,7 @@
 # Between the visits, from a feature's sums to its statistics, gradients and constants.
 #
-# Each step is one loop over a tile's features, free of branches so that it vectorizes (the face of
-# a small call: 64 features cost 2 us one by one).  A loop also says which features it could not
+# Each step is one loop over a tile's features, free of branches so that it vectorizes (which a
+# small call feels: 64 features cost 2 us one by one).  A loop also says which features it could not
 # settle; those are prepared for another try, and the same loop then runs over that feature alone.
 
 # ---------------------------------------------------------------- the range

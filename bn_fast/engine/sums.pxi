@@ -1,4 +1,5 @@
-# Sums: rows in, two sums of each column out, or of each row, if they are one feature's.
+# Sums: rows in, two sums of each column out, or of each row, if they are one feature's; or those
+# for gamma and beta that vary within a statistic.
 
 # ---------------------------------------------------------------- of vectors
 

@@ -1,4 +1,5 @@
-# reduce and apply over tiles, by threads.  They know no operation, no norm and no dtype.
+# reduce and apply over tiles, by threads.  What an operation does stands in its row of the table
+# (ops.pxi); of a norm they know the cells and the varying parameters of a job.
 
 
 # ---------------------------------------------------------------- tiles
