@@ -258,12 +258,8 @@ static inline double bn_one(void) {
     __asm__("" : "+x"(one));
     return one;
 }
-static inline float bn_plus_float(float x, float y, float one) { return __builtin_fmaf(x, one, y); }
-static inline double bn_plus_double(double x, double y, double one) { return __builtin_fma(x, one, y); }
 #else
 static inline double bn_one(void) { return 1; }
-static inline float bn_plus_float(float x, float y, float one) { return (void)one, x + y; }
-static inline double bn_plus_double(double x, double y, double one) { return (void)one, x + y; }
 #endif
 
 /* The sum of 16 values, by halves of 8, 4, 2. In vectors, as gcc 12 takes the halves value by value: a

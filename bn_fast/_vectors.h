@@ -187,11 +187,9 @@ static inline bn_doubles bn_plus_doubles(bn_doubles x, bn_doubles y, bn_doubles 
 static inline void bn_stream_floats(char *to, bn_floats v) { BN_STREAM_FLOATS((float *)to, v); }
 static inline void bn_stream_doubles(char *to, bn_doubles v) { BN_STREAM_DOUBLES((double *)to, v); }
 
-/* Of vectors of either; and x + y of numbers alone too. */
+/* Of vectors of either. */
 #define BN_OF(v, name) _Generic((v), bn_floats: name##_floats, bn_doubles: name##_doubles)
-#define bn_plus(x, y, one)                                                                    \
-    _Generic((one), float: bn_plus_float, double: bn_plus_double, bn_floats: bn_plus_floats, \
-             bn_doubles: bn_plus_doubles)(x, y, one)
+#define bn_plus(x, y, one) BN_OF(one, bn_plus)(x, y, one)
 #define bn_choose(z, a, b) BN_OF(z, bn_choose)(z, a, b)
 #define bn_like(v, x) BN_OF(v, bn_make)(x)
 #define bn_load_part(v, from, n) BN_OF(v, bn_load)(from, n)

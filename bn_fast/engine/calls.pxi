@@ -970,8 +970,8 @@ def plain_forward(
     x, gamma, beta, bn_param, axis, out, activation, negative_slope, residual, weights,
     weights_of, n_threads, Py_ssize_t small,
 ):
-    """A call of batchnorm_forward that takes the straight road; n_threads_of says on how many
-    threads.  weights_of (weights, x, axis): of _checks.py.
+    """A call of batchnorm_forward that takes the straight road; n_threads says on how many threads.
+    weights_of (weights, x, axis): of _checks.py.
 
     Returns x, gamma, beta, options (a tuple or None) and what forward returns; or None, and nothing
     is done, where an argument needs a closer look.

@@ -47,8 +47,8 @@ cdef extern from "_vectors.h" nogil:
         pass
     bn_line bn_no_sums()
     double bn_fold_line(bn_line* s)
-    # and that these take and return some: x + y (of floats and doubles too) by the units that
-    # multiply where there are such; a where z <= 0, else b; x in all lanes; n lanes, 0 in the rest.
+    # and that these take and return some: x + y by the units that multiply where there are such; a
+    # where z <= 0, else b; x in all lanes; n lanes, 0 in the rest.
     double bn_plus(double x, double y, double one)
     double bn_choose(double z, double a, double b)
     double bn_like(double v, double x)

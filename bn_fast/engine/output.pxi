@@ -195,6 +195,13 @@ cdef struct Stream:           # the end of what is written past the caches, in a
     Py_ssize_t end
 
 
+cdef inline void open_stream(Stream* stream, char* memory) noexcept nogil:
+    """Nothing is filled; of two lines of memory one is the buffer."""
+    memset(stream, 0, sizeof(stream[0]))
+    stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
+    stream.start = stream.buffer
+
+
 cdef inline void flush(Stream* stream) noexcept nogil:
     """Write what is filled; a line that is not whole by way of the caches."""
     bn_stream(
@@ -271,9 +278,7 @@ cdef void apply_singly(
     cdef Constants constants
     cdef vector[N_OUT] c
     cdef char* to
-    memset(&stream, 0, sizeof(stream))
-    stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
-    stream.start = stream.buffer
+    open_stream(&stream, memory)
     point_constants(&constants, block, 0)
     fill_constants[vector, formula, activation, extent](block, 0, c, NULL, NULL, NULL)
     for i in range(block.n_rows):
@@ -414,9 +419,7 @@ cdef void stream_by_row(
     cdef Constants constants
     cdef vector[N_OUT] c
     cdef char* y
-    memset(&stream, 0, sizeof(stream))
-    stream.buffer = memory + (LINE_BYTES - <size_t> memory % LINE_BYTES) % LINE_BYTES
-    stream.start = stream.buffer
+    open_stream(&stream, memory)
     point_constants(&constants, block, 0)
     for i in range(block.n_rows):
         y = block.row[Y][i]

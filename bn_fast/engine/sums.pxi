@@ -105,12 +105,12 @@ cdef inline void sum_tree_of_rows(
     half as many sums in double, which cost as much as the rest ((256, 512) on one thread 8.9 to 7.9
     us; of 32 rows no less)."""
     cdef vector[2] more
-    if rows == 4:
+    if rows < TREE_ROWS:
         sum_four_rows[vector, activation, terms](p, 0, place, n, part, c, made, NULL, NULL)
         return
     sum_eight_rows[vector, activation, terms](p, 0, place, n, part, c, made, NULL, NULL)
-    if rows == 16:
-        sum_eight_rows[vector, activation, terms](p, 8, place, n, part, c, more, NULL, NULL)
+    if rows > TREE_ROWS:
+        sum_eight_rows[vector, activation, terms](p, TREE_ROWS, place, n, part, c, more, NULL, NULL)
         made[0] = made[0] + more[0]
         made[1] = made[1] + more[1]
 
@@ -192,17 +192,17 @@ cdef void sum_across(
                 prefetch_share(block.row[X] + i + ahead, n, place, end - place, n_bytes)
                 if terms is Products:
                     prefetch_share(block.row[G] + i + ahead, n, place, end - place, n_bytes)
-            if terms is Squares and n == 16:
+            if terms is Squares and n > TREE_ROWS:
                 add_trees[vector, activation, terms](
-                    &p, 16, place, end, c, block.sum_1, block.sum_2, NULL, NULL
+                    &p, 2 * TREE_ROWS, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
-            elif terms is Squares or n == 8:
+            elif terms is Squares or n == TREE_ROWS:
                 add_trees[vector, activation, terms](
-                    &p, 8, place, end, c, block.sum_1, block.sum_2, NULL, NULL
+                    &p, TREE_ROWS, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
             else:
                 add_trees[vector, activation, terms](
-                    &p, 4, place, end, c, block.sum_1, block.sum_2, NULL, NULL
+                    &p, TREE_ROWS // 2, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
             place = end
         i += n
