@@ -636,3 +636,14 @@ def test_an_infinite_sum_is_not_lost_where_inv_std_is_0(dtype):
     zeros, ones = np.zeros(3), np.ones(3)
     dx = backward_apply(dout, x, zeros, zeros, ones, ones, np.full(3, np.inf), 20)
     assert np.isnan(dx).all()
+
+
+@pytest.mark.parametrize("given", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_that_are_not_finite_are_not_lost_where_gamma_is_0(dtype, given):
+    """Nor where gamma is: a fused call knows what its own sums hide, but nobody what came."""
+    x, dout = normal((20, 3), dtype), normal((20, 3), dtype, 1)
+    ones, sums = np.ones(3), np.array([1.0, given, 1.0])
+    dx = backward_apply(dout, x, np.zeros(3), ones, np.zeros(3), ones, sums, 20)
+    np.testing.assert_array_equal(np.isnan(dx), np.broadcast_to([False, True, False], (20, 3)))
+    np.testing.assert_array_equal(dx[:, ::2], 0)

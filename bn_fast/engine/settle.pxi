@@ -653,13 +653,16 @@ cdef inline void backward_constants(
     double* restrict shift_x, double* restrict shift_g, double* restrict factor,
     double* restrict factor_g, double* restrict coef_g, double* restrict coef_x,
     double* restrict bias, double* restrict wide_mark,
-    Py_ssize_t n, double m, double eps, double low, bint wide, const lane* lane_tag,
+    Py_ssize_t n, double m, double own, double eps, double low, bint wide, const lane* lane_tag,
     const sharing* sharing_tag,
 ) noexcept nogil:
     """dx = a ((dout - mean_g) - (x - mean) r mean_gx), a = gamma r; M = 1 leaves dx = 0.
 
     M = 2 leaves of two terms of the size of dout only dx = a eps r^2 (dout - mean_g), which is used
     where eps is known (not negative): no digit is lost.
+
+    `own` is 1 where the call made the sums itself: gamma = 0 leaves nothing of those that left the
+    range.  Of sums that were given 0 times infinity is not a number, as in NumPy.
 
     Of cells that share a statistic dx = a (dout - shift_g) + r (mean_g - (x - mean) r mean_gx), as
     `share_gradients` has left these three.
@@ -670,7 +673,6 @@ cdef inline void backward_constants(
     cdef double two = 1 if m == 2 and eps >= 0 else 0
     cdef double least = 1 - two
     cdef double some = 0 if two or m <= 1 else 1
-    cdef double own = 1 if m < INFINITY else 0  # gamma = 0 leaves nothing of an infinite mean_gx
     eps = eps * two
     for f in range(n):
         r = inv_std[f]
@@ -716,12 +718,13 @@ cdef inline void backward_set(
     const sharing* sharing_tag,
 ) noexcept nogil:
     cdef double** v = job.value
+    cdef bint alone = job.op.centers and sharing is Alone
     backward_constants[lane, sharing](
         v[MEAN] + f, v[MEAN_LOW] + f, v[INV_STD] + f, v[GAMMA] + f, v[MEAN_GX] + f,
         v[MEAN_G] + f, v[MEAN_G_LOW] + f,
         v[SHIFT_X] + f, v[SHIFT_G] + f, v[FACTOR_X] + f, v[FACTOR_G] + f, v[COEF_G] + f,
         v[COEF_X] + f, v[BIAS] + f, v[WIDE] + f,
-        n, total_of(job, f) if job.op.centers and sharing is Alone else INFINITY, job.eps,
+        n, total_of(job, f) if alone else INFINITY, alone and job.reduces, job.eps,
         low_limit(job), wide, lane_tag, NULL,
     )
 
