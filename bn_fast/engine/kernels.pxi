@@ -301,6 +301,18 @@ cdef inline double fold_run(const double* restrict values, Py_ssize_t n) noexcep
     )
 
 
+cdef inline Py_ssize_t next_marked(
+    const double* restrict marks, Py_ssize_t f, Py_ssize_t end,
+) noexcept nogil:
+    """The first of features f .. end - 1 whose mark is not 0, or the end.  By eights: one by one
+    (16, 65536) backward took 6 % longer."""
+    while f + 8 <= end and fold_run(marks + f, 8) == 0:
+        f += 8
+    while f < end and marks[f] == 0:
+        f += 1
+    return f
+
+
 cdef void fold_columns(
     double* sums, Py_ssize_t n_joined, Py_ssize_t n_features, Py_ssize_t n_run,
 ) noexcept nogil:

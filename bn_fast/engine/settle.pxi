@@ -336,7 +336,7 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
     cdef double** v = job.value
     cdef Place place
     cdef char* look[N_ROLES][LOOKS]
-    cdef Py_ssize_t f, k
+    cdef Py_ssize_t f, k, end = first + n_features
     cdef int r
     cdef double* shift = v[SHIFT_G]
     cdef double* mean = v[MEAN_G]
@@ -353,16 +353,16 @@ cdef double look_again(Job* job, Py_ssize_t first, Py_ssize_t n_features) noexce
         for r in range(N_ROLES):
             if plan.used[r]:
                 look[r][k] = value_at(plan, r, first, &place)
-    for f in range(first, first + n_features):
-        if v[RETRY][f] != 0 or doubtful[f] == 0:
-            continue
-        distance = distance_from_mean(job, first, f, look)
+    f = next_marked(doubtful, first, end)
+    while f < end:
+        distance = distance_from_mean(job, first, f, look) if v[RETRY][f] == 0 else INFINITY
         if fabs(mean[f] - shift[f]) > 8 * distance:
             step = 1.5 * 2.0 ** 49 * distance  # no more digits than it needs, see round_means
             step = step if step < INFINITY else 0
             shift[f] = (mean[f] + step) - step
             v[RETRY][f] = 1
             n_far += 1
+        f = next_marked(doubtful, f + 1, end)
     return n_far
 
 
@@ -391,7 +391,7 @@ cdef inline double settle_statistics(
     """
     cdef Py_ssize_t f
     cdef double s1, s2, delta, delta_low, part, left, square, m2, high, spread, back, scaled_eps
-    cdef double finite, sank, count = 0, per = 1 / m, again = 1 if first_try else 0
+    cdef double finite, sank, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
@@ -414,7 +414,6 @@ cdef inline double settle_statistics(
             * (1.0 if fabs(shift[f]) < 1e140 else 0.0)
         )
         retry[f] = finite * is_far(delta, s1, s2) + again * (1 - finite + sank)
-        count += retry[f]
         delta_low = (left * per if fabs(delta) < 1e290 else 0.0) * back
         delta = delta * back
         high = shift[f] + delta
@@ -428,7 +427,7 @@ cdef inline double settle_statistics(
             (1.0 if first_try else factor[f]) / sqrt(spread + scaled_eps)
             if spread + scaled_eps != 0 else 0.0
         )
-    return count
+    return fold_run(retry, n)
 
 
 cdef inline double settle_squares(
@@ -439,19 +438,18 @@ cdef inline double settle_squares(
 ) noexcept nogil:
     """The same of RMS norm: no mean, and the shift is 0."""
     cdef Py_ssize_t f
-    cdef double s2, spread, finite, scale, count = 0, per = 1 / m, again = 1 if first_try else 0
+    cdef double s2, spread, finite, scale, per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         scale = 1.0 if first_try else factor[f]
         s2 = finish_sum(s2_high[f], s2_low[f])
         finite = 1.0 if s2 < INFINITY else 0.0
         spread = s2 * per
         retry[f] = again * (1 - finite + (1.0 if spread + eps < low else 0.0))
-        count += retry[f]
         mean[f] = mean_low[f] = 0
         var[f] = spread if first_try else spread / scale / scale
         spread = spread + (eps if first_try else eps * scale * scale)
         inv_std[f] = scale / sqrt(spread) if spread != 0 else 0.0
-    return count
+    return fold_run(retry, n)
 
 
 cdef inline double settle_gradients(
@@ -470,7 +468,7 @@ cdef inline double settle_gradients(
     need another try (marked)."""
     cdef Py_ssize_t f
     cdef double s1, s2, t, t_low, part, rest, shift, high, finite, dead, sank, back
-    cdef double count = 0, per = 1 / m, again = 1 if first_try else 0
+    cdef double per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
         s1 = finish_sum(s1_high[f], s1_low[f])
@@ -504,8 +502,7 @@ cdef inline double settle_gradients(
         mean_gx[f] = t * per
         finite = 1.0 if fabs(s1) + fabs(s2) + fabs(t) < INFINITY else 0.0
         retry[f] = again * (1 - finite + sank)
-        count += retry[f]
-    return count
+    return fold_run(retry, n)
 
 
 cdef inline void unscale_product(Job* job, Py_ssize_t f) noexcept nogil:

@@ -124,20 +124,22 @@ cdef void settle_tile(
 ) noexcept nogil:
     """Settle the sums of the tile's features, again in wide lanes where needed."""
     cdef double* retry = job.value[RETRY]
-    cdef Py_ssize_t f
+    cdef Py_ssize_t f, end = first + n
     cdef double unsettled = job.op.settle(job, first, n, True)
     cdef int attempt
     for attempt in range(3):
         if unsettled == 0:
             break
-        for f in range(first, first + n):
-            if retry[f] != 0:
-                job.op.retry(job, f, lane_tag)
+        f = next_marked(retry, first, end)
+        while f < end:
+            job.op.retry(job, f, lane_tag)
+            f = next_marked(retry, f + 1, end)
         sum_tile[double](job, first, n, True, s, NULL)
         unsettled = 0
-        for f in range(first, first + n):
-            if retry[f] != 0:
-                unsettled += job.op.settle(job, f, 1, False)
+        f = next_marked(retry, first, end)
+        while f < end:
+            unsettled += job.op.settle(job, f, 1, False)
+            f = next_marked(retry, f + 1, end)
 
 
 cdef void sum_deviations(
