@@ -118,8 +118,9 @@ cdef void reduce_block_of_rows(
     cdef const Segment* segment = v.segment
     cdef Py_ssize_t width = v.width
     cdef Py_ssize_t n_columns = segment.n_joined * v.n_features * segment.n_lanes
-    memset(v.s.column[SUM_1], 0, n_columns * sizeof(double))
-    memset(v.s.column[SUM_2], 0, n_columns * sizeof(double))
+    cdef int which
+    for which in range(2):
+        memset(v.sum[which], 0, n_columns * sizeof(double))
     while v.row < row_end:
         take_rows(v, row_end)
         v.first = 0
@@ -130,28 +131,30 @@ cdef void reduce_block_of_rows(
         pass_rows(v)
     v.first = 0
     v.width = width
-    fold_columns(
-        <double*> v.s.column[SUM_1], segment.n_joined, v.n_features, segment.n_lanes
-    )
-    fold_columns(
-        <double*> v.s.column[SUM_2], segment.n_joined, v.n_features, segment.n_lanes
-    )
-    if v.plan.turned and not v.wide:
-        reverse(<double*> v.s.column[SUM_1], v.n_features)
-        reverse(<double*> v.s.column[SUM_2], v.n_features)
+    for which in range(2):
+        fold_columns(v.sum[which], segment.n_joined, v.n_features, segment.n_lanes)
+        if v.plan.turned and not v.wide:
+            reverse(v.sum[which], v.n_features)
+
+
+cdef inline double* sums_of_chunk(const Visit* v, Py_ssize_t which) noexcept nogil:
+    return v.s.sums + v.feature + 2 * which * v.job.stride
 
 
 cdef inline void add_block(Visit* v, bint first) noexcept nogil:
-    """A block's sums onto the chunk's.  The first is stored: there is nothing yet to add it to."""
+    """A block's sums onto the chunk's.  The first is stored, if it was not made there: there is
+    nothing yet to add it to."""
     cdef Py_ssize_t which, stride = v.job.stride, n = v.n_features
     cdef double* total
     for which in range(2):
-        total = v.s.sums + v.feature + 2 * which * stride
-        if first:
-            memcpy(total, v.s.column[SUM_1 + which], n * sizeof(double))
-            memset(total + stride, 0, n * sizeof(double))
-        else:
+        total = sums_of_chunk(v, which)
+        if not first:
             add_compensated(total, total + stride, <double*> v.s.column[SUM_1 + which], n)
+            continue
+        if v.sum[which] != total:
+            memcpy(total, v.sum[which], n * sizeof(double))
+        v.sum[which] = <double*> v.s.column[SUM_1 + which]
+        memset(total + stride, 0, n * sizeof(double))
 
 
 cdef void reduce_own_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcept nogil:
@@ -203,6 +206,9 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         set_weights[lane](v, lane_tag)
     if plan.layout == ROWS:
         reduce_own_rows[lane](v, row_end, lane_tag)
+    elif v.segment.n_joined * v.segment.n_lanes == 1:  # columns are features: no copy
+        v.sum[0] = sums_of_chunk(v, 0)
+        v.sum[1] = sums_of_chunk(v, 1)
     while v.row < row_end:
         reduce_block_of_rows[lane](
             v, min(v.row + plan.block_rows, row_end), piece, lane_tag

@@ -51,6 +51,7 @@ cdef struct Visit:            # to one chunk of a tile
     Py_ssize_t n_rows
     Py_ssize_t first          # and their columns; or the features whose rows they are
     Py_ssize_t width
+    double* sum[2]            # of each column of a block
     bint scales               # dout by gamma, where that varies
     bint singly               # rows are written one by one,
     bint stream               # and by the kernel past the caches
@@ -458,8 +459,8 @@ cdef void fill_block(
     block.bias = block.gate_shift = block.gate_coef = block.gate_bias = some
     block.activation = IDENTITY
     block.slope = v.job.negative_slope
-    block.sum_1 = <double*> v.s.column[SUM_1] + v.first
-    block.sum_2 = <double*> v.s.column[SUM_2] + v.first
+    block.sum_1 = v.sum[0] + v.first
+    block.sum_2 = v.sum[1] + v.first
 
 
 cdef void fill_gradient(

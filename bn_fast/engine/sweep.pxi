@@ -31,6 +31,8 @@ cdef void visit_tile(
     v.job = job
     v.plan = job.apply if applies else job.reduce
     v.s = s
+    v.sum[0] = <double*> s.column[SUM_1]
+    v.sum[1] = <double*> s.column[SUM_2]
     v.wide = wide
     v.scales = True
     v.singly = v.stream = False
