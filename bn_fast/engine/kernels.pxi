@@ -191,7 +191,8 @@ cdef struct Block:
     Py_ssize_t tree_rows      # of x alone; half as many of x and dout
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
     Walk walk
-    Py_ssize_t turns          # features whose rows take turns, walked along
+    Py_ssize_t turns          # features whose rows take turns, and how far apart their constants
+    Py_ssize_t turn_bytes     # are; rows that have their own never come to the end
     bint singly               # rows are written one by one,
     bint stream               # and past the caches
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type

@@ -241,36 +241,31 @@ cdef inline void go_on(Stream* stream, Py_ssize_t n_bytes, bint past) noexcept n
 
 cdef inline void prefetch_next(
     const Block* block, Py_ssize_t i, Py_ssize_t place, Py_ssize_t n_bytes,
-    const formula* formula_tag, const extent* extent_tag,
+    const formula* formula_tag,
 ) noexcept nogil:
-    """Of the inputs' rows that come next; of runs the output alone, see prefetch_output_bytes."""
+    """Of the inputs' rows that come next."""
     cdef Py_ssize_t next = i + block.ahead
-    if extent is OfColumn:
-        bn_prefetch(block.row[X][next] + place, n_bytes)
-        if takes_second(formula_tag):
-            bn_prefetch(block.row[G][next] + place, n_bytes)
-        if takes_third(formula_tag):
-            bn_prefetch(block.row[R][next] + place, n_bytes)
-    elif not (formula is Gradient or formula is Mixed):
-        if i + 1 < block.n_rows:
-            bn_prefetch(block.row[Y][i + 1] + place, n_bytes)
+    bn_prefetch(block.row[X][next] + place, n_bytes)
+    if takes_second(formula_tag):
+        bn_prefetch(block.row[G][next] + place, n_bytes)
+    if takes_third(formula_tag):
+        bn_prefetch(block.row[R][next] + place, n_bytes)
 
 
 cdef void apply_singly(
     const Block* block, const vector* vector_tag, const formula* formula_tag,
-    const activation* activation_tag, const extent* extent_tag,
+    const activation* activation_tag,
 ) noexcept nogil:
-    """Row by row: where a row is one feature's, all with the same constants; and where the rows
-    come from beyond L2.  The hardware's prefetchers lose the thread among four rows of every
-    array, if they lie in one page: (12544, 160) backward's output, one thread, 770 us by fours,
-    460 by ones (AMD EPYC, Zen 4, 2026-11).
+    """Row by row, where they come from beyond L2.  The hardware's prefetchers lose the thread among
+    four rows of every array, if they lie in one page: (12544, 160) backward's output, one thread,
+    770 us by fours, 460 by ones (AMD EPYC, Zen 4, 2026-11).
 
     Past the caches straight from registers, but for the lines that two rows share: (1024, 4096) on
     two threads by way of a buffer of four lines 813 and 1594 us, so 731 and 1352; (16384, 1024)
     3.6 and 8.1 ms, 3.4 and 6.9.
     """
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
-    cdef Py_ssize_t i, turn = 0, place, n, n_bytes = block.width * size
+    cdef Py_ssize_t i, place, n, n_bytes = block.width * size
     cdef Py_ssize_t step = STRIP * size if block.ahead else n_bytes
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
@@ -280,33 +275,28 @@ cdef void apply_singly(
     cdef char* to
     open_stream(&stream, memory)
     point_constants(&constants, block, 0)
-    fill_constants[vector, formula, activation, extent](block, 0, c, NULL, NULL, NULL)
+    fill_constants[vector, formula, activation, OfColumn](block, 0, c, NULL, NULL, NULL)
     for i in range(block.n_rows):
         point_operands(&o, block, i, formula_tag)
-        if extent is OfRow and block.turns > 1:
-            fill_constants[vector, formula, activation, extent](
-                block, turn * LANES * size, c, NULL, NULL, NULL
-            )
-            turn = turn + 1 if turn + 1 < block.turns else 0
         place = 0
         while place < n_bytes:
             n = min(step, n_bytes - place)
             if block.ahead:
-                prefetch_next(block, i, place, n, formula_tag, extent_tag)
+                prefetch_next(block, i, place, n, formula_tag)
             to = block.row[Y][i] + place
             if not block.stream:
-                apply_row[vector, formula, activation, extent](
+                apply_row[vector, formula, activation, OfColumn](
                     &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
                 )
                 place += n
                 continue
             to = place_of(&stream, to, &n)
             if to == block.row[Y][i] + place:
-                apply_row[vector, formula, activation, extent](
+                apply_row[vector, formula, activation, OfColumn](
                     &o, &constants, place, place + n, to - place, True, c, NULL, NULL, NULL
                 )
             else:
-                apply_row[vector, formula, activation, extent](
+                apply_row[vector, formula, activation, OfColumn](
                     &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
                 )
             go_on(&stream, n, to == block.row[Y][i] + place)
@@ -371,6 +361,31 @@ cdef void apply_by_fours(
         )
 
 
+cdef void apply_runs(
+    const Block* block, const vector* vector_tag, const formula* formula_tag,
+    const activation* activation_tag,
+) noexcept nogil:
+    """Rows of one feature, or of some that take turns.  Of runs the output alone is prefetched, see
+    prefetch_output_bytes."""
+    cdef Py_ssize_t n_bytes = block.width * size_of_lane[vector](NULL)
+    cdef Py_ssize_t i, turn = 0
+    cdef bint ahead = block.ahead and not (formula is Gradient or formula is Mixed)
+    cdef Operands o
+    cdef Constants constants
+    cdef vector[N_OUT] c
+    for i in range(block.n_rows):
+        point_operands(&o, block, i, formula_tag)
+        fill_constants[vector, formula, activation, OfRow](
+            block, turn * block.turn_bytes, c, NULL, NULL, NULL
+        )
+        turn = turn + 1 if turn + 1 < block.turns else 0
+        if ahead and i + 1 < block.n_rows:
+            bn_prefetch(block.row[Y][i + 1], n_bytes)
+        apply_row[vector, formula, activation, OfRow](
+            &o, &constants, 0, n_bytes, block.row[Y][i], False, c, NULL, NULL, NULL
+        )
+
+
 cdef void apply_by_row(
     const Block* block, const vector* vector_tag, const formula* formula_tag,
 ) noexcept nogil:
@@ -395,24 +410,24 @@ cdef void apply_by_row(
         i += 1
 
 
-cdef void apply_to_buffer(
+cdef inline void apply_to_buffer(
     const Operands* o, const Constants* constants, Py_ssize_t place, Py_ssize_t end, char* y,
-    Stream* stream, vector* c, const formula* formula_tag,
+    Stream* stream, vector* c, const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
     """Less than a line of a row, which it may have in common with the next one."""
     go_on_at(stream, y + place)
-    apply_row[vector, formula, Identity, OfRow](
+    apply_row[vector, formula, activation, OfRow](
         o, constants, place, end, stream.buffer + stream.end - place, False, c, NULL, NULL, NULL
     )
     go_on(stream, end - place, False)
 
 
-cdef void stream_by_row(
+cdef void stream_rows(
     const Block* block, const vector* vector_tag, const formula* formula_tag,
+    const activation* activation_tag,
 ) noexcept nogil:
-    """The same past the caches, where four rows at a time take 1.4 times as long."""
-    cdef Py_ssize_t size = size_of_lane[vector](NULL)
-    cdef Py_ssize_t i, start, end, n_bytes = block.width * size
+    """Either past the caches, where four rows at a time take 1.4 times as long."""
+    cdef Py_ssize_t i, start, end, turn = 0, n_bytes = block.width * size_of_lane[vector](NULL)
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
     cdef Operands o
@@ -420,20 +435,24 @@ cdef void stream_by_row(
     cdef vector[N_OUT] c
     cdef char* y
     open_stream(&stream, memory)
-    point_constants(&constants, block, 0)
     for i in range(block.n_rows):
         y = block.row[Y][i]
         point_operands(&o, block, i, formula_tag)
-        fill_constants[vector, formula, Identity, OfRow](block, i * size, c, NULL, NULL, NULL)
+        fill_constants[vector, formula, activation, OfRow](
+            block, turn * block.turn_bytes, c, NULL, NULL, NULL
+        )
+        turn = turn + 1 if turn + 1 < block.turns else 0
         start = min(n_bytes, <Py_ssize_t> ((LINE_BYTES - <size_t> y % LINE_BYTES) % LINE_BYTES))
         end = start + (n_bytes - start) // LINE_BYTES * LINE_BYTES
         if start:
-            apply_to_buffer(&o, &constants, 0, start, y, &stream, c, formula_tag)
-        apply_row[vector, formula, Identity, OfRow](
+            apply_to_buffer(&o, &constants, 0, start, y, &stream, c, formula_tag, activation_tag)
+        apply_row[vector, formula, activation, OfRow](
             &o, &constants, start, end, y, True, c, NULL, NULL, NULL
         )
         if end < n_bytes:
-            apply_to_buffer(&o, &constants, end, n_bytes, y, &stream, c, formula_tag)
+            apply_to_buffer(
+                &o, &constants, end, n_bytes, y, &stream, c, formula_tag, activation_tag
+            )
     flush(&stream)
 
 
@@ -442,16 +461,15 @@ cdef void apply_formula(
     const activation* activation_tag,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if block.walk == BY_ROW:
-        if activation is Identity and not takes_third(formula_tag):
-            if block.stream:
-                stream_by_row(block, vector_tag, formula_tag)
-            else:
-                apply_by_row(block, vector_tag, formula_tag)
+    if block.walk != ACROSS and block.stream:
+        stream_rows(block, vector_tag, formula_tag, activation_tag)
     elif block.walk == ALONG:
-        apply_singly(block, vector_tag, formula_tag, activation_tag, <const OfRow*> NULL)
+        apply_runs(block, vector_tag, formula_tag, activation_tag)
+    elif block.walk == BY_ROW:
+        if activation is Identity and not takes_third(formula_tag):
+            apply_by_row(block, vector_tag, formula_tag)
     elif block.singly or formula is Scaled:
-        apply_singly(block, vector_tag, formula_tag, activation_tag, <const OfColumn*> NULL)
+        apply_singly(block, vector_tag, formula_tag, activation_tag)
     else:
         for i in range(0, block.n_rows, 4):  # APPLY_ROWS
             apply_by_fours(

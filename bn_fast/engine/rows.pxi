@@ -448,7 +448,8 @@ cdef void fill_block(
     block.width = v.width
     block.tree_rows = v.segment.tree_rows
     block.ahead = kernel_ahead(v)
-    block.turns = in_turn(v)
+    block.turns = n_rows if v.plan.layout == ROWS else in_turn(v)
+    block.turn_bytes = sizeof(lane) * (1 if v.plan.layout == ROWS else LANES)
     block.singly = v.singly
     block.stream = v.stream
     block.walk = (

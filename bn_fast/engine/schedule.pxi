@@ -34,13 +34,21 @@ cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
     return cache[2] // 4
 
 
-cdef inline Py_ssize_t along_sweep_bytes(const Plan* plan) noexcept nogil:
-    """Long runs: small features share what a tile costs.  Runs of less than a page come in as one
-    stream where they can take turns: (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
-    2.56; (32, 64, 28, 28), one thread, 376 and 839 us, 319 and 645.  But (32, 64, 56, 56), of which
-    one feature fills L2, 2.42 to 2.67 ms backward."""
+cdef inline bint are_runs_short(const Plan* plan) noexcept nogil:
+    """Whether runs come in as one stream, which is worth more than a tile in L2: of less than a page,
+    where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
+    2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within L3
+    the more the better: (32, 256, 14, 14) backward's sums, one thread, 320 us by 8 features in turn,
+    300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500."""
     cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
-    return cache[1] // 2 * 3 if takes_turns(plan) and run_bytes < PAGE_BYTES else cache[1] // 4
+    return plan.layout != LONG_RUN or (takes_turns(plan) and run_bytes < PAGE_BYTES)
+
+
+cdef inline Py_ssize_t along_sweep_bytes(const Plan* plan, bint far) noexcept nogil:
+    """Long runs: small features share what a tile costs."""
+    if not are_runs_short(plan):
+        return cache[1] // 4
+    return cache[1] // 2 * 3 if far else cache[2] // 4
 
 
 cdef inline Py_ssize_t split_to() noexcept nogil:
@@ -163,10 +171,11 @@ cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t limit, Py_ssize_t step
 
 cdef Py_ssize_t run_tile(const Plan* plan, Py_ssize_t n, Py_ssize_t limit) noexcept:
     """Tiles of equal size; where there are many, of whole vectors, as what is left of a row costs
-    as much as some of these: (16, 512, 7, 7) forward 115 us in tiles of 21 features, 99 of 16."""
+    as much as some of these: (16, 512, 7, 7) forward 115 us in tiles of 21 features, 99 of 16; and
+    two threads would write to lines that they have in common."""
     cdef Py_ssize_t whole = LANES // gcd(plan.segment[0].n_run, LANES)
-    if plan.layout == RUNS and whole <= limit and n >= 4 * whole:
-        return even_part(n, limit, whole)
+    if are_runs_short(plan) and whole <= limit and n >= 4 * whole:
+        return even_part(n - whole // 2, limit, whole)
     return even_part(n, limit, 1)
 
 
@@ -177,9 +186,10 @@ cdef void choose_run_tile(
     cdef const Plan* apply = work.apply
     cdef Py_ssize_t bytes = work.feature_bytes * work.n_inputs
     cdef int n_threads = schedule.n_threads
+    cdef Py_ssize_t sweep = run_sweep_bytes()
     if apply.layout == LONG_RUN:
-        limit = min(limit, max(<Py_ssize_t> 1, along_sweep_bytes(apply) // bytes))
-    schedule.tile = run_tile(apply, share, min(limit, run_sweep_bytes() // bytes))
+        sweep = max(bytes, along_sweep_bytes(apply, schedule.prefetch))
+    schedule.tile = run_tile(apply, share, min(limit, sweep // bytes))
     # Else, as with three features for two threads, one of them would wait too long; or all of
     # them would have pages in common, every few of one's runs beside those of another.
     schedule.sweep = schedule.tile > 0 and 5 * work.n_features >= 4 * share * n_threads and (
@@ -187,7 +197,7 @@ cdef void choose_run_tile(
         or share * apply.segment[0].n_run * size_of(apply.storage) >= PAGE_BYTES
     )
     if not schedule.sweep:
-        schedule.tile = 1 if apply.layout == LONG_RUN else run_tile(apply, work.n_features, limit)
+        schedule.tile = run_tile(apply, work.n_features, limit if are_runs_short(apply) else 1)
 
 
 cdef void choose_column_tile(
@@ -247,11 +257,20 @@ cdef void choose_norm_tile(
         schedule.sweep = work.n_features // schedule.tile >= 2 * schedule.n_threads
 
 
+cdef inline Py_ssize_t bytes_of_call(const Work* work) noexcept:
+    cdef Py_ssize_t n_arrays = 0
+    cdef int r
+    for r in range(W):
+        n_arrays += work.reduce.used[r] or work.apply.used[r]
+    return n_arrays * work.feature_bytes * work.n_features
+
+
 cdef void choose_tile(Schedule* schedule, const Work* work) noexcept:
     cdef Py_ssize_t turns = work.n_features // work.apply.n_features
     cdef Py_ssize_t limit = min(work.reduce.max_tile, work.apply.max_tile)
     cdef int n_threads = schedule.n_threads
     cdef Py_ssize_t share = (work.n_features + n_threads - 1) // n_threads  # of a thread
+    schedule.prefetch = bytes_of_call(work) >= prefetch_bytes(work.apply.storage)
     schedule.lead = 0
     if work.reduce.layout == JOINED or work.apply.layout == JOINED:
         schedule.tile = work.apply.n_features
@@ -294,20 +313,18 @@ cdef inline bint settles_apart(const Schedule* schedule, const Work* work) noexc
 
 cdef void choose_detours(Schedule* schedule, const Work* work) noexcept:
     """Detours around the caches that pay for large arrays."""
-    cdef Py_ssize_t bytes = work.feature_bytes * work.n_features
-    cdef Py_ssize_t n_arrays = 0
+    cdef Py_ssize_t bytes = bytes_of_call(work)
     cdef Plan* apply = work.apply
     cdef int r
-    for r in range(W):
-        n_arrays += work.reduce.used[r] or apply.used[r]
     # A page is cleared when it is first written to, and then is in the caches: (65536, 128) forward
     # into new pages, one thread, 6.5 to 5.1 ms of its time (Intel with 2 MiB of L2).
-    schedule.stream = BN_STREAMS and not work.untouched and n_arrays * bytes >= stream_bytes()
+    schedule.stream = BN_STREAMS and not work.untouched and bytes >= stream_bytes()
     schedule.stream_gradient = schedule.stream and work.reduce.used[D] and not schedule.sweep
-    schedule.prefetch = n_arrays * bytes >= prefetch_bytes(apply.storage)
     schedule.prefetch_again = schedule.prefetch and not schedule.sweep
-    schedule.singly = n_arrays * bytes > single_bytes()
-    schedule.prefetch_output = bytes >= prefetch_output_bytes()
+    schedule.singly = bytes > single_bytes()
+    schedule.prefetch_output = (
+        work.feature_bytes * work.n_features >= prefetch_output_bytes()
+    )
     for r in range(Y, W):
         if schedule.stream and apply.used[r] and apply.access[r] != GATHERED:
             apply.access[r] = STREAMED
