@@ -113,7 +113,9 @@ def boundary_shapes(at):
             *((n, 2, 3) for n in around(rows_of_runs // 2, rows_of_runs)),
             (2 * at["CHUNK_ELEMENTS"] // 6 + 1, 2, 3),
             # Runs: along and across, trees of lanes, equal pieces and others.
-            *((5, 3, n) for n in around(at["SHORT_RUN"], at["ALONG_RUN"])),
+            *((5, 3, n) for n in around(at["SHORT_RUN"], at["ALONG_RUN"], at["ALONG_WEIGHED"])),
+            *((3, n, at["ALONG_RUN"]) for n in around(at["MAX_TURNS"])),
+            *((9, n, at["ALONG_RUN"]) for n in around(at["GATHER_ELEMENTS"] // at["ALONG_RUN"])),
             *((n, 3, at["SHORT_RUN"]) for n in around(at["SHORT_RUN"] // at["SHORT_ROWS"])),
             *((2, 3, n * at["LANES"] + 5) for n in (7, 15, 18)),  # fours, ones and a rest
             *((3, 2, n) for n in around(at["SHORT_RUN"] + at["LANES"])),

@@ -132,6 +132,7 @@ cdef void plan_visits(Job* job) noexcept:
     set_varying(job, apply)
     find_features_of(job, &features)
     reduce.by_row = apply.by_row = job.by_row
+    reduce.along_from = apply.along_from = ALONG_RUN if weights is None else ALONG_WEIGHED
     make_plan(reduce, x, job.features, &features)
     make_plan(apply, x, job.features, &features)
     if job.varying.unit:

@@ -44,9 +44,9 @@ cdef enum:
     SHORT_COLUMNS = 64        # up to this many where fewer than
     JOIN_ROWS = 32            # joined rows are left: a column costs as much as some rows, see above
     NARROW = 16               # fewer features than this are joined even if they must be gathered
-    MAX_TURNS = 64            # features that long runs are taken of in turn, see are_runs_short,
     ALONG_RUN = 144           # a run from this length on is walked along, not across, see above,
-    SHORT_RUN = 64            # or from this,
+    ALONG_WEIGHED = 256       # one that weights replace, as it cannot take turns, from this,
+    SHORT_RUN = 64            # or either from this,
     SHORT_ROWS = 8            # if there are so many times fewer of them
     PIECE = 1024              # in rows of no more than this, and
     BLOCK_ELEMENTS = 8192     # this many between two folds
@@ -94,6 +94,7 @@ cdef struct Plan:             # of one visit's arrays
     Layout layout
     bint by_row               # runs are rows, if they are not too short
     bint joins                # rows of few features may be joined
+    Py_ssize_t along_from     # runs of so many values are walked along
     bint turned               # columns are features from the last to the first, see is_turned
     Storage storage
     Gate gate
@@ -317,7 +318,7 @@ cdef void choose_layout(
             plan.max_tile = min(n, <Py_ssize_t> BLOCK_ROWS)
             piece = ROW_PIECE // (BLOCK_SHARE if plan.storage == FLOAT64 else 1)
             cut_axis(plan, min(length, piece), False)
-        elif length >= ALONG_RUN or (length >= SHORT_RUN and SHORT_ROWS * rows <= length):
+        elif length >= plan.along_from or (length >= SHORT_RUN and SHORT_ROWS * rows <= length):
             plan.layout = LONG_RUN
             cut_axis(plan, even_piece(length), False)
         else:
@@ -464,17 +465,6 @@ cdef inline Access access_to(
     thread's share of the features in a retry, does not lie side by side."""
     cdef bint part = segment.n_joined > 1 and n_features < plan.n_features
     return GATHERED if plan.used[role] and (wide or part) else plan.access[role]
-
-
-cdef inline bint takes_turns(const Plan* plan) noexcept nogil:
-    """Whether long runs of several features are taken in the order of memory, as they are."""
-    cdef int r
-    cdef bint direct = plan.layout == LONG_RUN and plan.gate != BEFORE and not is_half(plan.storage)
-    for r in range(N_ROLES):
-        direct = direct and (not plan.used[r] or (
-            r <= Y and (plan.access[r] == DIRECT or plan.access[r] == STREAMED)
-        ))
-    return direct
 
 
 # ---------------------------------------------------------------- where rows and columns lie

@@ -336,11 +336,12 @@ cdef void fetch_rows(
     cdef const Plan* plan = v.plan
     cdef char** rows = v.s.row[role]
     cdef Py_ssize_t size = size_of(plan.storage), width = v.width, n = v.n_rows
-    cdef Py_ssize_t i, k, known, run, step
+    cdef Py_ssize_t i, k, known, run, step, together = in_turn(v)
     cdef const Py_ssize_t* offset = v.s.offset[role] + first_column(v)
     cdef lane* buffer = <lane*> v.s.buffer[role]
     cdef lane* packed
-    known = n if plan.layout == ROWS else min(n + ahead, (v.segment.n_rows - v.row) * in_turn(v))
+    ahead = (ahead + together - 1) // together * together
+    known = n if plan.layout == ROWS else min(n + ahead, (v.segment.n_rows - v.row) * together)
     find_rows(v, role, known, access != GATHERED, rows)
     for i in range(known, n + ahead):
         rows[i] = rows[known - 1]

@@ -34,23 +34,6 @@ cdef inline Py_ssize_t run_sweep_bytes() noexcept nogil:
     return cache[2] // 4
 
 
-cdef inline bint are_runs_short(const Plan* plan) noexcept nogil:
-    """Whether runs come in as one stream, which is worth more than a tile in L2: of less than a page,
-    where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
-    2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within L3
-    the more the better: (32, 256, 14, 14) backward's sums, one thread, 320 us by 8 features in turn,
-    300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500."""
-    cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
-    return plan.layout != LONG_RUN or (takes_turns(plan) and run_bytes < PAGE_BYTES)
-
-
-cdef inline Py_ssize_t along_sweep_bytes(const Plan* plan, bint far) noexcept nogil:
-    """Long runs: small features share what a tile costs."""
-    if not are_runs_short(plan):
-        return cache[1] // 4
-    return cache[1] // 2 * 3 if far else cache[2] // 4
-
-
 cdef inline Py_ssize_t split_to() noexcept nogil:
     """From SPLIT_FROM to here threads share rows rather than features: (256, 512) forward, two
     threads: 41 us as tiles of 256 features, 25 as chunks of rows."""
@@ -91,6 +74,7 @@ cdef inline Py_ssize_t prefetch_output_bytes() noexcept nogil:
 cdef enum:
     GATHER_ELEMENTS = 2048    # a gathered group of rows stays in L1,
     GATHER_COLUMNS = 256      # not wide: its sums are taken up and laid down each time, see below
+    MAX_TURNS = 64            # features whose long runs are taken in turn, see are_runs_short,
     AHEAD_BYTES = 16384       # how far ahead rows are prefetched,
     AHEAD_ROWS = 64           # but no more than these and no less than a tree;
     AHEAD_HALVES = 24         # a half type's rows,
@@ -140,6 +124,39 @@ cdef struct Work:             # what a schedule is made for
     Py_ssize_t unit           # features that one thread takes, 0: any
     Py_ssize_t cells          # of which a tile has all that share a statistic
     bint untouched            # an output's pages are yet to be made
+
+
+cdef inline Py_ssize_t turns_of(const Plan* plan) noexcept nogil:
+    """How many features' long runs are taken in turn, in the order of memory; of those that come
+    through a buffer no more than it holds."""
+    cdef bint direct = not is_half(plan.storage) and plan.gate != BEFORE
+    cdef int r
+    if plan.layout != LONG_RUN or plan.used[W]:
+        return 1
+    for r in range(W):
+        direct = direct and (
+            not plan.used[r] or plan.access[r] == DIRECT or plan.access[r] == STREAMED
+        )
+    if direct:
+        return MAX_TURNS
+    return max(1, min(<Py_ssize_t> MAX_TURNS, GATHER_ELEMENTS // plan.segment[0].n_run))
+
+
+cdef inline bint are_runs_short(const Plan* plan) noexcept nogil:
+    """Whether runs come in as one stream, which is worth more than a tile in L2: of less than a page,
+    where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
+    2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within L3
+    the more the better: (32, 256, 14, 14) backward's sums, one thread, 320 us by 8 features in turn,
+    300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500."""
+    cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
+    return plan.layout != LONG_RUN or (turns_of(plan) > 1 and run_bytes < PAGE_BYTES)
+
+
+cdef inline Py_ssize_t along_sweep_bytes(const Plan* plan, bint far) noexcept nogil:
+    """Long runs: small features share what a tile costs."""
+    if not are_runs_short(plan) or (far and turns_of(plan) < MAX_TURNS):
+        return cache[1] // 4
+    return cache[1] // 2 * 3 if far else cache[2] // 4
 
 
 cdef Py_ssize_t columns_to_line(const Plan* plan) noexcept:
@@ -429,6 +446,7 @@ boundaries = {
     "JOIN_ROWS": JOIN_ROWS,
     "NARROW": NARROW,
     "ALONG_RUN": ALONG_RUN,
+    "ALONG_WEIGHED": ALONG_WEIGHED,
     "SHORT_RUN": SHORT_RUN,
     "SHORT_ROWS": SHORT_ROWS,
     "PIECE": PIECE,

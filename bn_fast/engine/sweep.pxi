@@ -16,7 +16,7 @@ cdef inline Py_ssize_t visited_together(
             alike += 1
         return alike
     if plan.layout == LONG_RUN:
-        n = min(n, <Py_ssize_t> MAX_TURNS) if not wide and takes_turns(plan) else 1
+        n = 1 if wide else min(n, turns_of(plan))
         while n > 1 and plan.gate != NONE and fold_run(job.value[GATE_WIDE] + first, n) != 0:
             n //= 2
     return n
