@@ -332,7 +332,10 @@ cdef cnp.ndarray running_average(cnp.ndarray old, cnp.ndarray x, cnp.npy_intp le
     if cnp.PyArray_TYPE(old) != cnp.NPY_FLOAT32:
         kind = cnp.NPY_FLOAT64
     new = cnp.PyArray_EMPTY(1, &length, kind, 0)
-    cnp.PyArray_CopyInto(new, old)
+    if cnp.PyArray_TYPE(old) == kind and cnp.PyArray_ISCARRAY_RO(old):  # 0.1 us less
+        memcpy(cnp.PyArray_DATA(new), cnp.PyArray_DATA(old), cnp.PyArray_NBYTES(new))
+    else:
+        cnp.PyArray_CopyInto(new, old)
     return new
 
 
@@ -862,17 +865,27 @@ cpdef bint is_plain_gradient(dout, cnp.ndarray x, cnp.ndarray gamma, out) noexce
     )
 
 
+cdef bint has_negative(cnp.ndarray values) noexcept:
+    """Of float32 or float64, one dimension."""
+    cdef Py_ssize_t f, stride = cnp.PyArray_STRIDES(values)[0]
+    cdef const char* data = <const char*> cnp.PyArray_DATA(values)
+    cdef bint negative = False
+    if cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT32:
+        for f in range(cnp.PyArray_DIMS(values)[0]):
+            negative |= (<const float*> (data + f * stride))[0] < 0
+    else:
+        for f in range(cnp.PyArray_DIMS(values)[0]):
+            negative |= (<const double*> (data + f * stride))[0] < 0
+    return negative
+
+
 cpdef bint are_plain_statistics(mean, var, Py_ssize_t n_features) noexcept:
     """Whether running averages, None for the defaults, need no conversion and no check; no variance
     is negative."""
-    cdef Py_ssize_t f
-    if not (is_plain_parameter(mean, n_features) and is_plain_parameter(var, n_features)):
-        return False
-    if var is not None:
-        for f in range(n_features):
-            if load_value(storage_of(var), <char*> cnp.PyArray_GETPTR1(var, f)) < 0:
-                return False
-    return True
+    return (
+        is_plain_parameter(mean, n_features) and is_plain_parameter(var, n_features)
+        and (var is None or not has_negative(var))
+    )
 
 
 cdef bint is_plain_number(object value, double lowest, double* number) noexcept:
