@@ -237,13 +237,20 @@ def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, Cou
     if differ:
         return _weights_of_features(w.reshape(lengths), x, axis)
     repeats = x.size // n_features(x, axis) // w.size if x.size else 0
-    with np.errstate(over="ignore"):
+    if highest < 1e290:
         given = float(w.sum()) * repeats
+    else:
+        with np.errstate(over="ignore"):
+            given = float(w.sum()) * repeats
     if lowest == highest > 0 or w.size == 0:
         return None, 0.0, given
-    w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype))
+    w = np.ldexp(w, 1 - math.frexp(highest)[1]).astype(parameter_dtype(x.dtype), order="C")
     total = float(w.sum(dtype=np.float64)) * repeats
-    return np.broadcast_to(w, x.shape), total, given
+    # np.broadcast_to takes 1.5 us longer.
+    strides = [0 if m == 1 else step for m, step in zip(w.shape, w.strides, strict=True)]
+    whole = np.ndarray(x.shape, w.dtype, w, 0, [0] * (x.ndim - w.ndim) + strides)
+    whole.flags.writeable = False
+    return whole, total, given
 
 
 def _weights_of_features(

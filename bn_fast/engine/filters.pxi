@@ -279,6 +279,17 @@ cdef void replace_rows(Visit* v, const Weights* weights, const lane* lane_tag) n
             v.s.row[G][i] = v.s.buffer[R] + i * v.width * sizeof(lane)
 
 
+cdef void skip_rows(Visit* v, const lane* lane_tag) noexcept nogil:
+    """Shifts in place of x's rows of weight 0, whatever is there."""
+    cdef Py_ssize_t i
+    row_pointers(
+        v.segment, W, feature_at(v.plan, W, v.feature), v.row, v.n_rows, v.s.row[W]
+    )
+    for i in range(v.n_rows):
+        if (<lane*> v.s.row[W][i])[0] == 0:
+            v.s.row[X][i] = v.s.column[WEIGH_SHIFT] + v.first * sizeof(lane)
+
+
 cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     """Rows of x (and dout) as weights make them."""
     cdef const Segment* segment = v.segment
@@ -288,6 +299,9 @@ cdef void weigh_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef Py_ssize_t* offset = s.offset[W] + v.first
     cdef Weights weights
     cdef bint hidden = True
+    if weighs_in_kernel(v.plan) and not v.wide:
+        skip_rows[lane](v, lane_tag)
+        return
     weights.direct = sizeof(lane) == size_of(storage)
     weights.line = segment.n_run
     weights.step = 1

@@ -195,6 +195,7 @@ cdef struct Block:
     Py_ssize_t turn_bytes     # are; rows that have their own never come to the end
     bint singly               # rows are written one by one,
     bint stream               # and past the caches
+    bint weighed              # sums of x alone: each row has one weight
     const char* shift[3]      # of x, dout and the third input; columns of the rows' type
     const char* coef[3]
     const char* bias

@@ -105,10 +105,11 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
         weigh_rows[lane](v, lane_tag)
     n = pad_rows[lane](v, X, SHIFT_X, TREE_ROWS, lane_tag)
     pad_rows[lane](v, G, SHIFT_G, TREE_ROWS, lane_tag)
+    pad_rows[lane](v, W, SHIFT_X, TREE_ROWS, lane_tag)
     fill_gradient[lane](&block, v, n, lane_tag)
     if v.access[X] == DIRECT and reads_ahead_along(&v.job.schedule, plan, v.width):
         block.ahead = 1
-    reduce_block[lane](&block, plan.used[G] or plan.used[W], lane_tag)
+    reduce_block[lane](&block, plan.used[G] or (plan.used[W] and not block.weighed), lane_tag)
 
 
 cdef void reduce_block_of_rows(
@@ -178,8 +179,8 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
     enter_chunk[lane](v, chunk, &row_end, lane_tag)
     piece = v.width
     if plan.layout != LONG_RUN and plan.layout != ROWS and (
-        v.access[X] != DIRECT or v.access[G] != DIRECT or v.gate == BEFORE or plan.used[W]
-        or plan.used[S]
+        v.access[X] != DIRECT or v.access[G] != DIRECT or v.gate == BEFORE
+        or (plan.used[W] and not weighs_in_kernel(plan)) or plan.used[S]
     ):
         piece = min(
             min(piece, <Py_ssize_t> GATHER_COLUMNS),  # and what the buffers hold of a tree
@@ -199,7 +200,9 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
                 v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
             )
         )
-    if v.ahead and (v.access[X] == GATHERED or plan.used[W]):  # those at hand were asked for
+    if v.ahead and (
+        v.access[X] == GATHERED or (plan.used[W] and not weighs_in_kernel(plan))
+    ):  # those at hand were asked for
         v.ahead = min(max(v.ahead, v.group), <Py_ssize_t> AHEAD_ROWS)
     expand_constants[lane](v, job.op.reduce_columns, job.op.n_reduce, lane_tag)
     if plan.used[W]:

@@ -453,6 +453,7 @@ cdef void fill_block(
     block.turn_bytes = sizeof(lane) * (1 if v.plan.layout == ROWS else LANES)
     block.singly = v.singly
     block.stream = v.stream
+    block.weighed = weighs_in_kernel(v.plan) and not v.wide
     block.walk = (
         ALONG if v.plan.layout == LONG_RUN else BY_ROW if v.plan.layout == ROWS else ACROSS
     )

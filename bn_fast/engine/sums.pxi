@@ -11,9 +11,13 @@ cdef enum:                    # constants of sums
     OPEN_BIAS
     SLOPE
     ONE
+    WEIGHT
     N_OF_SUMS
 
 cdef struct Squares:          # t = d
+    char unused
+
+cdef struct WeighedSquares:   # t = w d
     char unused
 
 cdef struct Products:         # t = what of dout comes through - its shift
@@ -24,6 +28,7 @@ cdef struct ScaledProducts:   # t = scale dout - its shift
 
 ctypedef fused terms:
     Squares
+    WeighedSquares
     Products
     ScaledProducts
 
@@ -34,6 +39,8 @@ cdef inline vector term_of(
 ) noexcept nogil:
     if terms is Squares:
         return bn_plus(x, -c[SHIFT], c[ONE])
+    elif terms is WeighedSquares:
+        return scale * bn_plus(x, -c[SHIFT], c[ONE])
     elif terms is Products:
         g = let_through[vector, activation](
             g, x - c[OPEN_SHIFT], c[OPEN_COEF], c[OPEN_BIAS], c[SLOPE], activation_tag
@@ -48,7 +55,7 @@ cdef inline void sum_four(
     vector s0, vector s1, vector s2, vector s3, const vector* c, vector* made,
     const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
-    """The trees of t and t d of four vectors; s are what dout is scaled by."""
+    """The trees of t and t d of four vectors; s are weights, or what dout is scaled by."""
     cdef vector t0 = term_of[vector, activation, terms](x0, g0, s0, c, NULL, NULL)
     cdef vector t1 = term_of[vector, activation, terms](x1, g1, s1, c, NULL, NULL)
     cdef vector t2 = term_of[vector, activation, terms](x2, g2, s2, c, NULL, NULL)
@@ -66,7 +73,13 @@ cdef inline void sum_four(
 cdef struct Tree:             # rows of x, and of dout, and their columns' constants
     const char* x[2 * TREE_ROWS]
     const char* g[2 * TREE_ROWS]
+    const char* w[2 * TREE_ROWS]
     const char* constant[SLOPE]
+
+cdef inline vector weight_of(
+    const Tree* p, int row, const vector* c, const terms* terms_tag,
+) noexcept nogil:
+    return fill[vector](p.w[row], NULL) if terms is WeighedSquares else c[ONE]
 
 
 cdef inline void sum_four_rows(
@@ -82,7 +95,9 @@ cdef inline void sum_four_rows(
         load[vector](x[2], place, n, part, NULL), load[vector](x[3], place, n, part, NULL),
         load[vector](g[0], place, n, part, NULL), load[vector](g[1], place, n, part, NULL),
         load[vector](g[2], place, n, part, NULL), load[vector](g[3], place, n, part, NULL),
-        c[ONE], c[ONE], c[ONE], c[ONE], c, made, NULL, NULL,
+        weight_of[vector, terms](p, first, c, NULL), weight_of[vector, terms](p, first + 1, c, NULL),
+        weight_of[vector, terms](p, first + 2, c, NULL),
+        weight_of[vector, terms](p, first + 3, c, NULL), c, made, NULL, NULL,
     )
 
 
@@ -180,11 +195,13 @@ cdef void sum_across(
     p.constant[OPEN_BIAS] = block.gate_bias
     i = 0
     while i < block.n_rows:
-        n = min(block.tree_rows // (1 if terms is Squares else 2), block.n_rows - i)
+        n = min(block.tree_rows // (2 if terms is Products else 1), block.n_rows - i)
         for k in range(n):
             p.x[k] = block.row[X][i + k]
             if terms is Products:
                 p.g[k] = block.row[G][i + k]
+            elif terms is WeighedSquares:
+                p.w[k] = block.row[W][i + k]
         place = 0
         while place < n_bytes:
             end = min(place + step, n_bytes)
@@ -192,11 +209,11 @@ cdef void sum_across(
                 prefetch_share(block.row[X] + i + ahead, n, place, end - place, n_bytes)
                 if terms is Products:
                     prefetch_share(block.row[G] + i + ahead, n, place, end - place, n_bytes)
-            if terms is Squares and n > TREE_ROWS:
+            if terms is not Products and n > TREE_ROWS:
                 add_trees[vector, activation, terms](
                     &p, 2 * TREE_ROWS, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
-            elif terms is Squares or n == TREE_ROWS:
+            elif terms is not Products or n == TREE_ROWS:
                 add_trees[vector, activation, terms](
                     &p, TREE_ROWS, place, end, c, block.sum_1, block.sum_2, NULL, NULL
                 )
@@ -222,6 +239,18 @@ cdef inline vector line_of(const char* row, int k, const vector* vector_tag) noe
     )
 
 
+cdef inline vector scale_at(
+    const char* scale, int k, int n, bint part, const vector* c, const terms* terms_tag,
+) noexcept nogil:
+    """Of the k-th line from here, or of the first n lanes; one weight for all of a row."""
+    if terms is WeighedSquares:
+        return c[WEIGHT]
+    elif terms is ScaledProducts:
+        return load[vector](scale, k * LANES * size_of_lane[vector](NULL), n, part, NULL)
+    else:
+        return c[ONE]
+
+
 cdef inline void sum_tree(
     const char* x, const char* g, const char* scale, Py_ssize_t n, int left, const vector* c,
     bint far, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
@@ -235,16 +264,17 @@ cdef inline void sum_tree(
     while n >= 4:
         if far:
             bn_prefetch(x + AHEAD_ALONG, 4 * line)
-            if terms is not Squares:
+            if terms is Products or terms is ScaledProducts:
                 bn_prefetch(g + AHEAD_ALONG, 4 * line)
         sum_four[vector, activation, terms](
             line_of[vector](x, 0, NULL), line_of[vector](x, 1, NULL),
             line_of[vector](x, 2, NULL), line_of[vector](x, 3, NULL),
             line_of[vector](g, 0, NULL), line_of[vector](g, 1, NULL),
             line_of[vector](g, 2, NULL), line_of[vector](g, 3, NULL),
-            line_of[vector](scale, 0, NULL), line_of[vector](scale, 1, NULL),
-            line_of[vector](scale, 2, NULL), line_of[vector](scale, 3, NULL),
-            c, made, NULL, NULL,
+            scale_at[vector, terms](scale, 0, 0, False, c, NULL),
+            scale_at[vector, terms](scale, 1, 0, False, c, NULL),
+            scale_at[vector, terms](scale, 2, 0, False, c, NULL),
+            scale_at[vector, terms](scale, 3, 0, False, c, NULL), c, made, NULL, NULL,
         )
         sums = sums + made[0]
         products = products + made[1]
@@ -255,7 +285,8 @@ cdef inline void sum_tree(
     while n > 0:
         x0 = line_of[vector](x, 0, NULL)
         t0 = term_of[vector, activation, terms](
-            x0, line_of[vector](g, 0, NULL), line_of[vector](scale, 0, NULL), c, NULL, NULL
+            x0, line_of[vector](g, 0, NULL), scale_at[vector, terms](scale, 0, 0, False, c, NULL), c,
+            NULL, NULL,
         )
         sums = sums + t0
         products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
@@ -266,8 +297,8 @@ cdef inline void sum_tree(
     if left > 0:
         x0 = load[vector](x, 0, left, True, NULL)
         t0 = term_of[vector, activation, terms](
-            x0, load[vector](g, 0, left, True, NULL), load[vector](scale, 0, left, True, NULL), c,
-            NULL, NULL,
+            x0, load[vector](g, 0, left, True, NULL),
+            scale_at[vector, terms](scale, 0, left, True, c, NULL), c, NULL, NULL,
         )
         t0 = bn_part(t0, left)
         sums = sums + t0
@@ -305,7 +336,7 @@ cdef inline void point_row(
     const Block* block, Py_ssize_t i, char** x, char** g, char** scale, const terms* terms_tag,
 ) noexcept nogil:
     x[0] = block.row[X][i]
-    g[0] = x[0] if terms is Squares else block.row[G][i]
+    g[0] = block.row[G][i] if terms is Products or terms is ScaledProducts else x[0]
     scale[0] = block.row[S][i] if terms is ScaledProducts else x[0]
 
 
@@ -326,6 +357,8 @@ cdef void sum_runs(
         place = turn * LANES * size_of_lane[vector](NULL)
         c[SHIFT] = fill[vector](block.shift[X] + place, NULL)
         c[SHIFT_OF_G] = fill[vector](block.shift[G] + place, NULL)
+        if terms is WeighedSquares:
+            c[WEIGHT] = fill[vector](block.row[W][i], NULL)
         if activation is not Identity:
             c[OPEN_SHIFT] = fill[vector](block.gate_shift + place, NULL)
             c[OPEN_COEF] = fill[vector](block.gate_coef + place, NULL)
@@ -364,7 +397,11 @@ cdef void sum_own_rows(
 
 
 cdef void sum_squares(const Block* block, const vector* vector_tag) noexcept nogil:
-    if block.walk == ACROSS:
+    if block.weighed and block.walk == ACROSS:
+        sum_across[vector, Identity, WeighedSquares](block, NULL, NULL, NULL)
+    elif block.weighed:
+        sum_runs[vector, Identity, WeighedSquares](block, NULL, NULL, NULL)
+    elif block.walk == ACROSS:
         sum_across[vector, Identity, Squares](block, NULL, NULL, NULL)
     elif block.walk == ALONG:
         sum_runs[vector, Identity, Squares](block, NULL, NULL, NULL)
