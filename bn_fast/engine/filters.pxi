@@ -8,7 +8,8 @@
 #       comes last.
 #   (b) Weights, statistics.  sum w d and sum w d^2, d = x - shift, are the sums that backward's
 #       kernel makes of w d and x.  Where something not finite is hidden under w = 0 both are
-#       replaced, so that no NaN comes near a sum.
+#       replaced, so that no NaN comes near a sum.  A row that has one weight is multiplied by it in
+#       the kernel, and is the shift where that is 0.
 #   (c) Weights, gradients.  The sums run over all elements, but for those of weight 0 whose x or
 #       dout is not finite.  In dx = a g - w ((x - mean) b + a sum g / W) the bracket, times w,
 #       takes the place of x; where w = 0 it is 0 whatever x is.

@@ -18,8 +18,18 @@ ctypedef struct Part:         # one feature's moments
 
 # ---------------------------------------------------------------- arithmetic
 
+# By the bits of normal numbers: with the C library's functions moments of (16, 65536) took 1.6 ms.
+
 cdef inline double times_power(double value, int exponent) noexcept nogil:
-    return ldexp(value, exponent) if exponent else value
+    cdef unsigned long long bits
+    cdef double power
+    if exponent == 0:
+        return value
+    if exponent <= -1023 or exponent >= 1024:
+        return ldexp(value, exponent)
+    bits = <unsigned long long> (exponent + 1023) << 52
+    memcpy(&power, &bits, sizeof(power))
+    return value * power
 
 
 cdef inline Twofold twofold_times_power(Twofold a, int exponent) noexcept nogil:
@@ -27,7 +37,11 @@ cdef inline Twofold twofold_times_power(Twofold a, int exponent) noexcept nogil:
 
 
 cdef inline int exponent_of(double value) noexcept nogil:
+    cdef unsigned long long bits
     cdef int exponent = 0  # not every C library sets it where value is not finite
+    memcpy(&bits, &value, sizeof(bits))
+    if 0 < (bits >> 52 & 0x7ff) < 0x7ff:
+        return <int> (bits >> 52 & 0x7ff) - 1022
     frexp(value, &exponent)
     return exponent
 
