@@ -691,7 +691,7 @@ cdef inline void backward_constants(
         coef_g[f] = a
         coef_x[f] = -(b * q * (r / factor[f] if wide else r))
         if wide:
-            up = power_of_two(r)
+            up = 256 * power_of_two(r)  # (x - mean) up stays near 1, and the coefficient in range
             coef_x[f] = coef_x[f] / scale if own == 0 or b != 0 or r == 0 else 0.0
             if fabs(coef_x[f]) == INFINITY and fabs(mean[f]) * (up / scale) < 1e300:
                 factor[f] = up / scale  # and x takes over what the coefficient cannot hold
