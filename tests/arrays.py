@@ -75,8 +75,8 @@ LAYOUTS = {
 }
 
 # (shape, axis). The numbers around which they lie are limits of the layout: NARROW 16, BLOCK_ROWS
-# 128, SHORT_RUN 64, ALONG_RUN 144, JOIN_COLUMNS, ALONG_WEIGHED 256, MAX_COLUMNS 512, PIECE 1024; and
-# LANES 16.
+# 128, SHORT_RUN 64, ALONG_RUN 144, JOIN_COLUMNS, ALONG_WEIGHED 256, MAX_COLUMNS 512, PIECE 1024;
+# and LANES 16.
 SHAPES = [
     ((1, 5), 1),  # one value for each feature
     ((2, 5), 1),

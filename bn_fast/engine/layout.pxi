@@ -21,8 +21,8 @@
 # What is done once a column costs as much as some rows; along, each run has a sum in double, and
 # features in turn are one stream from memory.  One thread, forward and backward, across and along:
 # (8, 64, 8, 8) 42 and 26 us, (16, 64, 12, 12) 100 and 85, but (16, 64, 10, 10) 65 and 72; (32, 256,
-# 14, 14) 1280 and 970, (32, 128, 14, 14) 455 and 430, (64, 256, 12, 12) 2030 and 1920, but (64, 256,
-# 10, 10) 1080 and 1220, (64, 512, 7, 7) 990 and 1570 (2026-11-26).
+# 14, 14) 1280 and 970, (32, 128, 14, 14) 455 and 430, (64, 256, 12, 12) 2030 and 1920, but (64,
+# 256, 10, 10) 1080 and 1220, (64, 512, 7, 7) 990 and 1570 (2026-11-26).
 # Few rows of many columns cost more than more rows of fewer, as each column has sums and constants:
 # (32, 64) forward 1.92 us as 8 rows of 256 columns, 1.82 as 32 of 64; (64, 33) 2.8 us as 9 rows of
 # 231 and one of 33, 1.8 as 32 of 66.

@@ -143,11 +143,12 @@ cdef inline Py_ssize_t turns_of(const Plan* plan) noexcept nogil:
 
 
 cdef inline bint are_runs_short(const Plan* plan) noexcept nogil:
-    """Whether runs come in as one stream, which is worth more than a tile in L2: of less than a page,
-    where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49 and
-    2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within L3
-    the more the better: (32, 256, 14, 14) backward's sums, one thread, 320 us by 8 features in turn,
-    300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500."""
+    """Whether runs come in as one stream, which is worth more than a tile in L2: of less than a
+    page, where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49
+    and 2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within
+    L3 the more the better: (32, 256, 14, 14) backward's sums in C, one thread, 320 us by 8 features
+    in turn, 300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500.
+    """
     cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
     return plan.layout != LONG_RUN or (turns_of(plan) > 1 and run_bytes < PAGE_BYTES)
 
@@ -383,8 +384,8 @@ cdef inline bint reads_ahead_along(
 
 
 cdef inline bint weighs_in_kernel(const Plan* plan) noexcept nogil:
-    """Whether sums of x alone multiply each row by its one weight: (256, 512) forward with weights 63
-    to 45 us, with them multiplied on the way."""
+    """Whether sums of x alone multiply each row by its one weight, not on the way to the kernel:
+    (256, 512) forward with weights, two threads, 50 to 41 us."""
     return (
         plan.used[W] and not (plan.used[G] or plan.used[Y]) and plan.layout != JOINED
         and plan.feature_stride[W] == 0 and plan.segment[0].run_stride[W] == 0

@@ -95,7 +95,8 @@ cdef inline void sum_four_rows(
         load[vector](x[2], place, n, part, NULL), load[vector](x[3], place, n, part, NULL),
         load[vector](g[0], place, n, part, NULL), load[vector](g[1], place, n, part, NULL),
         load[vector](g[2], place, n, part, NULL), load[vector](g[3], place, n, part, NULL),
-        weight_of[vector, terms](p, first, c, NULL), weight_of[vector, terms](p, first + 1, c, NULL),
+        weight_of[vector, terms](p, first, c, NULL),
+        weight_of[vector, terms](p, first + 1, c, NULL),
         weight_of[vector, terms](p, first + 2, c, NULL),
         weight_of[vector, terms](p, first + 3, c, NULL), c, made, NULL, NULL,
     )
@@ -285,8 +286,8 @@ cdef inline void sum_tree(
     while n > 0:
         x0 = line_of[vector](x, 0, NULL)
         t0 = term_of[vector, activation, terms](
-            x0, line_of[vector](g, 0, NULL), scale_at[vector, terms](scale, 0, 0, False, c, NULL), c,
-            NULL, NULL,
+            x0, line_of[vector](g, 0, NULL),
+            scale_at[vector, terms](scale, 0, 0, False, c, NULL), c, NULL, NULL,
         )
         sums = sums + t0
         products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
