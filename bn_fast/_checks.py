@@ -237,7 +237,7 @@ def element_weights(value: Any, x: Array, axis: Axis) -> tuple[Array | None, Cou
     if differ:
         return _weights_of_features(w.reshape(lengths), x, axis)
     repeats = x.size // n_features(x, axis) // w.size if x.size else 0
-    if highest < 1e290:
+    if highest < 1e290:  # so that no sum leaves the range; np.errstate takes 1 us
         given = float(w.sum()) * repeats
     else:
         with np.errstate(over="ignore"):

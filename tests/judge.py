@@ -142,7 +142,8 @@ def fault(name, got, exact, lanes, limit=LIMIT):
     right = got == target if not exact.loose else ~np.isfinite(got)
     # Too large for the dtype, and yet no more than its terms' roundings: of either sign. With M = 2
     # and eps = 0 the second order's dx is 0, and x 1e-30 apart makes 1e60 of its terms.
-    right |= (np.abs(value) <= limit * eps * exact.scale) & ~np.isnan(got)
+    unsure = np.isfinite(value) & np.isfinite(exact.scale) & ~np.isnan(got)
+    right |= unsure & (np.abs(value) <= limit * eps * exact.scale)
     wrong = ~finite & ~edge & ~(right | (np.isnan(got) & np.isnan(target)))
     if wrong.any():
         faults.append(f"{got[wrong][0]:.9g} for {target[wrong][0]:.9g}")

@@ -65,12 +65,11 @@ def test_a_filler_in_a_feature_that_is_hostile_anyway(row):
     check_first(row, {"beside": [(row["also"], place), (("gamma", row["gamma"]), place)]})
 
 
-@pytest.mark.parametrize("seed", [661, 662])
-def test_a_filler_that_takes_dx_to_the_end_of_the_range(seed):
+def test_a_filler_that_takes_dx_to_the_end_of_the_range():
     """dx of 1.2e308 is in range, and so has to be what it is made of."""
     axes = {name: values[0] for name, values in FIRST.items()}
     row = axes | {"kind": ("filler", "lowest"), "dtype": "float64", "weights": "mask"}
-    check_first(row, {"shape": (2, 4, 2), "place": 1, "beta": "open", "seed": seed})
+    check_first(row, {"shape": (2, 4, 2), "place": 1, "beta": "open", "seed": 661})
 
 
 def test_pairs_are_covered():

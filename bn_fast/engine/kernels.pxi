@@ -306,8 +306,8 @@ cdef inline double fold_run(const double* restrict values, Py_ssize_t n) noexcep
 cdef inline Py_ssize_t next_marked(
     const double* restrict marks, Py_ssize_t f, Py_ssize_t end,
 ) noexcept nogil:
-    """The first of features f .. end - 1 whose mark is not 0, or the end.  By eights: one by one
-    (16, 65536) backward took 6 % longer."""
+    """The first of features f .. end - 1 whose mark is not 0, or the end, by eights where
+    there is none: few are."""
     while f + 8 <= end and fold_run(marks + f, 8) == 0:
         f += 8
     while f < end and marks[f] == 0:

@@ -18,7 +18,8 @@ ctypedef struct Part:         # one feature's moments
 
 # ---------------------------------------------------------------- arithmetic
 
-# By the bits of normal numbers: with the C library's functions moments of (16, 65536) took 1.6 ms.
+# By the bits of normal numbers: with the C library's functions moments of (16, 65536) took 1.66 ms,
+# one thread, so 1.33.
 
 cdef inline double times_power(double value, int exponent) noexcept nogil:
     cdef unsigned long long bits

@@ -147,7 +147,7 @@ cdef inline bint are_runs_short(const Plan* plan) noexcept nogil:
     page, where features can take turns.  (64, 128, 28, 28), two threads, 1.81 and 2.62 ms, so 1.49
     and 2.56; but (32, 64, 56, 56), of which one feature fills L2, 2.42 to 2.67 ms backward.  Within
     L3 the more the better: (32, 256, 14, 14) backward's sums in C, one thread, 320 us by 8 features
-    in turn, 300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 270 and 500.
+    in turn, 300 by 16, 260 by 32, 230 by 64; (32, 64, 28, 28) 319 and 645 us by 15, 273 and 516.
     """
     cdef Py_ssize_t run_bytes = plan.segment[0].n_run * size_of(plan.storage)
     return plan.layout != LONG_RUN or (turns_of(plan) > 1 and run_bytes < PAGE_BYTES)
