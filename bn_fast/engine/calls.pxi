@@ -513,19 +513,17 @@ def normalize(
     return run_forward(&job, gamma, beta, out, n_threads)
 
 
+cdef inline char* data_of(cnp.ndarray array) noexcept:
+    return NULL if array is None else <char*> cnp.PyArray_DATA(array)
+
+
 cdef void store_parameter(const double* values, cnp.ndarray target) noexcept:
     """Into a contiguous array; None: nowhere."""
-    cdef Py_ssize_t f, n
-    cdef float* narrow
-    if target is None:
-        return
-    n = cnp.PyArray_SIZE(target)
-    narrow = <float*> cnp.PyArray_DATA(target)
-    if cnp.PyArray_TYPE(target) == cnp.NPY_FLOAT32:
-        for f in range(n):
-            narrow[f] = <float> values[f]
-    else:
-        memcpy(cnp.PyArray_DATA(target), values, n * sizeof(double))
+    if target is not None:
+        store_values(
+            values, cnp.PyArray_SIZE(target), storage_of(target),
+            <char*> cnp.PyArray_DATA(target),
+        )
 
 
 cdef void differentiate_statistics(
@@ -593,7 +591,6 @@ def backward(dout, cache, out, needs, n_threads, Py_ssize_t small=-1):
         out = new_result(x)
     sums = <double*> allocate((3 * n + 1) * sizeof(double))
     try:
-        memset(sums, 0, 2 * n * sizeof(double))  # what they are of no elements
         new_job(&job, FROZEN_BACKWARD if frozen else BACKWARD, x, stats, mask_of(axis))
         bring_options(&job, options, beta)
         bring(&job, D, dresidual)
@@ -604,9 +601,13 @@ def backward(dout, cache, out, needs, n_threads, Py_ssize_t small=-1):
         # With weights dout has no shift, and M = 2 no form of its own.
         job.eps = eps if job.array[W] == NULL else -1
         job.exact_mean = job.eps >= 0
+        job.rounded[0] = data_of(dgamma)
+        job.rounded[1] = data_of(dbeta)
+        if cnp.PyArray_SIZE(x) == 0:  # what they are of no elements
+            memset(sums, 0, 2 * n * sizeof(double))
+            store_parameter(sums, dgamma)
+            store_parameter(sums + n, dbeta)
         run_backward(&job, dout, gamma, out, sums, n_threads_of(x, n_threads, small))
-        store_parameter(sums, dgamma)
-        store_parameter(sums + n, dbeta)
         if dmean is not None:
             differentiate_statistics(&job, sums + 2 * n, dmean, dvar)
     finally:

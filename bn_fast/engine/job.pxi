@@ -88,6 +88,7 @@ cdef struct Job:
     Parameter beta_given
     double* value[N_VALUES]
     bint given[N_VALUES]      # arrays that the call has brought
+    char* rounded[2]          # dgamma and dbeta as the parameters' lanes; NULL: not wanted
     double* sums              # [chunk][sum 1, its low part, sum 2, its low part][feature]
     Py_ssize_t stride         # of the engine's own arrays, from one to the next
     Py_ssize_t own_features   # threads have arrays of their own, for so many; 0: they share them
@@ -131,6 +132,30 @@ cdef void lay_out(Job* job, double* values, Py_ssize_t stride, Py_ssize_t first)
     job.sums = values
     if job.cells > 1:
         job.value[MULTIPLIER] = job.value[INV_STD]
+
+
+cdef void store_values(
+    const double* restrict values, Py_ssize_t n, Storage lanes, char* to,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef float* restrict narrow = <float*> to
+    if lanes == FLOAT64:
+        memcpy(to, values, n * sizeof(double))
+        return
+    for f in range(n):
+        narrow[f] = <float> values[f]
+
+
+cdef inline void store_gradients(const Job* job, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """A tile's, by who has its sums in cache: (16, 65536) backward on sixteen threads 364 to 256 us
+    (Intel with 2 MiB of L2, 2026-11-26)."""
+    cdef Storage lanes = lanes_of(job.reduce.storage)
+    cdef int k
+    for k in range(2):
+        if job.rounded[k] != NULL:
+            store_values(
+                job.value[DGAMMA + k] + first, n, lanes, job.rounded[k] + first * size_of(lanes)
+            )
 
 
 cdef void read_parameter(

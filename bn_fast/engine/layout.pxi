@@ -26,6 +26,10 @@
 # Few rows of many columns cost more than more rows of fewer, as each column has sums and constants:
 # (32, 64) forward 1.92 us as 8 rows of 256 columns, 1.82 as 32 of 64; (64, 33) 2.8 us as 9 rows of
 # 231 and one of 33, 1.8 as 32 of 66.
+#
+# Each chunk has sums of its own, and threads share chunks.  By 2^14 elements, not 2^16, one thread
+# takes 0 to 4 % longer; (65536, 3) on two threads 111 and 184 us, so 76 and 124; (256, 10, 100) on
+# four 93 and 106, 36 and 49; (65536, 3) on eight 36 and 51, 22 and 27 (two Intel CPUs, 2026-11-26).
 
 cdef enum Layout:
     FEATURES
@@ -38,7 +42,7 @@ cdef enum:
     MAX_DIMS = 64             # NumPy's own limit
     BLOCK_ROWS = 128          # rows between two folds: 8 trees deep, see kernels.pxi (a)
     MAX_CHUNKS = 64           # of one block or more: scratch is O(features x chunks),
-    CHUNK_ELEMENTS = 1 << 16  # and of so many elements: (1000, 333) on two threads 69 to 58 us
+    CHUNK_ELEMENTS = 1 << 14  # and of so many elements, enough for a thread, see above
     FAR_BYTES = 1 << 24       # rows of more than this come from memory
     JOIN_COLUMNS = 256        # few features: rows are joined up to this many columns,
     SHORT_COLUMNS = 64        # up to this many where fewer than

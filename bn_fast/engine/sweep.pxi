@@ -190,6 +190,7 @@ cdef void finish_tile(
         settle_tile[lane](job, first, n, s, lane_tag)
         if job.cells > 1:
             settle_cells[lane](job, first, n, s, lane_tag)
+        store_gradients(job, first, n)
     if job.applies or job.varying.unit:
         set_in_lanes[lane](job, job.op.set_constants, SHIFT_X, first, n, lane_tag)
 
@@ -276,12 +277,13 @@ cdef void visit_features(
 ) noexcept nogil:
     """What comes before the first visit, or after it, when n threads have summed, feature by
     feature: a thread's share of each tile."""
-    cdef Py_ssize_t tile, first, n, share, start
+    cdef Py_ssize_t tile, first, n, share, start, turn = 0
     for tile in range(job.schedule.n_tiles):
         tile_range(&job.schedule, job.apply, tile, &first, &n)
         share = max(<Py_ssize_t> SHARE_FEATURES, (n + n_threads - 1) // n_threads)
         share = (share + job.cells - 1) // job.cells * job.cells
-        start = thread * share
+        start = (thread + turn) % n_threads * share
+        turn += n_threads - (n + share - 1) // share  # the next tile's begin where these end
         if start >= n:
             continue
         share = min(share, n - start)
@@ -301,6 +303,8 @@ cdef void lay_out_apart(Job* job, double* values, bint first) noexcept nogil:
         if job.given[result] and job.reduces and not first:
             job.value[result] = values
             values += job.own_features
+    if not first:
+        job.rounded[0] = job.rounded[1] = NULL
     if not (first or job.op.takes_dout):
         job.shared = NULL
     lay_out(job, values, job.own_features, 0)
