@@ -7,12 +7,19 @@
 #define BN_FAST_HALF_H
 
 #include <Python.h>
+#include <numpy/ndarraytypes.h>
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__F16C__) || defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
+
+/* Of a dtype of 2 bytes, by the name of its scalars, as _types.py has it. */
+static inline int bn_is_bfloat16(const void *dtype) {
+    const char *name = ((const PyArray_Descr *)dtype)->typeobj->tp_name, *last = strrchr(name, '.');
+    return strcmp(last ? last + 1 : name, "bfloat16") == 0;
+}
 
 static inline uint32_t bn_bits(float value) { uint32_t u; memcpy(&u, &value, 4); return u; }
 static inline float bn_value(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
@@ -102,8 +109,7 @@ static inline void bn_widen_bfloat16(
 
 #if defined(__AVX512BW__)
 /* bn_bfloat16_bits of 16 floats, still in the upper halves: 60, not 88 ps per element (Zen 4). */
-static inline __m512i bn_bfloat16_upper(const float *from) {
-    __m512 value = _mm512_loadu_ps(from);
+static inline __m512i bn_bfloat16_upper(__m512 value) {
     __m512i u = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
     __m512i rounded = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
     rounded = _mm512_mask_add_epi32(
@@ -123,8 +129,9 @@ static inline void bn_narrow_bfloat16(
                          24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0),
         _mm512_set1_epi16(1));
     for (; i + 32 <= n; i += 32)
-        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(bn_bfloat16_upper(from + i), upper,
-                                                              bn_bfloat16_upper(from + i + 16)));
+        _mm512_storeu_si512(
+            to + i, _mm512_permutex2var_epi16(bn_bfloat16_upper(_mm512_loadu_ps(from + i)), upper,
+                                              bn_bfloat16_upper(_mm512_loadu_ps(from + i + 16))));
 #endif
     for (; i < n; i++) to[i] = bn_bfloat16_bits(from[i]);
 }

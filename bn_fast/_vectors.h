@@ -1,5 +1,6 @@
 #ifndef BN_VECTORS_H
 #define BN_VECTORS_H
+#include "_half.h"
 #include "_native.h"
 
 #if !defined(__GNUC__) && !defined(__clang__)
@@ -186,6 +187,100 @@ static inline bn_doubles bn_plus_doubles(bn_doubles x, bn_doubles y, bn_doubles 
 #endif
 static inline void bn_stream_floats(char *to, bn_floats v) { BN_STREAM_FLOATS((float *)to, v); }
 static inline void bn_stream_doubles(char *to, bn_doubles v) { BN_STREAM_DOUBLES((double *)to, v); }
+
+/* Vectors of floats that lie in memory in 16 bits, as bfloat16 (brain) or float16: loads and stores, and
+ * of the first n lanes. */
+typedef bn_floats bn_halves;
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
+#define BN_HALVES 1
+typedef __m256i bn_bits16;
+static inline bn_bits16 bn_load_bits(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline bn_bits16 bn_load_bits_part(const void *from, int n) {
+    return _mm256_maskz_loadu_epi16((__mmask16)((1 << n) - 1), from);
+}
+static inline void bn_store_bits(void *to, bn_bits16 h) { _mm256_storeu_si256((__m256i *)to, h); }
+static inline void bn_store_bits_part(void *to, bn_bits16 h, int n) {
+    _mm256_mask_storeu_epi16(to, (__mmask16)((1 << n) - 1), h);
+}
+static inline void bn_stream_bits(void *to, bn_bits16 h) { _mm256_stream_si256((__m256i *)to, h); }
+static inline bn_halves bn_of_bits(bn_bits16 h, int brain) {
+    return (bn_halves)(brain ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))
+                             : _mm512_cvtph_ps(h));
+}
+static inline bn_bits16 bn_to_bits(bn_halves v, int brain) {
+    return brain ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(bn_bfloat16_upper((__m512)v), 16))
+                 : _mm512_cvtps_ph((__m512)v, 0);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+#define BN_HALVES 1
+typedef __m128i bn_bits16;
+static inline bn_bits16 bn_load_bits(const void *from) { return _mm_loadu_si128((const __m128i *)from); }
+static inline bn_bits16 bn_load_bits_part(const void *from, int n) {
+    uint16_t lane[8] = {0};
+    for (int i = 0; i < n; i++) lane[i] = ((const uint16_t *)from)[i];
+    return bn_load_bits(lane);
+}
+static inline void bn_store_bits(void *to, bn_bits16 h) { _mm_storeu_si128((__m128i *)to, h); }
+static inline void bn_store_bits_part(void *to, bn_bits16 h, int n) {
+    uint16_t lane[8];
+    bn_store_bits(lane, h);
+    for (int i = 0; i < n; i++) ((uint16_t *)to)[i] = lane[i];
+}
+static inline void bn_stream_bits(void *to, bn_bits16 h) { _mm_stream_si128((__m128i *)to, h); }
+static inline bn_halves bn_of_bits(bn_bits16 h, int brain) {
+    return (bn_halves)(brain ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))
+                             : _mm256_cvtph_ps(h));
+}
+static inline bn_bits16 bn_to_bits(bn_halves v, int brain) {
+    if (!brain) return _mm256_cvtps_ph((__m256)v, 0);
+    __m256i u = (__m256i)v, one = _mm256_set1_epi32(1), rounded;
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+    rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)),
+                               _mm256_and_si256(_mm256_srli_epi32(u, 16), one));
+    u = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    u = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, u, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
+#else /* rows of a half type come through a buffer, by loops that are longer than a vector */
+#define BN_HALVES 0
+typedef struct {
+    uint16_t lane[BN_VECTOR / 4];
+} bn_bits16;
+static inline bn_bits16 bn_load_bits_part(const void *from, int n) {
+    bn_bits16 h = {{0}};
+    memcpy(&h, from, 2 * (size_t)n);
+    return h;
+}
+static inline bn_bits16 bn_load_bits(const void *from) { return bn_load_bits_part(from, BN_VECTOR / 4); }
+static inline void bn_store_bits_part(void *to, bn_bits16 h, int n) { memcpy(to, &h, 2 * (size_t)n); }
+static inline void bn_store_bits(void *to, bn_bits16 h) { bn_store_bits_part(to, h, BN_VECTOR / 4); }
+static inline void bn_stream_bits(void *to, bn_bits16 h) { bn_store_bits(to, h); }
+static inline bn_halves bn_of_bits(bn_bits16 h, int brain) {
+    bn_halves v;
+    (brain ? bn_widen_bfloat16 : bn_widen_float16)(h.lane, (float *)&v, BN_VECTOR / 4);
+    return v;
+}
+static inline bn_bits16 bn_to_bits(bn_halves v, int brain) {
+    bn_bits16 h;
+    (brain ? bn_narrow_bfloat16 : bn_narrow_float16)((const float *)&v, h.lane, BN_VECTOR / 4);
+    return h;
+}
+#endif
+static inline bn_halves bn_load_halves(const char *from, int brain) {
+    return bn_of_bits(bn_load_bits(from), brain);
+}
+static inline bn_halves bn_load_halves_part(const char *from, int n, int brain) {
+    return bn_of_bits(bn_load_bits_part(from, n), brain);
+}
+static inline void bn_store_halves(char *to, bn_halves v, int brain) {
+    bn_store_bits(to, bn_to_bits(v, brain));
+}
+static inline void bn_store_halves_part(char *to, bn_halves v, int n, int brain) {
+    bn_store_bits_part(to, bn_to_bits(v, brain), n);
+}
+static inline void bn_stream_halves(char *to, bn_halves v, int brain) {
+    bn_stream_bits(to, bn_to_bits(v, brain));
+}
 
 /* Of vectors of either. */
 #define BN_OF(v, name) _Generic((v), bn_floats: name##_floats, bn_doubles: name##_doubles)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bn_fast import batchnorm_backward, batchnorm_forward, reference
-from bn_fast._core import isa
+from bn_fast._core import isa, isa_available
 
 from . import oracle
 from .arrays import LAYOUTS, SHAPES, TALL, problem
@@ -167,6 +167,38 @@ def test_error_is_one_rounding_of_the_half_type(dtype, shape, axis):
         assert roundings(got.astype(np.float32), exact, size) * single / EPS[dtype] <= limit
     assert roundings(dgamma, expected.dgamma, expected.dgamma_scale) <= 4
     assert roundings(dbeta, expected.dbeta, expected.dbeta_scale) <= 4
+
+
+@pytest.mark.parametrize("name", isa_available)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((37, 100), 1), ((300, 200), 1), ((141, 33), 1), ((9, 6, 300), 1), ((40, 5, 7, 7), 1)],
+    ids=str,
+)
+def test_rows_are_read_and_written_wherever_they_begin(dtype, shape, axis, name):
+    """By kernels that take them as they are, past the caches too; nothing beside is written.  Rows
+    that fill no tree, and features in wide lanes, come by way of the buffer."""
+    x, dout, gamma, beta = half_problem(shape, axis, dtype)
+    x[:, 2] = 3
+    gamma[4] = 1e-38  # float32's constants do not hold it
+    single = call(x.astype(np.float32), dout.astype(np.float32), gamma, beta, axis)
+    expected = [single[0].astype(dtype), single[1].astype(dtype), *single[2:]]
+    for caches in (None, (2**12, 2**12, 2**13)):
+        with engine(name, 2) as chosen:
+            old = chosen.set_caches(*caches) if caches else None
+            try:
+                for place in (0, 1, 2, 15, 31, 32):
+                    memory = np.full((4, x.size + 64), 7, dtype)
+                    arrays = [row[place : place + x.size].reshape(shape) for row in memory]
+                    arrays[0][...], arrays[1][...] = x, dout
+                    y, cache = batchnorm_forward(arrays[0], gamma, beta, axis=axis, out=arrays[2])
+                    got = [y, *batchnorm_backward(arrays[1], cache, out=arrays[3])]
+                    assert_same_bits(got, expected)
+                    assert (memory[:, :place] == 7).all()
+                    assert (memory[:, place + x.size :] == 7).all()
+            finally:
+                if old:
+                    chosen.set_caches(*old)
 
 
 def test_reference_agrees(dtype):

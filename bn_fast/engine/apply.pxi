@@ -42,12 +42,12 @@ cdef void apply_mixed(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nog
         block.coef[G] = <char*> columns_at[lane](v, MIX_G, lane_tag)
         block.coef[R] = <char*> columns_at[lane](v, MIX_R, lane_tag)
         block.bias = <char*> columns_at[lane](v, MIX_BIAS, lane_tag)
-        apply_block[lane](&block, lane_tag)
+        apply_block(&block)
     fill_gradient[lane](&block, v, n, lane_tag)
     block.row[G] = v.s.row[R]
     block.row[Y] = v.s.row[D]
     block.shift[G] = <char*> columns_at[lane](v, SHIFT_R, lane_tag)
-    apply_block[lane](&block, lane_tag)
+    apply_block(&block)
 
 
 cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept nogil:
@@ -68,7 +68,7 @@ cdef void apply_affine(Visit* v, Py_ssize_t n, const lane* lane_tag) noexcept no
     block.bias = <char*> columns_at[lane](v, BIAS, lane_tag)
     if not v.job.op.takes_dout:
         block.activation = v.job.activation
-    apply_block[lane](&block, lane_tag)
+    apply_block(&block)
 
 
 cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
@@ -97,7 +97,7 @@ cdef void apply_at_hand(Visit* v, const lane* lane_tag) noexcept nogil:
         differentiate_own_rows[lane](v, lane_tag)
     else:
         fill_gradient[lane](&block, v, n, lane_tag)
-        apply_block[lane](&block, lane_tag)
+        apply_block(&block)
     for r in range(Y, W):
         if plan.used[r] and v.access[r] != DIRECT and not (r == Y and v.stream):
             store_rows[lane](v, r, v.access[r], v.s.row[r], lane_tag)
@@ -111,7 +111,7 @@ cdef void apply_rows(Visit* v, Py_ssize_t row_end, const lane* lane_tag) noexcep
         v.scales = plan.layout == ROWS  # of columns only what has been added up
     v.group = rows_at_hand(v, v.width, APPLY_ROWS)
     v.stream = streams_rows(plan, v.access)
-    v.singly = v.stream or (v.job.schedule.singly and v.width % (LANES // 2) == 0)
+    v.singly = v.stream or v.as_stored or (v.job.schedule.singly and v.width % (LANES // 2) == 0)
     v.ahead = 0
     if (
         v.job.schedule.prefetch_again and plan.layout != LONG_RUN and plan.layout != ROWS

@@ -92,6 +92,27 @@ cdef void find_features_of(const Job* job, Features* features) noexcept:
     find_features(x, job.features, stride, merges, features)
 
 
+cdef void pass_as_stored(Plan* plan, Kernel kernel) noexcept:
+    """Rows of a half type, where there is a kernel that takes all of a visit as they are."""
+    cdef int r
+    plan.as_stored = (
+        BN_HALVES and is_half(plan.storage) and kernel != NULL and plan.gate != BEFORE
+        and not plan.by_row
+    )
+    for r in range(N_ROLES):
+        if plan.used[r]:
+            plan.as_stored = plan.as_stored and plan.access[r] == COPIED and (
+                r == X or r == G or r == Y
+            )
+    for r in range(N_ROLES):
+        if plan.used[r] and plan.as_stored:
+            plan.access[r] = DIRECT
+    if is_half(plan.storage) and not plan.as_stored and (
+        plan.layout == FEATURES or plan.layout == RUNS
+    ):  # a buffer has to hold the rows
+        plan.max_tile = max(1, min(plan.max_tile, TILE_COLUMNS // plan.segment[0].n_run))
+
+
 cdef void plan_visits(Job* job) noexcept:
     """Give the arrays their roles in both visits.  In second order R and D are ddx and ddout,
     an input and an output of the second visit alone."""
@@ -107,7 +128,7 @@ cdef void plan_visits(Job* job) noexcept:
     cdef bint opened = second is not None and not (rounded or mixed)
     cdef bint apply_gated = gated and not opened
     # Frozen statistics leave the output to dout alone, but for the gate.
-    cdef bint alone = op.input == G and not apply_gated
+    cdef bint alone = op.input == G and not apply_gated, overwritten = False
     cdef Features features
     cdef int r
     set_role(reduce, X, x)
@@ -143,8 +164,16 @@ cdef void plan_visits(Job* job) noexcept:
     # nothing they read is what they write.
     for r in range(Y):
         array = residual if r == R else g if r == G or alone else x
-        if out is not None and apply.used[r] and apply.access[r] == DIRECT and overlap(array, out):
+        if out is not None and apply.used[r] and apply.access[r] != GATHERED and overlap(array, out):
             apply.access[r] = COPIED
+            overwritten = True
+    pass_as_stored(reduce, kernels[job.activation if gated else IDENTITY][HALVES].sum_products)
+    gated = apply.gate != NONE or not op.takes_dout
+    pass_as_stored(
+        apply,
+        NULL if overwritten
+        else kernels[job.activation if gated else IDENTITY][HALVES].apply[op.formula],
+    )
 
 
 cdef bint overwrites_inputs(const Job* job) noexcept:
@@ -787,13 +816,14 @@ def double_backward(
 # bn_param 6.3 us, of which the engine 2; and (256, 512) backward on two threads 41 us, of which 8.
 
 cdef inline bint is_plain_array(object array) noexcept:
-    """An ndarray proper, float16, float32 or float64, aligned and native."""
+    """An ndarray proper, of a dtype that is computed as such, aligned and native."""
     cdef int kind
     if not cnp.PyArray_CheckExact(array):
         return False
     kind = cnp.PyArray_TYPE(array)
     return (
         kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64 or kind == cnp.NPY_FLOAT16
+        or (cnp.PyArray_ITEMSIZE(array) == 2 and bn_is_bfloat16(cnp.PyArray_DESCR(array)))
     ) and cnp.PyArray_ISBEHAVED_RO(array)
 
 
@@ -830,7 +860,7 @@ cdef bint is_plain_output(object out, cnp.ndarray like) noexcept:
 cdef bint is_plain_parameter(object values, Py_ssize_t n, bint of_any_shape=False) noexcept:
     """n numbers in a line, or what can be read as such, or None."""
     return values is None or (
-        is_plain_array(values) and cnp.PyArray_TYPE(values) != cnp.NPY_FLOAT16
+        is_plain_array(values) and not is_half(storage_of(values))
         and cnp.PyArray_SIZE(values) == n
         and (cnp.PyArray_NDIM(values) == 1 or (of_any_shape and cnp.PyArray_ISCARRAY_RO(values)))
     )

@@ -37,7 +37,7 @@ cdef void open_rows(Visit* v, bint wide, Py_ssize_t ahead, const lane* lane_tag)
     block.bias = <char*> columns_at[lane](v, WIDE_BIAS if wide else GATE_BIAS, lane_tag)
     block.formula = ADDED_OPENED if v.plan.used[R] else OPENED
     block.activation = v.job.activation
-    apply_block[lane](&block, lane_tag)
+    apply_block(&block)
 
 
 cdef void open_wide_features(Visit* v, lane* gated) noexcept nogil:
@@ -113,7 +113,7 @@ cdef inline void weigh_vector(
     u = fill[vector](w, NULL) if one else load[vector](w, place, n, part, NULL)
     if weighed != NULL:
         d = u * (d - load[vector](shift, place, n, part, NULL))
-        store[vector](weighed + place, d, n, part, False)
+        store[vector](weighed + place, d, n, part, False, False)
     else:
         d = d - d
         d = d + (load[vector](g, place, n, part, NULL) - load[vector](g, place, n, part, NULL))

@@ -42,6 +42,7 @@ cdef extern from "_native.h" nogil:
 cdef extern from "_vectors.h" nogil:
     ctypedef float bn_floats   # vectors; Cython believes that they are numbers,
     ctypedef double bn_doubles
+    ctypedef long double bn_halves  # of floats that rows have in 16 bits, as bfloat16 or float16,
     int BN_VECTOR              # of so many bytes;
     ctypedef struct bn_line:   # sums of LANES lanes;
         pass
@@ -58,6 +59,12 @@ cdef extern from "_vectors.h" nogil:
     void bn_add_lanes(double* s, double v)
     void bn_add_part(double* s, double v, int n)
     void bn_stream_vector(char* to, double v)
+    bint BN_HALVES             # whether these pay
+    double bn_load_halves(const char* from_, bint brain)
+    double bn_load_halves_part(const char* from_, int n, bint brain)
+    void bn_store_halves(char* to, double v, bint brain)
+    void bn_store_halves_part(char* to, double v, int n, bint brain)
+    void bn_stream_halves(char* to, double v, bint brain)
 
 ctypedef fused lane:
     float
@@ -66,6 +73,13 @@ ctypedef fused lane:
 ctypedef fused vector:        # of lanes, which most loops are written in
     bn_floats
     bn_doubles
+    bn_halves
+
+cdef enum:                    # kinds of vectors
+    FLOATS
+    DOUBLES
+    HALVES
+    N_KINDS
 
 cdef enum:
     # Rows come in multiples of this; a tree has so many, or twice that, of x alone, and half as
@@ -191,6 +205,8 @@ cdef struct Block:
     Py_ssize_t tree_rows      # of x alone; half as many of x and dout
     Py_ssize_t ahead          # so many rows more are known and are prefetched; 0: none
     Walk walk
+    int kind                  # of vectors: how rows are stored, and lanes; constants are lanes
+    bint brain                # of 16 bits: bfloat16
     Py_ssize_t turns          # features whose rows take turns, and how far apart their constants
     Py_ssize_t turn_bytes     # are; rows that have their own never come to the end
     bint singly               # rows are written one by one,
@@ -337,7 +353,17 @@ cdef void fold_columns(
 # one thread, 30 and 46 us, so 23 and 37.  The last vector of a row may have fewer lanes.
 
 cdef inline Py_ssize_t size_of_lane(const vector* vector_tag) noexcept nogil:
-    return sizeof(float) if vector is bn_floats else sizeof(double)
+    return sizeof(double) if vector is bn_doubles else sizeof(float)
+
+
+cdef inline Py_ssize_t in_row(Py_ssize_t place, const vector* vector_tag) noexcept nogil:
+    """Where a row has what lanes have at a place."""
+    return place >> 1 if vector is bn_halves else place
+
+
+cdef inline Py_ssize_t in_lanes(Py_ssize_t place, const vector* vector_tag) noexcept nogil:
+    """And the other way round."""
+    return 2 * place if vector is bn_halves else place
 
 
 cdef inline vector load(
@@ -350,10 +376,22 @@ cdef inline vector load(
     return (<const vector*> (row + place))[0]
 
 
+cdef inline vector load_row(
+    const char* row, Py_ssize_t place, int n, bint part, bint brain, const vector* vector_tag,
+) noexcept nogil:
+    """The same of a row of an array, as it is stored."""
+    if vector is not bn_halves:
+        return load[vector](row, place, n, part, NULL)
+    elif part:
+        return bn_load_halves_part(row + (place >> 1), n, brain)
+    else:
+        return bn_load_halves(row + (place >> 1), brain)
+
+
 cdef inline vector fill(const char* values, const vector* vector_tag) noexcept nogil:
     """A constant in all lanes."""
     cdef vector v
-    if vector is bn_floats:
-        return bn_like(v, (<const float*> values)[0])
-    else:
+    if vector is bn_doubles:
         return bn_like(v, (<const double*> values)[0])
+    else:
+        return bn_like(v, (<const float*> values)[0])

@@ -99,6 +99,7 @@ cdef struct Plan:             # of one visit's arrays
     bint by_row               # runs are rows, if they are not too short
     bint joins                # rows of few features may be joined
     Py_ssize_t along_from     # runs of so many values are walked along
+    bint as_stored            # the kernels take rows of a half type as they are
     bint turned               # columns are features from the last to the first, see is_turned
     Storage storage
     Gate gate
@@ -307,10 +308,9 @@ cdef void choose_layout(
         or plan.feature_stride[S] != 0  # columns have no gamma of their own
     )
     cdef bint stacked = rows_are_stacked(plan, axes, runs)
-    cdef Py_ssize_t limit = TILE_COLUMNS if is_half(plan.storage) else MAX_COLUMNS
     cdef int r
     plan.layout = FEATURES
-    plan.max_tile = min(n, limit)
+    plan.max_tile = min(n, <Py_ssize_t> MAX_COLUMNS)
     if runs and plan.by_row and length < ROW_LENGTH and plan.feature_stride[S] == 0:
         runs = False
         n = TILE_COLUMNS  # not joined
@@ -328,7 +328,7 @@ cdef void choose_layout(
         else:
             plan.layout = RUNS
             cut_axis(plan, length, False)
-            plan.max_tile = min(n, limit // length) if stacked else 1
+            plan.max_tile = min(n, MAX_COLUMNS // length) if stacked else 1
     elif axes.n > 0 and plan.joins and not plan.used[S] and (
         2 * n <= JOIN_COLUMNS and (stacked or n < NARROW)
     ):

@@ -70,6 +70,7 @@ cdef struct Operands:         # of a row
     const char* at[3]         # x, dout and the third input
     const char* scale
     const char* beta
+    bint brain                # of 16 bits: bfloat16
 
 cdef struct Constants:
     const char* at[OUT_SLOPE]
@@ -78,6 +79,7 @@ cdef struct Constants:
 cdef inline void point_operands(
     Operands* o, const Block* block, Py_ssize_t i, const formula* formula_tag,
 ) noexcept nogil:
+    o.brain = block.brain
     o.at[X] = o.at[G] = o.at[R] = o.scale = o.beta = block.row[X][i]
     if takes_second(formula_tag):
         o.at[G] = block.row[G][i]
@@ -144,16 +146,25 @@ cdef inline vector output_at(
     const Operands* o, Py_ssize_t place, int n, bint part, const vector* c,
     const formula* formula_tag, const activation* activation_tag,
 ) noexcept nogil:
-    cdef vector x = load[vector](o.at[X], place, n, part, NULL), g = x, r = x
+    cdef vector x = load_row[vector](o.at[X], place, n, part, o.brain, NULL), g = x, r = x
     if takes_second(formula_tag):
-        g = load[vector](o.at[G], place, n, part, NULL)
+        g = load_row[vector](o.at[G], place, n, part, o.brain, NULL)
     if takes_third(formula_tag):
-        r = load[vector](o.at[R], place, n, part, NULL)
+        r = load_row[vector](o.at[R], place, n, part, o.brain, NULL)
     return combine[vector, formula, activation](x, g, r, c, NULL, NULL)
 
 
-cdef inline void store(char* to, vector v, int n, bint part, bint past) noexcept nogil:
-    if part:
+cdef inline void store(
+    char* to, vector v, int n, bint part, bint past, bint brain,
+) noexcept nogil:
+    if vector is bn_halves:
+        if part:
+            bn_store_halves_part(to, v, n, brain)
+        elif past:
+            bn_stream_halves(to, v, brain)
+        else:
+            bn_store_halves(to, v, brain)
+    elif part:
         bn_store_part(to, v, n)
     elif past:
         bn_stream_vector(to, v)
@@ -173,8 +184,9 @@ cdef inline void apply_row(
             load_constants[vector, formula, activation](constants, place, 0, False, c, NULL, NULL)
         load_scale[vector, formula, extent](o, place, 0, False, c, NULL, NULL)
         store[vector](
-            y + place, output_at[vector, formula, activation](o, place, 0, False, c, NULL, NULL), 0,
-            False, past,
+            y + in_row[vector](place, NULL),
+            output_at[vector, formula, activation](o, place, 0, False, c, NULL, NULL), 0, False,
+            past, o.brain,
         )
         place += BN_VECTOR
     if place < end and not past:
@@ -183,8 +195,9 @@ cdef inline void apply_row(
             load_constants[vector, formula, activation](constants, place, left, True, c, NULL, NULL)
         load_scale[vector, formula, extent](o, place, left, True, c, NULL, NULL)
         store[vector](
-            y + place, output_at[vector, formula, activation](o, place, left, True, c, NULL, NULL),
-            left, True, False,
+            y + in_row[vector](place, NULL),
+            output_at[vector, formula, activation](o, place, left, True, c, NULL, NULL), left,
+            True, False, o.brain,
         )
 
 
@@ -265,13 +278,14 @@ cdef void apply_singly(
     3.6 and 8.1 ms, 3.4 and 6.9.
     """
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
-    cdef Py_ssize_t i, place, n, n_bytes = block.width * size
+    cdef Py_ssize_t i, place, end, at, n, n_bytes = block.width * size
     cdef Py_ssize_t step = STRIP * size if block.ahead else n_bytes
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
     cdef Operands o
     cdef Constants constants
     cdef vector[N_OUT] c
+    cdef char* y
     cdef char* to
     open_stream(&stream, memory)
     point_constants(&constants, block, 0)
@@ -281,26 +295,29 @@ cdef void apply_singly(
         place = 0
         while place < n_bytes:
             n = min(step, n_bytes - place)
+            at = in_row[vector](place, NULL)
             if block.ahead:
-                prefetch_next(block, i, place, n, formula_tag)
-            to = block.row[Y][i] + place
+                prefetch_next(block, i, at, in_row[vector](n, NULL), formula_tag)
+            y = block.row[Y][i]
             if not block.stream:
                 apply_row[vector, formula, activation, OfColumn](
-                    &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
+                    &o, &constants, place, place + n, y, False, c, NULL, NULL, NULL
                 )
                 place += n
                 continue
-            to = place_of(&stream, to, &n)
-            if to == block.row[Y][i] + place:
+            n = in_row[vector](n, NULL)
+            to = place_of(&stream, y + at, &n)
+            end = place + in_lanes[vector](n, NULL)
+            if to == y + at:
                 apply_row[vector, formula, activation, OfColumn](
-                    &o, &constants, place, place + n, to - place, True, c, NULL, NULL, NULL
+                    &o, &constants, place, end, y, True, c, NULL, NULL, NULL
                 )
             else:
                 apply_row[vector, formula, activation, OfColumn](
-                    &o, &constants, place, place + n, to - place, False, c, NULL, NULL, NULL
+                    &o, &constants, place, end, to - at, False, c, NULL, NULL, NULL
                 )
-            go_on(&stream, n, to == block.row[Y][i] + place)
-            place += n
+            go_on(&stream, n, to == y + at)
+            place = end
     if block.stream:
         flush(&stream)
 
@@ -326,7 +343,7 @@ cdef inline void apply_fours(
             &o[k], place, n, part, c + (k * N_OUT if extent is OfRow else 0), NULL, NULL
         )
     for k in range(4):
-        store[vector](y[k] + place, made[k], n, part, False)
+        store[vector](y[k] + place, made[k], n, part, False, False)
 
 
 cdef void apply_by_fours(
@@ -380,7 +397,7 @@ cdef void apply_runs(
         )
         turn = turn + 1 if turn + 1 < block.turns else 0
         if ahead and i + 1 < block.n_rows:
-            bn_prefetch(block.row[Y][i + 1], n_bytes)
+            bn_prefetch(block.row[Y][i + 1], in_row[vector](n_bytes, NULL))
         apply_row[vector, formula, activation, OfRow](
             &o, &constants, 0, n_bytes, block.row[Y][i], False, c, NULL, NULL, NULL
         )
@@ -417,7 +434,8 @@ cdef inline void apply_to_buffer(
     """Less than a line of a row, which it may have in common with the next one."""
     go_on_at(stream, y + place)
     apply_row[vector, formula, activation, OfRow](
-        o, constants, place, end, stream.buffer + stream.end - place, False, c, NULL, NULL, NULL
+        o, constants, in_lanes[vector](place, NULL), in_lanes[vector](end, NULL),
+        stream.buffer + stream.end - place, False, c, NULL, NULL, NULL,
     )
     go_on(stream, end - place, False)
 
@@ -427,7 +445,8 @@ cdef void stream_rows(
     const activation* activation_tag,
 ) noexcept nogil:
     """Either past the caches, where four rows at a time take 1.4 times as long."""
-    cdef Py_ssize_t i, start, end, turn = 0, n_bytes = block.width * size_of_lane[vector](NULL)
+    cdef Py_ssize_t i, start, end, turn = 0
+    cdef Py_ssize_t n_bytes = in_row[vector](block.width * size_of_lane[vector](NULL), NULL)
     cdef char[2 * LINE_BYTES] memory
     cdef Stream stream
     cdef Operands o
@@ -445,13 +464,16 @@ cdef void stream_rows(
         start = min(n_bytes, <Py_ssize_t> ((LINE_BYTES - <size_t> y % LINE_BYTES) % LINE_BYTES))
         end = start + (n_bytes - start) // LINE_BYTES * LINE_BYTES
         if start:
-            apply_to_buffer(&o, &constants, 0, start, y, &stream, c, formula_tag, activation_tag)
+            apply_to_buffer[vector, formula, activation](
+                &o, &constants, 0, start, y, &stream, c, NULL, NULL
+            )
         apply_row[vector, formula, activation, OfRow](
-            &o, &constants, start, end, y, True, c, NULL, NULL, NULL
+            &o, &constants, in_lanes[vector](start, NULL), in_lanes[vector](end, NULL), y, True, c,
+            NULL, NULL, NULL,
         )
         if end < n_bytes:
-            apply_to_buffer(
-                &o, &constants, end, n_bytes, y, &stream, c, formula_tag, activation_tag
+            apply_to_buffer[vector, formula, activation](
+                &o, &constants, end, n_bytes, y, &stream, c, NULL, NULL
             )
     flush(&stream)
 
@@ -462,24 +484,25 @@ cdef void apply_formula(
 ) noexcept nogil:
     cdef Py_ssize_t i
     if block.walk != ACROSS and block.stream:
-        stream_rows(block, vector_tag, formula_tag, activation_tag)
+        stream_rows[vector, formula, activation](block, NULL, NULL, NULL)
     elif block.walk == ALONG:
-        apply_runs(block, vector_tag, formula_tag, activation_tag)
-    elif block.walk == BY_ROW:
-        if activation is Identity and not takes_third(formula_tag):
-            apply_by_row(block, vector_tag, formula_tag)
-    elif block.singly or formula is Scaled:
-        apply_singly(block, vector_tag, formula_tag, activation_tag)
-    else:
-        for i in range(0, block.n_rows, 4):  # APPLY_ROWS
-            apply_by_fours(
-                block, i, vector_tag, formula_tag, activation_tag, <const OfColumn*> NULL
-            )
+        apply_runs[vector, formula, activation](block, NULL, NULL, NULL)
+    elif block.walk == ACROSS and (block.singly or formula is Scaled):
+        apply_singly[vector, formula, activation](block, NULL, NULL, NULL)
+    elif vector is not bn_halves:
+        if block.walk == ACROSS:
+            for i in range(0, block.n_rows, 4):  # APPLY_ROWS
+                apply_by_fours[vector, formula, activation, OfColumn](
+                    block, i, NULL, NULL, NULL, NULL
+                )
+        elif activation is Identity and not takes_third(formula_tag):
+            apply_by_row[vector, formula](block, NULL, NULL)
 
 
 # ---------------------------------------------------------------- the table
 #
-# A row for each activation, of kernels for float and for double lanes.
+# A row for each activation, of kernels for each kind of vectors; what there is none for comes by way
+# of a buffer of lanes.
 
 ctypedef void (*Kernel)(const Block*, const void*, const void*) noexcept nogil
 ctypedef bint (*IsOpen)(double, double, const void*) noexcept nogil
@@ -487,48 +510,53 @@ ctypedef bint (*IsOpen)(double, double, const void*) noexcept nogil
 cdef struct Kernels:
     bint scales               # what of dout comes through is not dout itself or 0
     IsOpen is_open
+    Kernel sum_squares
     Kernel sum_products
     Kernel apply[N_FORMULAS]
 
-cdef Kernels[N_ACTIVATIONS][2] kernels
+cdef Kernels[N_ACTIVATIONS][N_KINDS] kernels
 
 
 cdef void fill_kernels(Kernels* row, const vector* vector_tag, const activation* activation_tag):
     row.scales = activation is LeakyRelu
     row.is_open = <IsOpen> is_open[activation]
+    row.sum_squares = <Kernel> sum_squares[vector]
     row.sum_products = <Kernel> sum_products[vector, activation]
     row.apply[AFFINE] = <Kernel> apply_formula[vector, Affine, activation]
-    row.apply[ADDED] = <Kernel> apply_formula[vector, Added, activation]
     row.apply[GRADIENT] = <Kernel> apply_formula[vector, Gradient, activation]
+    if vector is not bn_halves:
+        row.apply[ADDED] = <Kernel> apply_formula[vector, Added, activation]
+        if activation is Identity:
+            row.apply[MIXED] = <Kernel> apply_formula[vector, Mixed, activation]
+            row.apply[SCALED] = <Kernel> apply_formula[vector, Scaled, activation]
+            row.apply[SCALED_GRADIENT] = <Kernel> apply_formula[vector, ScaledGradient, activation]
+        else:
+            row.apply[OPENED] = <Kernel> apply_formula[vector, Opened, activation]
+            row.apply[ADDED_OPENED] = <Kernel> apply_formula[vector, AddedOpened, activation]
+
+
+cdef void fill_kinds(Kernels* row, const activation* activation_tag):
+    memset(row, 0, N_KINDS * sizeof(Kernels))
+    fill_kernels[bn_floats, activation](&row[FLOATS], NULL, NULL)
+    fill_kernels[bn_doubles, activation](&row[DOUBLES], NULL, NULL)
     if activation is Identity:
-        row.apply[MIXED] = <Kernel> apply_formula[vector, Mixed, activation]
-        row.apply[SCALED] = <Kernel> apply_formula[vector, Scaled, activation]
-        row.apply[SCALED_GRADIENT] = <Kernel> apply_formula[vector, ScaledGradient, activation]
-    else:
-        row.apply[OPENED] = <Kernel> apply_formula[vector, Opened, activation]
-        row.apply[ADDED_OPENED] = <Kernel> apply_formula[vector, AddedOpened, activation]
+        fill_kernels[bn_halves, activation](&row[HALVES], NULL, NULL)
 
 
-cdef void fill_lanes(Kernels* row, const activation* activation_tag):
-    fill_kernels[bn_floats, activation](&row[0], NULL, NULL)
-    fill_kernels[bn_doubles, activation](&row[1], NULL, NULL)
+fill_kinds[Identity](kernels[IDENTITY], NULL)
+fill_kinds[Relu](kernels[RELU], NULL)
+fill_kinds[LeakyRelu](kernels[LEAKY_RELU], NULL)
 
 
-fill_lanes[Identity](kernels[IDENTITY], NULL)
-fill_lanes[Relu](kernels[RELU], NULL)
-fill_lanes[LeakyRelu](kernels[LEAKY_RELU], NULL)
-
-
-cdef void reduce_block(const Block* block, bint products, const lane* lane_tag) noexcept nogil:
+cdef void reduce_block(const Block* block, bint products) noexcept nogil:
     """Add a block to the sums of its columns."""
+    cdef const Kernels* kind = &kernels[block.activation][block.kind]
     if products:
-        kernels[block.activation][lane is double].sum_products(block, NULL, NULL)
-    elif lane is float:
-        sum_squares[bn_floats](block, NULL)
+        kind.sum_products(block, NULL, NULL)
     else:
-        sum_squares[bn_doubles](block, NULL)
+        kind.sum_squares(block, NULL, NULL)
 
 
-cdef void apply_block(const Block* block, const lane* lane_tag) noexcept nogil:
+cdef void apply_block(const Block* block) noexcept nogil:
     """y_ij by the block's formula."""
-    kernels[block.activation][lane is double].apply[block.formula](block, NULL, NULL)
+    kernels[block.activation][block.kind].apply[block.formula](block, NULL, NULL)

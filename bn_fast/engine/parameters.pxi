@@ -82,7 +82,7 @@ cdef void stream_four(
             shift, shift, shift, shift, shift, columns_at[lane](v, HAT_SCALE, lane_tag),
             columns_at[lane](v, HAT_REST, lane_tag), shift, s + j, ss + j, False,
         )
-        apply_block[lane](&block, lane_tag)
+        apply_block(&block)
         j += block.width
     v.first -= i
 
@@ -123,7 +123,7 @@ cdef void differentiate_own_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     v.first -= i
     for r in range(N_ROLES):
         block.row[r] += i
-    apply_block[lane](&block, lane_tag)
+    apply_block(&block)
 
 
 # ---------------------------------------------------------------- without dx, or in other lanes

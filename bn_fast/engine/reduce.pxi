@@ -37,20 +37,23 @@ cdef void fetch_inputs(Visit* v, const lane* lane_tag) noexcept nogil:
     cdef const Plan* plan = v.plan
     cdef bint slowly = v.gate == BEFORE and (v.wide or v.any_wide)
     cdef bint runs_ahead = plan.layout == LONG_RUN and v.job.schedule.prefetch and not v.wide
+    cdef bint buffered = is_half(plan.storage) and not v.as_stored
     cdef Py_ssize_t i, ahead
     cdef int r
+    cdef Access access
     cdef const lane* factor
     if slowly:
         open_slowly[lane](v, lane_tag)
     for r in range(Y):
         if plan.used[r] and not (slowly and r != X):
             ahead = v.ahead
-            if runs_ahead and (r == R or is_half(plan.storage) or v.access[r] == GATHERED):
+            access = COPIED if buffered and v.access[r] == DIRECT else v.access[r]
+            if runs_ahead and (r == R or buffered or access == GATHERED):
                 ahead = AHEAD_RUNS
             factor = gather_factors[lane](v, FACTOR_X if r == X else FACTOR_G, lane_tag)
             if r == R and v.job.op.formula != MIXED:  # a residual; ddx is scaled as dout is
                 factor = NULL
-            fetch_rows[lane](v, r, v.access[r], ahead, factor)
+            fetch_rows[lane](v, r, access, ahead, factor)
     if v.scales and plan.used[S] and plan.used[G]:
         if plan.layout == ROWS:  # the kernels multiply
             point_parameters[lane](v, S, lane_tag)
@@ -78,6 +81,7 @@ cdef void enter_chunk(
         v.access[r] = access_to(plan, v.segment, r, v.n_features, v.wide)
         if v.access[r] == GATHERED:
             set_offsets(v, r, n)
+    v.as_stored = plan.as_stored and v.access[X] == DIRECT
     if plan.used[S] and not is_adjacent(v):
         set_offsets(v, S, n)
     if plan.storage == FLOAT64:
@@ -109,7 +113,17 @@ cdef void reduce_rows(Visit* v, const lane* lane_tag) noexcept nogil:
     fill_gradient[lane](&block, v, n, lane_tag)
     if v.access[X] == DIRECT and reads_ahead_along(&v.job.schedule, plan, v.width):
         block.ahead = 1
-    reduce_block[lane](&block, plan.used[G] or (plan.used[W] and not block.weighed), lane_tag)
+    reduce_block(&block, plan.used[G] or (plan.used[W] and not block.weighed))
+
+
+cdef inline void leave_rest(Visit* v) noexcept nogil:
+    """Rows that fill no tree come by way of the buffer, as what they are padded with is lanes."""
+    cdef Py_ssize_t rest = v.n_rows % TREE_ROWS
+    if not v.plan.as_stored or v.access[X] != DIRECT or v.plan.layout == LONG_RUN:
+        return
+    v.as_stored = rest == 0 or v.n_rows > v.segment.tree_rows
+    if rest and v.as_stored:
+        v.n_rows -= v.n_rows % v.segment.tree_rows
 
 
 cdef void reduce_block_of_rows(
@@ -124,6 +138,7 @@ cdef void reduce_block_of_rows(
         memset(v.sum[which], 0, n_columns * sizeof(double))
     while v.row < row_end:
         take_rows(v, row_end)
+        leave_rest(v)
         v.first = 0
         while v.first < width:
             v.width = min(piece, width - v.first)
@@ -195,7 +210,7 @@ cdef void reduce_chunk(Visit* v, Py_ssize_t chunk, const lane* lane_tag) noexcep
         # A half type's are widened in pieces of some columns, so that more rows are on their way:
         # (16384, 1024) in float16 on one thread 11.7 to 8.3 ms.
         v.ahead = (
-            AHEAD_HALVES if is_half(plan.storage)
+            AHEAD_HALVES if is_half(plan.storage) and not plan.as_stored
             else rows_ahead(
                 v.width * size_of(plan.storage), TREE_ROWS if plan.used[G] else v.segment.tree_rows
             )

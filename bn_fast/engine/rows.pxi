@@ -43,6 +43,7 @@ cdef struct Visit:            # to one chunk of a tile
     Gate gate
     bint any_wide             # of the gate's features
     Access access[N_ROLES]
+    bint as_stored            # the rows at hand go to the kernels as they are, see Plan
     Py_ssize_t feature        # the tile's first, and how many it has
     Py_ssize_t n_features
     Py_ssize_t group          # rows taken at a time
@@ -428,10 +429,16 @@ cdef void store_rows(
 
 # ---------------------------------------------------------------- blocks of rows
 
+cdef inline int kind_of(const Visit* v, const lane* lane_tag) noexcept nogil:
+    if lane is double:
+        return DOUBLES
+    return HALVES if v.as_stored else FLOATS
+
+
 cdef inline Py_ssize_t kernel_ahead(const Visit* v) noexcept nogil:
     """Rows that a kernel may prefetch: none where its own are those in a buffer."""
     cdef bint buffered = (
-        is_half(v.plan.storage) or v.gate == BEFORE or v.plan.used[S]
+        (is_half(v.plan.storage) and not v.as_stored) or v.gate == BEFORE or v.plan.used[S]
         or (v.plan.used[W] and v.plan.used[Y])
     )
     return 0 if buffered else v.ahead
@@ -457,6 +464,8 @@ cdef void fill_block(
     block.walk = (
         ALONG if v.plan.layout == LONG_RUN else BY_ROW if v.plan.layout == ROWS else ACROSS
     )
+    block.kind = kind_of[lane](v, lane_tag)
+    block.brain = v.plan.storage == BFLOAT16
     for r in range(3):
         block.shift[r] = block.coef[r] = some
     block.bias = block.gate_shift = block.gate_coef = block.gate_bias = some

@@ -129,7 +129,7 @@ cdef struct Work:             # what a schedule is made for
 cdef inline Py_ssize_t turns_of(const Plan* plan) noexcept nogil:
     """How many features' long runs are taken in turn, in the order of memory; of those that come
     through a buffer no more than it holds."""
-    cdef bint direct = not is_half(plan.storage) and plan.gate != BEFORE
+    cdef bint direct = (not is_half(plan.storage) or plan.as_stored) and plan.gate != BEFORE
     cdef int r
     if plan.layout != LONG_RUN or plan.used[W]:
         return 1
@@ -433,7 +433,8 @@ cdef bint rows_stream(const Plan* plan) noexcept nogil:
 cdef inline bint streams_rows(const Plan* plan, const Access* access) noexcept nogil:
     """Whether the kernels themselves write the output past the caches."""
     return (
-        access[Y] == STREAMED and not is_half(plan.storage) and not plan.used[D]
+        access[Y] == STREAMED and (not is_half(plan.storage) or plan.as_stored)
+        and not plan.used[D]
         and (plan.layout != ROWS or rows_stream(plan))
     )
 

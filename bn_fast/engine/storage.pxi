@@ -13,6 +13,7 @@ cdef extern from "_half.h" nogil:
     void bn_narrow_float16(const float* from_, unsigned short* to, Py_ssize_t n)
     void bn_widen_bfloat16(const unsigned short* from_, float* to, Py_ssize_t n)
     void bn_narrow_bfloat16(const float* from_, unsigned short* to, Py_ssize_t n)
+    bint bn_is_bfloat16(const void* dtype)
 
 cdef enum Storage:
     FLOAT16

@@ -75,6 +75,7 @@ cdef struct Tree:             # rows of x, and of dout, and their columns' const
     const char* g[2 * TREE_ROWS]
     const char* w[2 * TREE_ROWS]
     const char* constant[SLOPE]
+    bint brain                # rows of 16 bits are of bfloat16
 
 cdef inline vector weight_of(
     const Tree* p, int row, const vector* c, const terms* terms_tag,
@@ -91,10 +92,14 @@ cdef inline void sum_four_rows(
     if terms is Products:
         g = <const char**> &p.g[first]
     sum_four[vector, activation, terms](
-        load[vector](x[0], place, n, part, NULL), load[vector](x[1], place, n, part, NULL),
-        load[vector](x[2], place, n, part, NULL), load[vector](x[3], place, n, part, NULL),
-        load[vector](g[0], place, n, part, NULL), load[vector](g[1], place, n, part, NULL),
-        load[vector](g[2], place, n, part, NULL), load[vector](g[3], place, n, part, NULL),
+        load_row[vector](x[0], place, n, part, p.brain, NULL),
+        load_row[vector](x[1], place, n, part, p.brain, NULL),
+        load_row[vector](x[2], place, n, part, p.brain, NULL),
+        load_row[vector](x[3], place, n, part, p.brain, NULL),
+        load_row[vector](g[0], place, n, part, p.brain, NULL),
+        load_row[vector](g[1], place, n, part, p.brain, NULL),
+        load_row[vector](g[2], place, n, part, p.brain, NULL),
+        load_row[vector](g[3], place, n, part, p.brain, NULL),
         weight_of[vector, terms](p, first, c, NULL),
         weight_of[vector, terms](p, first + 1, c, NULL),
         weight_of[vector, terms](p, first + 2, c, NULL),
@@ -184,11 +189,13 @@ cdef void sum_across(
     """
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
     cdef Py_ssize_t i, k, place, end, n_bytes = block.width * size, ahead = block.ahead
-    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n
+    cdef Py_ssize_t step = STRIP * size if ahead else n_bytes, n, share
+    cdef Py_ssize_t row_bytes = in_row[vector](n_bytes, NULL)
     cdef Tree p
     cdef vector[N_OF_SUMS] c
     c[ONE] = bn_like(c[ONE], bn_one())
     c[SLOPE] = bn_like(c[SLOPE], block.slope)
+    p.brain = block.brain
     p.constant[SHIFT] = block.shift[X]
     p.constant[SHIFT_OF_G] = block.shift[G]
     p.constant[OPEN_SHIFT] = block.gate_shift
@@ -207,9 +214,14 @@ cdef void sum_across(
         while place < n_bytes:
             end = min(place + step, n_bytes)
             if ahead:
-                prefetch_share(block.row[X] + i + ahead, n, place, end - place, n_bytes)
+                share = in_row[vector](end - place, NULL)
+                prefetch_share(
+                    block.row[X] + i + ahead, n, in_row[vector](place, NULL), share, row_bytes
+                )
                 if terms is Products:
-                    prefetch_share(block.row[G] + i + ahead, n, place, end - place, n_bytes)
+                    prefetch_share(
+                        block.row[G] + i + ahead, n, in_row[vector](place, NULL), share, row_bytes
+                    )
             if terms is not Products and n > TREE_ROWS:
                 add_trees[vector, activation, terms](
                     &p, 2 * TREE_ROWS, place, end, c, block.sum_1, block.sum_2, NULL, NULL
@@ -233,11 +245,11 @@ cdef void sum_across(
 # (32, 64, 56, 56), two threads, 2.46 and 3.15 ms, so 2.15 and 2.91.  Sixteen lines of LANES are a
 # tree: fours, what is left one by one, the rest of the last; of shorter vectors some make a line.
 
-cdef inline vector line_of(const char* row, int k, const vector* vector_tag) noexcept nogil:
+cdef inline vector line_of(
+    const char* row, int k, bint brain, const vector* vector_tag,
+) noexcept nogil:
     """A vector of the k-th line from here."""
-    return load[vector](
-        row, k * LANES * size_of_lane[vector](NULL), 0, False, NULL
-    )
+    return load_row[vector](row, k * LANES * size_of_lane[vector](NULL), 0, False, brain, NULL)
 
 
 cdef inline vector scale_at(
@@ -254,10 +266,12 @@ cdef inline vector scale_at(
 
 cdef inline void sum_tree(
     const char* x, const char* g, const char* scale, Py_ssize_t n, int left, const vector* c,
-    bint far, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
+    bint far, bint brain, double* s, double* ss, const activation* activation_tag,
+    const terms* terms_tag,
 ) noexcept nogil:
     """The sums of a vector of n lines each, and of the first lanes of one more."""
-    cdef Py_ssize_t line = LANES * size_of_lane[vector](NULL)
+    cdef Py_ssize_t lanes_line = LANES * size_of_lane[vector](NULL)
+    cdef Py_ssize_t line = in_row[vector](lanes_line, NULL)
     cdef vector x0, t0, sums, products
     cdef vector[2] made
     sums = bn_like(sums, 0)
@@ -268,10 +282,10 @@ cdef inline void sum_tree(
             if terms is Products or terms is ScaledProducts:
                 bn_prefetch(g + AHEAD_ALONG, 4 * line)
         sum_four[vector, activation, terms](
-            line_of[vector](x, 0, NULL), line_of[vector](x, 1, NULL),
-            line_of[vector](x, 2, NULL), line_of[vector](x, 3, NULL),
-            line_of[vector](g, 0, NULL), line_of[vector](g, 1, NULL),
-            line_of[vector](g, 2, NULL), line_of[vector](g, 3, NULL),
+            line_of[vector](x, 0, brain, NULL), line_of[vector](x, 1, brain, NULL),
+            line_of[vector](x, 2, brain, NULL), line_of[vector](x, 3, brain, NULL),
+            line_of[vector](g, 0, brain, NULL), line_of[vector](g, 1, brain, NULL),
+            line_of[vector](g, 2, brain, NULL), line_of[vector](g, 3, brain, NULL),
             scale_at[vector, terms](scale, 0, 0, False, c, NULL),
             scale_at[vector, terms](scale, 1, 0, False, c, NULL),
             scale_at[vector, terms](scale, 2, 0, False, c, NULL),
@@ -281,24 +295,24 @@ cdef inline void sum_tree(
         products = products + made[1]
         x += 4 * line
         g += 4 * line
-        scale += 4 * line
+        scale += 4 * lanes_line
         n -= 4
     while n > 0:
-        x0 = line_of[vector](x, 0, NULL)
+        x0 = line_of[vector](x, 0, brain, NULL)
         t0 = term_of[vector, activation, terms](
-            x0, line_of[vector](g, 0, NULL),
+            x0, line_of[vector](g, 0, brain, NULL),
             scale_at[vector, terms](scale, 0, 0, False, c, NULL), c, NULL, NULL,
         )
         sums = sums + t0
         products = products + t0 * bn_plus(x0, -c[SHIFT], c[ONE])
         x += line
         g += line
-        scale += line
+        scale += lanes_line
         n -= 1
     if left > 0:
-        x0 = load[vector](x, 0, left, True, NULL)
+        x0 = load_row[vector](x, 0, left, True, brain, NULL)
         t0 = term_of[vector, activation, terms](
-            x0, load[vector](g, 0, left, True, NULL),
+            x0, load_row[vector](g, 0, left, True, brain, NULL),
             scale_at[vector, terms](scale, 0, left, True, c, NULL), c, NULL, NULL,
         )
         t0 = bn_part(t0, left)
@@ -310,7 +324,7 @@ cdef inline void sum_tree(
 
 cdef inline void sum_row(
     const char* x, const char* g, const char* scale, Py_ssize_t width, const vector* c, bint far,
-    double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
+    bint brain, double* s, double* ss, const activation* activation_tag, const terms* terms_tag,
 ) noexcept nogil:
     """Tree by tree, as vectors shorter than a line would else take two walks from memory."""
     cdef Py_ssize_t size = size_of_lane[vector](NULL)
@@ -322,14 +336,15 @@ cdef inline void sum_row(
         rest = left if n == 0 else 0
         for part in range(LANES // lanes):
             sum_tree[vector, activation, terms](
-                x + part * BN_VECTOR, g + part * BN_VECTOR, scale + part * BN_VECTOR, now,
-                min(lanes, rest - part * lanes), c, far and part == 0, s + part * lanes,
+                x + in_row[vector](part * BN_VECTOR, NULL),
+                g + in_row[vector](part * BN_VECTOR, NULL), scale + part * BN_VECTOR, now,
+                min(lanes, rest - part * lanes), c, far and part == 0, brain, s + part * lanes,
                 ss + part * lanes, NULL, NULL,
             )
         if n == 0:
             return
-        x += now * LANES * size
-        g += now * LANES * size
+        x += in_row[vector](now * LANES * size, NULL)
+        g += in_row[vector](now * LANES * size, NULL)
         scale += now * LANES * size
 
 
@@ -365,7 +380,7 @@ cdef void sum_runs(
             c[OPEN_COEF] = fill[vector](block.gate_coef + place, NULL)
             c[OPEN_BIAS] = fill[vector](block.gate_bias + place, NULL)
         sum_row[vector, activation, terms](
-            x, g, scale, block.width, c, block.ahead, block.sum_1 + turn * LANES,
+            x, g, scale, block.width, c, block.ahead, block.brain, block.sum_1 + turn * LANES,
             block.sum_2 + turn * LANES, NULL, NULL,
         )
         turn = turn + 1 if turn + 1 < block.turns else 0
@@ -390,15 +405,22 @@ cdef void sum_own_rows(
         sums = bn_no_sums()
         products = bn_no_sums()
         sum_row[vector, Identity, terms](
-            x, g, scale, block.width, c, block.ahead, <double*> &sums, <double*> &products, NULL,
-            NULL,
+            x, g, scale, block.width, c, block.ahead, False, <double*> &sums,
+            <double*> &products, NULL, NULL,
         )
         block.sum_1[i] = bn_fold_line(&sums)
         block.sum_2[i] = bn_fold_line(&products)
 
 
-cdef void sum_squares(const Block* block, const vector* vector_tag) noexcept nogil:
-    if block.weighed and block.walk == ACROSS:
+cdef void sum_squares(
+    const Block* block, const vector* vector_tag, const void* unused,
+) noexcept nogil:
+    if vector is bn_halves:
+        if block.walk == ACROSS:
+            sum_across[vector, Identity, Squares](block, NULL, NULL, NULL)
+        else:
+            sum_runs[vector, Identity, Squares](block, NULL, NULL, NULL)
+    elif block.weighed and block.walk == ACROSS:
         sum_across[vector, Identity, WeighedSquares](block, NULL, NULL, NULL)
     elif block.weighed:
         sum_runs[vector, Identity, WeighedSquares](block, NULL, NULL, NULL)
@@ -417,6 +439,8 @@ cdef void sum_products(
         sum_across[vector, activation, Products](block, NULL, NULL, NULL)
     elif block.walk == ALONG:
         sum_runs[vector, activation, Products](block, NULL, NULL, NULL)
+    elif vector is bn_halves:
+        return
     elif activation is Identity and block.formula == SCALED_GRADIENT:
         sum_own_rows[vector, ScaledProducts](block, NULL, NULL)
     elif activation is Identity:
