@@ -164,9 +164,10 @@ cdef void plan_visits(Job* job) noexcept:
     # nothing they read is what they write.
     for r in range(Y):
         array = residual if r == R else g if r == G or alone else x
-        if out is not None and apply.used[r] and apply.access[r] != GATHERED and overlap(array, out):
-            apply.access[r] = COPIED
-            overwritten = True
+        if out is not None and apply.used[r] and apply.access[r] != GATHERED:
+            if overlap(array, out):
+                apply.access[r] = COPIED
+                overwritten = True
     pass_as_stored(reduce, kernels[job.activation if gated else IDENTITY][HALVES].sum_products)
     gated = apply.gate != NONE or not op.takes_dout
     pass_as_stored(

@@ -501,8 +501,8 @@ cdef void apply_formula(
 
 # ---------------------------------------------------------------- the table
 #
-# A row for each activation, of kernels for each kind of vectors; what there is none for comes by way
-# of a buffer of lanes.
+# A row for each activation, of kernels for each kind of vectors; what there is none for comes by
+# way of a buffer of lanes.
 
 ctypedef void (*Kernel)(const Block*, const void*, const void*) noexcept nogil
 ctypedef bint (*IsOpen)(double, double, const void*) noexcept nogil
