@@ -3,11 +3,11 @@
 # A row is loaded by (storage, lane, factor): elements stored as float16, bfloat16, float32 or
 # float64 become float or double, times a power of two.  Where storage and lane are the same and the
 # columns lie side by side, the kernels read the row where it is; else it goes through a buffer of
-# some rows, which stays in L1.  A half type is storage only: plain calls have kernels that widen its
-# rows, and narrow them, in registers, vector by vector (Plan.as_stored), to others such an array is
-# one of float32, by way of the buffer.  In float16, in registers, (32, 256, 14, 14) takes 0.5 of
-# the time, (256, 512) 0.8 and 0.7, (65536, 128) 0.7 (Intel with 1 MiB of L2, 2026-11-27).  Wide
-# lanes are float32 loaded as double, or float64 times a factor: by the buffer, for some features.
+# some rows, which stays in L1.  A half type is storage only.  Plain calls have kernels that widen
+# its rows, and narrow them, in registers (Plan.as_stored); to others such an array is one of
+# float32, by way of the buffer.  In registers (32, 256, 14, 14) in float16 takes half the time,
+# (256, 512) 0.8 and 0.7, (65536, 128) 0.7 (Intel with 1 MiB of L2, 2026-11-27).  Wide lanes are
+# float32 loaded as double, or float64 times a factor: by the buffer, for some features.
 
 cdef extern from "_half.h" nogil:
     void bn_widen_float16(const unsigned short* from_, float* to, Py_ssize_t n)
