@@ -647,3 +647,15 @@ def test_sums_that_are_not_finite_are_not_lost_where_gamma_is_0(dtype, given):
     dx = backward_apply(dout, x, np.zeros(3), ones, np.zeros(3), ones, sums, 20)
     np.testing.assert_array_equal(np.isnan(dx), np.broadcast_to([False, True, False], (20, 3)))
     np.testing.assert_array_equal(dx[:, ::2], 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_small_dout_is_not_lost_beside_an_x_that_is_not_finite(bad):
+    """dgamma is not finite then, and for that dout was made smaller: its sum sank to 0."""
+    x = np.array([[bad, 1.0], [0.5, 2.0], [1.5, 4.0]])
+    dout = np.array([[3, 5], [7, 11], [13, 17]]) * 5e-324
+    sum_dout, sum_dout_xmu = bn_fast.backward_reduce(dout, x, np.full(2, 0.5), np.ones(2))
+    np.testing.assert_array_equal(sum_dout, dout.sum(axis=0))
+    assert not np.isfinite(sum_dout_xmu[0])
+    _, cache = bn_fast.batchnorm_forward(x, np.ones(2), np.zeros(2))
+    np.testing.assert_array_equal(bn_fast.batchnorm_backward(dout, cache)[2], dout.sum(axis=0))

@@ -464,10 +464,11 @@ cdef inline double settle_gradients(
 ) noexcept nogil:
     """dbeta = S1 + M shift_g and, as x - mean = d - rest,  dgamma = r (S2 - rest S1), where
     S1 = sum t, S2 = sum t d, t = dout - shift_g and r is the multiplier.  Their means stay finite
-    where the sums do not, but for mean_gx, times factor_g: see `unscale_product`.  Returns how many
-    need another try (marked)."""
+    where the sums do not, but for mean_gx, times factor_g: see `unscale_product`.  A dbeta so small
+    that a factor would cost it digits stays as the first try had it: then what is not finite is x.
+    Returns how many need another try (marked)."""
     cdef Py_ssize_t f
-    cdef double s1, s2, t, t_low, part, rest, shift, high, finite, dead, sank, back
+    cdef double s1, s2, t, t_low, part, rest, shift, high, whole, finite, dead, sank, back
     cdef double per = 1 / m, again = 1 if first_try else 0
     for f in range(n):
         back = 1.0 if first_try else 1 / factor_g[f]  # powers of two, both
@@ -483,9 +484,11 @@ cdef inline double settle_gradients(
             t_low = (part * m - t) + (shift - part) * m
             t_low = t_low if fabs(t) < 1e290 else 0.0
             high = s1_high[f] + t
-            dbeta[f] = finish_sum(high, sum_error(s1_high[f], t, high) + t_low + s1_low[f]) * back
+            whole = finish_sum(high, sum_error(s1_high[f], t, high) + t_low + s1_low[f]) * back
         else:
-            dbeta[f] = (s1 + t) * back
+            whole = (s1 + t) * back
+        if first_try or not 0 < fabs(dbeta[f]) < 2.0 ** -800:
+            dbeta[f] = whole
         t = s1 * per
         t_low = 0
         if exact:
