@@ -249,6 +249,13 @@ def test_parts_that_leave_the_range(x_size, dout_size, ddx_size, gamma_size, sha
     check((ddx, ddgamma, ddbeta, dout, x, gamma), limit=6, mean=mean, var=var, eps=0)
 
 
+@pytest.mark.parametrize("x_size", [1e120, 1e182])
+def test_x_hat_keeps_its_part_where_x_is_large(x_size):
+    """Its coefficient, with inv_std squared, leaves the range, and comes back by x."""
+    ddx, ddgamma, ddbeta, dout, x, gamma = second_problem((300, 20), 1, np.float64)
+    check((ddx, ddgamma, ddbeta, dout, x_size * x, gamma), limit=6, eps=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_value_and_constant_features(dtype):
     ddx, ddgamma, ddbeta, dout, x, gamma = second_problem((1, 5), 1, dtype)

@@ -835,4 +835,5 @@ cdef void set_second_constants(
             + beyond(v[MIX_R][k], low) + beyond(v[MIX_X][k], low)
             + above(v[MIX_BIAS][k], low) + beyond(a, low) + beyond(v[COEF_X][k], low)
             + above(v[BIAS][k], low) + is_lost(a, v[GAMMA][k], r)
+            + is_lost(v[MIX_X][k], t, r)
         )
