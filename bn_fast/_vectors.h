@@ -211,7 +211,7 @@ static inline bn_bits16 bn_to_bits(bn_halves v, int brain) {
     return brain ? _mm512_cvtepi32_epi16(_mm512_srli_epi32(bn_bfloat16_upper((__m512)v), 16))
                  : _mm512_cvtps_ph((__m512)v, 0);
 }
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__) && BN_VECTOR == 32
 #define BN_HALVES 1
 typedef __m128i bn_bits16;
 static inline bn_bits16 bn_load_bits(const void *from) { return _mm_loadu_si128((const __m128i *)from); }
